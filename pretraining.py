@@ -1,0 +1,92 @@
+"""Continued pretraining: a model reads plain text.
+
+    python pretraining.py --model_name_or_path models/SmolLM2-135M-Instruct --output_dir outputs/pt \
+        --train_file_dir data/pretrain/train --validation_file_dir data/pretrain/validation
+
+    torchrun --nproc_per_node 8 pretraining.py …                          # eight GPUs
+    torchrun --nproc_per_node 8 pretraining.py --deepspeed zero2.json …   # with DeepSpeed
+
+A `.txt` file is one document, a line of a `.jsonl` file with a "text" is one too; folders are searched with their
+subfolders. Documents are cut into blocks of at most --block_size tokens, and several share a row without seeing each
+other. The adapter is written to --output_dir; `merge_peft_adapter.py` folds it into the model for the next stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stagewise.adapter import attach_adapter
+from stagewise.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
+from stagewise.callbacks import NonFiniteGuard
+from stagewise.conversation import parse_text
+from stagewise.encoding import encode_text
+from stagewise.language_model import LanguageModelTrainer, training_rows
+from stagewise.metrics import language_model_metrics
+from stagewise.model import load_causal_lm, load_tokenizer
+from stagewise.run import start
+from stagewise.splits import SplitReader
+from stagewise.validation import EvaluationTable, ValidationSet
+
+
+@dataclass
+class PTArguments:
+    block_size: int = field(default=1024, metadata={"help": "Tokens of a row; longer documents are cut into blocks."})
+
+
+class PTTrainer(LanguageModelTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean negative log-likelihood of all tokens of the whole batch, over all processes."""
+        nll, _ = self.token_losses(model, inputs)
+        loss = nll.sum() / num_items_in_batch * self.accelerator.num_processes
+        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
+        return loss
+
+
+def main() -> None:
+    # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
+    run, model_args, data_args, rows_args, adapter_args, pt_args = start(
+        "pt", [ModelArguments, DataArguments, LanguageModelArguments, AdapterArguments, PTArguments]
+    )
+    args = run.args
+    with run:
+        # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+        tokenizer = load_tokenizer(model_args)
+        splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".txt", ".jsonl", ".json")).read(
+            lambda record, where: (parse_text(record, where), where),
+            lambda document: encode_text(tokenizer, document[0], pt_args.block_size, document[1]),
+            train=args.do_train,
+            validation=args.do_eval,
+            tokenizer=tokenizer,
+            template=None,
+            block_size=pt_args.block_size,
+        )
+        run.show_sample(tokenizer, splits.train or splits.validation)
+
+        # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
+        model = load_causal_lm(model_args, tokenizer=tokenizer, deepspeed_zero3=run.zero3)
+        rows, collate, how = training_rows(splits.train, model, tokenizer, pt_args.block_size, rows_args.packing)
+        if adapter_args.trains_adapter:
+            model = attach_adapter(model, adapter_args, "CAUSAL_LM")
+
+        # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
+        validation = ValidationSet(splits.validation)
+        table = EvaluationTable(validation.wheres, ("nll", "tokens"), language_model_metrics)
+        guard = NonFiniteGuard()
+        trainer = PTTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=validation if args.do_eval else None,
+            data_collator=collate,
+            compute_metrics=table,
+            processing_class=tokenizer,
+            guard=guard,
+            neft_alpha=rows_args.neft_alpha,
+        )
+        run.note(rows=how, data=splits.as_dict())
+        run.attach(trainer, table, guard)
+        run.train(trainer, stop=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Checkpoints that are whole or do not count.
+
+A checkpoint is marked once every process has written its part: `whole.json` lists its files with their sizes. A run
+that was killed while it saved leaves a folder without the mark, and the run goes on from the last marked one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from loguru import logger
+
+from stagewise.arguments import ArgumentError
+
+MARK = "whole.json"
+
+
+def mark_whole(folder: str | Path) -> None:
+    """Writes the mark of a checkpoint whose files are all on disk."""
+    folder = Path(folder)
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    sizes.pop(MARK, None)
+    temporary = folder / (MARK + ".tmp")
+    temporary.write_text(json.dumps(sizes, indent=1))
+    os.replace(temporary, folder / MARK)
+
+
+def is_whole(folder: str | Path) -> bool:
+    """True if the checkpoint carries its mark and each listed file has the listed size."""
+    folder = Path(folder)
+    if not (folder / MARK).is_file():
+        return False
+    sizes = json.loads((folder / MARK).read_text())
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-N of a run, by rising N, whole or not."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def last_whole(output_dir: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None; says which broken ones it passed over."""
+    for folder in reversed(checkpoints(output_dir)):
+        if is_whole(folder):
+            return folder
+        logger.warning(f"{folder} is not whole (the run ended while it was written): passed over")
+    return None
+
+
+def resume_point(output_dir: str, asked: str | None) -> Path | None:
+    """What --resume_from_checkpoint means: a folder, or True for the last whole one.
+
+    Returns:
+        the checkpoint to go on from, or None to start at the beginning (True with nothing saved yet, or False).
+
+    Raises:
+        ArgumentError: the folder named is missing or not whole.
+    """
+    if asked is None or str(asked).lower() in ("false", "no", ""):
+        return None
+    if str(asked).lower() in ("true", "yes"):
+        folder = last_whole(output_dir)
+        if folder is None:
+            logger.warning(
+                f"--resume_from_checkpoint True: {output_dir} holds no whole checkpoint; starting at step 0"
+            )
+        return folder
+    folder = Path(asked)
+    if not folder.is_dir():
+        raise ArgumentError(f"--resume_from_checkpoint {asked}: no such folder")
+    if not is_whole(folder):
+        raise ArgumentError(
+            f"--resume_from_checkpoint {asked}: this checkpoint is not whole (no valid {MARK}); "
+            "give another, or True for the last whole one"
+        )
+    return folder
+
+
+def rotate(output_dir: str | Path, keep: int | None, best: str | None = None) -> None:
+    """Removes the oldest whole checkpoints beyond `keep`, never the best one, never the newest whole one."""
+    if not keep or keep < 1:
+        return
+    whole = [p for p in checkpoints(output_dir) if is_whole(p)]
+    spare = [p for p in whole[:-1] if best is None or p.resolve() != Path(best).resolve()]
+    for folder in spare[: max(0, len(whole) - keep)]:
+        shutil.rmtree(folder)

@@ -1,0 +1,76 @@
+"""What pretraining and supervised finetuning share: rows, and a Trainer whose validation is exact, record by record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from stagewise.attention import packs_exactly
+from stagewise.callbacks import NonFiniteGuard
+from stagewise.encoding import IGNORE_INDEX, Example
+from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
+from stagewise.losses import token_nll
+from stagewise.packing import PackedRows, PaddedCollator, collate_packed
+from stagewise.validation import WithIndex
+
+
+def training_rows(
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    capacity: int,
+    packing: bool,
+) -> tuple[Dataset | Sequence[Example], WithIndex, str]:
+    """Packs examples into rows of at most `capacity` tokens where that is exact for the model, else leaves them alone.
+
+    Returns:
+        the training set, the collator of both splits, and what was chosen, in words for the log and run.json.
+    """
+    exact, reason = packs_exactly(model, tokenizer) if packing else (False, "--packing False")
+    if not exact:
+        how = f"padded, one record a row: {reason}"
+        logger.info(f"rows: {how}")
+        return examples, WithIndex(PaddedCollator(tokenizer.pad_token_id), rows=False), how
+    rows = PackedRows(examples, capacity)
+    tokens = sum(rows.lengths)
+    how = f"packed: {reason}"
+    if len(rows):
+        logger.info(
+            f"rows: {how}; {len(examples)} records in {len(rows)} rows of at most {capacity} tokens, "
+            f"{tokens / len(rows):.0f} on average"
+        )
+    return rows, WithIndex(collate_packed, rows=True), how
+
+
+class LanguageModelTrainer(Trainer):
+    """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, guard: NonFiniteGuard, neft_alpha: float | None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the learned tokens of the whole batch
+        self.guard = guard
+        self.noise = EmbeddingNoise(self.model, neft_alpha) if neft_alpha else None
+        self.keep_logits = takes_kept_logits(self.model)
+
+    def token_losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log-likelihoods of the learned tokens, and those tokens (-100 elsewhere): (B, K), (B, K)."""
+        if self.noise:
+            self.noise.see(inputs)
+        logits, targets = learned_logits(model, inputs, self.keep_logits)
+        return token_nll(logits, targets), targets
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Each record's summed loss and learned tokens, (B, 2), and its index, (B,)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nll, targets = self.token_losses(model, inputs)
+        counts = (targets != IGNORE_INDEX).to(nll.dtype)
+        return None, torch.stack([document_sums(values, inputs) for values in (nll, counts)], dim=1), inputs["index"]

@@ -1,0 +1,364 @@
+"""Tokenizer, config and weights: from a local directory, a Hugging Face hub or mirror, or ModelScope."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from loguru import logger
+from packaging.version import Version
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.attention import choose_attention
+
+MODELSCOPE_PREFIX = "modelscope://"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What earlier pipelines call families whose config.json says something else.
+MODEL_TYPE_NAMES = {
+    "alpaca": ("llama",),
+    "vicuna": ("llama",),
+    "yi": ("llama",),
+    "baichuan": ("baichuan",),
+    "chatglm": ("chatglm", "glm"),
+    "internlm": ("internlm",),
+}
+
+# transformers before 5.17 has no Qwen3.5 and none of the checks that the error texts below rely on.
+if Version(transformers.__version__) < Version("5.17"):
+    raise ImportError(f"transformers {transformers.__version__} is too old: pip install 'transformers>=5.17'")
+
+
+class ModelError(ArgumentError):
+    """A model or tokenizer that cannot be used; the message names the flag, what was found and what to do."""
+
+
+# --------------------------------------------------------------------------------------------------- where it lies
+
+
+def find_source(name: str, args: ModelArguments, flag: str = "model_name_or_path") -> str:
+    """Returns a local directory, or the hub name that the hub's own client resolves (HF_ENDPOINT mirrors included).
+
+    A name with the prefix `modelscope://`, or any hub name while USE_MODELSCOPE_HUB=1, is downloaded from ModelScope.
+
+    Raises:
+        ModelError: for a directory that is not there, an adapter directory, or ModelScope without its package.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise ModelError(f"--{flag} {name}: expected a directory with config.json, found a file")
+    wanted = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes", "on")
+    if name.startswith(MODELSCOPE_PREFIX) or (wanted and name.count("/") == 1):
+        return _download_modelscope(name.removeprefix(MODELSCOPE_PREFIX), args, flag)
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise ModelError(f"--{flag} {name}: no such directory")
+    return name
+
+
+def _download_modelscope(name: str, args: ModelArguments, flag: str) -> str:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ModelError(
+            f"--{flag} {name}: ModelScope was asked for; its package is missing: pip install modelscope"
+        ) from error
+    revision = None if args.model_revision == "main" else args.model_revision  # ModelScope's own default is "master"
+    logger.info(f"model: {name} from ModelScope")
+    return snapshot_download(name, cache_dir=args.cache_dir, revision=revision)
+
+
+def hub_options(source: str, args: ModelArguments) -> dict[str, Any]:
+    """Keyword arguments of from_pretrained; nothing asks a hub for a local directory."""
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    if Path(source).is_dir():
+        return {**options, "local_files_only": True}
+    return {**options, "revision": args.model_revision, "token": args.hf_hub_token, "cache_dir": args.cache_dir}
+
+
+def refuse_adapter(source: str, flag: str = "model_name_or_path") -> None:
+    """Raises ModelError if `source` is an adapter's directory, with the command that merges it."""
+    folder = Path(source)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"--{flag} {source}: this is an adapter, not a model. Merge it first: "
+            f"python merge_peft_adapter.py --lora_model {source} --output_dir {str(folder).rstrip('/')}-merged"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer, config
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of --tokenizer_name_or_path, else of --model_name_or_path.
+
+    A tokenizer without a pad token gets its unknown token for it, else its end token; padding is never learned from,
+    since collators mask it by length.
+
+    Raises:
+        ModelError: naming the flag.
+    """
+    flag = "tokenizer_name_or_path" if args.tokenizer_name_or_path else "model_name_or_path"
+    source = find_source(args.tokenizer_name_or_path or args.model_name_or_path, args, flag)
+    if flag == "model_name_or_path":
+        refuse_adapter(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(source, args))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--{flag} {source}: no tokenizer could be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        substitute = tokenizer.unk_token or tokenizer.eos_token
+        if substitute is None:
+            raise ModelError(f"--{flag} {source}: the tokenizer names no pad, unknown or end token; add one to it")
+        tokenizer.pad_token = substitute
+        logger.info(f"tokenizer: it has no pad token; {substitute!r} pads")
+    return tokenizer
+
+
+def load_config(args: ModelArguments) -> PretrainedConfig:
+    """Loads config.json and checks --model_type against it.
+
+    Raises:
+        ModelError: for an adapter directory, an architecture that transformers does not know, code that would have
+            to be trusted, or another --model_type.
+    """
+    source = find_source(args.model_name_or_path, args)
+    refuse_adapter(source)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub_options(source, args))
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            hint = "it ships its own Python code: if you trust it, add --trust_remote_code True"
+        elif "does not recognize this architecture" in str(error):
+            hint = f"transformers {transformers.__version__} does not know this architecture"
+        else:
+            hint = "no usable config.json"
+        raise ModelError(f"--model_name_or_path {source}: {hint} ({error})") from error
+    check_model_type(args, config)
+    return config
+
+
+def check_model_type(args: ModelArguments, config: PretrainedConfig) -> None:
+    """Raises ModelError unless --model_type is auto or names the config's family ("qwen" takes qwen2, qwen3 …)."""
+    asked = args.model_type.lower()
+    if asked == "auto" or config.model_type.startswith(MODEL_TYPE_NAMES.get(asked, (asked,))):
+        return
+    raise ModelError(
+        f"--model_type {args.model_type}: config.json of {args.model_name_or_path} says {config.model_type!r}; "
+        "leave the flag out, or name that"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def load_causal_lm(
+    args: ModelArguments,
+    *,
+    attn_implementation: str | None = None,
+    for_training: bool = True,
+    deepspeed_zero3: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model in the precision of --torch_dtype.
+
+    Args:
+        args: the model flags.
+        attn_implementation: default: what `choose_attention` says.
+        for_training: leaves the model in train mode and refuses a placement whose weights are partly on disk.
+        deepspeed_zero3: the weights are partitioned while they load; --device_map is refused.
+        tokenizer: if given, its length is checked against the rows of the embedding.
+
+    Raises:
+        ModelError: also when weights are missing from the checkpoint, which transformers would fill at random.
+    """
+    config = load_config(args)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise ModelError(f"--model_name_or_path {args.model_name_or_path}: a reward model has no language-model head")
+    model, missing = _load(AutoModelForCausalLM, args, config, attn_implementation, for_training, deepspeed_zero3)
+    if missing:
+        raise ModelError(f"--model_name_or_path {args.model_name_or_path}: the checkpoint lacks {_listed(missing)}")
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+    return model
+
+
+class Float32Linear(nn.Linear):
+    """A scalar head in float32 on a 16-bit model: its updates are smaller than 16 bit can hold."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, H) in any precision → (…, labels)."""
+        return super().forward(hidden.to(self.weight.dtype))
+
+
+def load_reward_model(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    attn_implementation: str | None = None,
+    for_training: bool = True,
+    deepspeed_zero3: bool = False,
+) -> PreTrainedModel:
+    """Loads a model with one scalar score, read at a row's last token that is not padding.
+
+    The head `score` is kept if the checkpoint has one, else it is new (said aloud).
+
+    Raises:
+        ModelError: also for an architecture without a sequence-classification class.
+    """
+    config = load_config(args)
+    text = config.get_text_config()
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        if type(text) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ModelError(
+                f"--model_name_or_path {args.model_name_or_path}: transformers has no sequence-classification class for "
+                f"{config.model_type!r}, so no reward model can be trained from it; use another family, e.g. llama"
+            )
+        config = text  # the scalar head of a family with images or sound is on its text model
+    config.num_labels, config.pad_token_id, text.pad_token_id = 1, tokenizer.pad_token_id, tokenizer.pad_token_id
+    auto = AutoModelForSequenceClassification
+    model, missing = _load(auto, args, config, attn_implementation, for_training, deepspeed_zero3)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ModelError(f"--model_name_or_path: {type(model).__name__} has no linear head named `score`")
+    lost = sorted(name for name in missing if name != "score.weight")
+    if lost:
+        raise ModelError(f"--model_name_or_path {args.model_name_or_path}: the checkpoint lacks {_listed(lost)}")
+    check_vocabulary(model, tokenizer)
+    logger.info(f"reward head: {'new' if missing else 'from the checkpoint'}")
+    if for_training and not deepspeed_zero3 and model.score.weight.dtype != torch.float32:
+        head = Float32Linear(
+            model.score.in_features, 1, bias=False, dtype=torch.float32, device=model.score.weight.device
+        )
+        head.load_state_dict(model.score.state_dict())
+        model.score = head
+    return model
+
+
+def _load(
+    auto: type, args: ModelArguments, config: PretrainedConfig, attention: str | None, for_training: bool, zero3: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """Loads the weights; returns the model and the names that the checkpoint did not have."""
+    source = find_source(args.model_name_or_path, args)
+    attention = attention or choose_attention(config)
+    dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
+    try:
+        model, info = auto.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=choose_device_map(args, deepspeed_zero3=zero3),
+            output_loading_info=True,
+            **hub_options(source, args),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"--model_name_or_path {source}: {error}") from error
+    guard_4bit(model)
+    placed = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if for_training and len(placed) > 1 and placed & {"cpu", "disk"}:
+        raise ModelError(
+            f"--device_map {args.device_map}: the model does not fit on the GPUs ({', '.join(sorted(placed))})"
+        )
+    model.train(for_training)
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    logger.info(
+        f"model: {source}, {type(model).__name__}, {size / 1e6:,.1f} M parameters in {model.dtype}, {attention}"
+    )
+    return model, sorted(info["missing_keys"])
+
+
+def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) -> str | None:
+    """The device map that from_pretrained gets; each of several processes holds its own whole model.
+
+    Raises:
+        ModelError: for a map that cannot take effect.
+    """
+    if args.device_map in (None, "", "None", "none"):
+        return None
+    if deepspeed_zero3:
+        raise ModelError("--device_map has no effect under ZeRO-3, which places the weights: leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if args.device_map != "auto":
+            raise ModelError(f"--device_map {args.device_map} has no effect with several processes: leave it out")
+        logger.info("--device_map auto: each process holds the whole model on its own device")
+        return None
+    return args.device_map
+
+
+def guard_4bit(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights on a CPU, after which LoRA gradients and merges are wrong.
+
+    Call it right after every load. It can go once bitsandbytes (0.50.2 tested) repacks a copy.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ModelError if the tokenizer has ids for which the model has no row."""
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} entries, the model's embedding {rows} rows: give the tokenizer that "
+            "belongs to the model with --tokenizer_name_or_path"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ------------------------------------------------------------------------------------------------- generation config
+
+
+def finish_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> None:
+    """Makes the model's generation_config end at the template's end marker, in place; it can then be saved.
+
+    Args:
+        model: a model, also with an adapter around it.
+        tokenizer: gives the end and pad ids; pad may equal end.
+        stop: the template's end marker; None: the tokenizer's end token alone.
+
+    Raises:
+        ModelError: if there is nothing to end at.
+    """
+    config = model.generation_config
+    ends: list[int] = []
+    config.stop_strings = None
+    if stop:
+        marker = tokenizer(stop, add_special_tokens=False).input_ids
+        if len(marker) == 1:
+            ends.append(marker[0])
+        else:
+            config.stop_strings = [stop]
+            logger.info(
+                f"generation: the end marker {stop!r} is {len(marker)} tokens here; it is kept as a stop string"
+            )
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    if not ends:
+        raise ModelError(f"the tokenizer has no end token and {stop!r} is not one token: answers would never end")
+    config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    config.pad_token_id = ends[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    if not config.do_sample:
+        # Published configs leave sampling values beside greedy search, which save_pretrained refuses.
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
+    config.validate(strict=True)

@@ -1,0 +1,409 @@
+"""A run from its start to its end: arguments, device, output directory, data, training, and the manifest `run.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging as transformers_logging
+
+from stagewise.arguments import ArgumentError, DataArguments, check_shared, parse
+from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, Progress, WholeCheckpoints
+from stagewise.checkpoint import checkpoints, resume_point
+from stagewise.encoding import Example, PreferenceExample
+from stagewise.model import finish_generation_config
+from stagewise.results import draw_curves, show_sample, write_results
+from stagewise.validation import EvaluationTable
+
+MANIFEST = "run.json"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "deepspeed", "stagewise")
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults and the few additions that every stage has."""
+
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished run in --output_dir."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Arguments, data and one batch; predicted memory and time; then stop."}
+    )
+    save_eval_records: bool = field(
+        default=False, metadata={"help": "Write each validation record's numbers to eval_records/step-N.jsonl."}
+    )
+    report_to: str | None = field(
+        default="tensorboard", metadata={"help": "Trackers, joined by commas: tensorboard, wandb …; or none."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN from the log (the run stops anyway)."}
+    )
+    save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Has no use here: batches hold what is needed."}
+    )
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise ArgumentError("--output_dir: missing; give the folder that the run is written to")
+        if self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self.remove_unused_columns = False
+        if isinstance(self.report_to, str):
+            self.report_to = self.report_to.split(",")
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(self.output_dir, "logs"))
+        super().__post_init__()
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _set_up_logging() -> None:
+    logger.remove()
+    level = "INFO" if is_main() else "ERROR"
+    logger.add(sys.stderr, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>")
+    transformers_logging.set_verbosity_error()
+    # Renamings inside transformers and PEFT, which a user of these scripts can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not is_main() or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def _device_words(words: list[str]) -> list[str]:
+    """Words that make the same command run where there is no accelerator, DeepSpeed included."""
+    if torch.accelerator.is_available() and "--use_cpu" not in words:
+        return words
+    if "--fp16" in words and words[words.index("--fp16") + 1 :][:1] not in (["False"], ["false"]):
+        raise ArgumentError("--fp16: needs a GPU; on a CPU use --bf16 or neither")
+    if "--use_liger_kernel" in words:
+        raise ArgumentError("--use_liger_kernel: needs a GPU; leave it out on a CPU")
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if "--deepspeed" not in words:
+        extra = [] if "--use_cpu" in words else ["--use_cpu", "True"]
+        return words + extra + (["--ddp_backend", "gloo"] if distributed and "--ddp_backend" not in words else [])
+    # DeepSpeed starts on a CPU only when accelerate's state is made first, by hand, over gloo.
+    from accelerate import PartialState
+
+    os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29512")
+    PartialState(cpu=False, backend="gloo")
+    return words + ["--accelerator_config", json.dumps({"use_configured_state": True})]
+
+
+def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Parses and checks the command line, prepares the device and the output directory.
+
+    Args:
+        stage: "pt", "sft", "rm", "dpo" or "ppo".
+        dataclass_types: the stage's own and shared dataclasses; StageArguments is added here.
+
+    Returns:
+        the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot be
+        honoured, before any weights are read.
+    """
+    _set_up_logging()
+    given: list[str] = []
+
+    def before(words: list[str]) -> list[str]:
+        given.extend(words)
+        return _device_words(words)
+
+    try:
+        args, *parts = parse([StageArguments, *dataclass_types], argv, before=before)
+        check_shared(*parts)
+        data = next((part for part in parts if isinstance(part, DataArguments)), None)
+        _settle_what_to_do(args, data)
+        _check_output_dir(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        # transformers would use DataParallel, which cannot split a packed row.
+        args._n_gpu = 1
+        logger.info(f"1 of {torch.cuda.device_count()} GPUs is used; torchrun --nproc_per_node uses them all")
+    set_seed(args.seed)
+    flags = _given_flags([args, *parts], {word[2:] for word in given if word.startswith("--")})
+    return Run(stage, args, parts, flags), *parts
+
+
+def _settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None:
+    """--do_train and --do_eval as given; neither given: train, and evaluate if there are validation records."""
+    has_validation = bool(data and (data.validation_file_dir or data.validation_split_percentage or data.dataset_name))
+    if not args.do_train and not args.do_eval:
+        args.do_train, args.do_eval = True, has_validation
+    if args.label_smoothing_factor:
+        raise ArgumentError("--label_smoothing_factor: no stage smooths its labels; leave it out")
+    if args.neftune_noise_alpha:
+        raise ArgumentError("--neftune_noise_alpha: this stage adds no noise; leave it out")
+    wants_eval = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
+    if args.do_train and data and not (data.train_file_dir or data.dataset_name):
+        raise ArgumentError("--train_file_dir: missing; give a file or folder of training records, or --dataset_name")
+    if data and not has_validation and (wants_eval or args.do_eval):
+        raise ArgumentError(
+            "evaluation is asked for without validation records: give --validation_file_dir or "
+            "--validation_split_percentage, or leave out --do_eval, --eval_strategy and --eval_on_start"
+        )
+
+
+def _check_output_dir(args: StageArguments) -> None:
+    """Raises ArgumentError if the run would write over what is there."""
+    folder = Path(args.output_dir)
+    if args.overwrite_output_dir or args.dry_run or args.resume_from_checkpoint or not args.do_train:
+        return
+    if folder.is_file():
+        raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
+    manifest = read_manifest(folder)
+    way_out = "--overwrite_output_dir replaces it, another --output_dir keeps it"
+    if manifest and manifest.get("status") == "finished":
+        raise ArgumentError(f"--output_dir {folder}: holds a finished {manifest.get('stage')} run; {way_out}")
+    if checkpoints(folder):
+        raise ArgumentError(
+            f"--output_dir {folder}: holds {checkpoints(folder)[-1].name} of a run that did not finish; "
+            f"--resume_from_checkpoint True goes on from it, {way_out}"
+        )
+    if not manifest and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise ArgumentError(f"--output_dir {folder}: holds a model that this run did not make; {way_out}")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The run.json of a directory, or None where there is none."""
+    path = Path(folder) / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+class Run:
+    """One run and its manifest. Use it as a context: an error ends up in run.json and, if expected, in one line.
+
+    `note(key=value)` adds to the manifest; it is written at the start, at the end, and when the run fails.
+    """
+
+    def __init__(self, stage: str, args: StageArguments, parts: Sequence[Any], flags: dict[str, Any]):
+        self.stage, self.args = stage, args
+        self.output_dir = Path(args.output_dir)
+        self.started = time.time()
+        self.preemption: Preemption | None = None
+        base = getattr(next((p for p in parts if hasattr(p, "model_name_or_path")), None), "model_name_or_path", None)
+        before = read_manifest(base) if base and Path(base).is_dir() else None
+        self.manifest: dict[str, Any] = {
+            "stage": stage,
+            "status": "running",
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "flags": flags,
+            "base_model": base,
+            "lineage": (before or {}).get("lineage", []) + [{"stage": stage, "base_model": base}],
+            "versions": _versions(),
+            "device": _device_name(args),
+            "processes": args.world_size,
+        }
+
+    def note(self, **entries: Any) -> None:
+        self.manifest.update(entries)
+
+    def write(self) -> None:
+        if self.args.dry_run or not is_main():
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        temporary = self.output_dir / (MANIFEST + ".tmp")
+        temporary.write_text(
+            json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, self.output_dir / MANIFEST)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if error is None or isinstance(error, SystemExit):
+            return False
+        message = _out_of_memory_advice(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
+        # What an earlier, finished run left is not written over by a run that failed before it trained.
+        if self.manifest.get("began"):
+            self.note(status="failed", error=f"{kind.__name__}: {message}", **self._costs())
+            self.write()
+        expected = isinstance(error, (ValueError, NonFiniteError)) and type(error).__module__.startswith("stagewise")
+        if expected or isinstance(error, torch.OutOfMemoryError):
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(1) from error
+        return False
+
+    def _costs(self) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        costs = {"seconds": round(time.time() - self.started, 1), "peak_memory_gib": round(peak, 2)}
+        if torch.cuda.is_available():
+            costs["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return costs
+
+    @property
+    def zero3(self) -> bool:
+        """Whether DeepSpeed partitions the weights while they load."""
+        return is_deepspeed_zero3_enabled()
+
+    def show_sample(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example | PreferenceExample]) -> None:
+        """Prints the first example, learned tokens marked, on the main process."""
+        if examples and is_main():
+            first = examples[0]
+            show_sample(tokenizer, first.chosen if isinstance(first, PreferenceExample) else first)
+
+    def attach(self, trainer: Trainer, table: EvaluationTable | None, guard: NonFiniteGuard) -> None:
+        """Puts the callbacks of every stage onto a trainer."""
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        self.preemption = Preemption()
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        own: list[TrainerCallback] = [Progress(), guard, self.preemption, WholeCheckpoints(keep)]
+        if table is not None and self.args.save_eval_records:
+            own.append(EvaluationRows(table))
+        for callback in own:
+            trainer.add_callback(callback)
+
+    def train(self, trainer: Trainer, stop: str | None) -> None:
+        """Evaluates, trains, saves and writes the results as the flags say; ends the program if it was preempted.
+
+        Args:
+            trainer: the stage's trainer, with its callbacks attached.
+            stop: the template's end marker, at which the saved model's generation ends; None for plain text.
+        """
+        args = self.args
+        if args.dry_run:
+            self._dry_run(trainer)
+            return
+        if not args.do_train:
+            self._evaluate_only(trainer)
+            return
+        resume = resume_point(args.output_dir, args.resume_from_checkpoint)
+        if args.overwrite_output_dir and resume is None and is_main():
+            remove_checkpoints(args.output_dir)
+        self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"))
+        self.write()
+        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if self.preemption and self.preemption.stopped:
+            self.note(status="stopped", **self._costs())
+            self.write()
+            logger.warning(
+                "stopped by SIGTERM after a whole checkpoint; --resume_from_checkpoint True goes on from it"
+            )
+            raise SystemExit(143)
+        metrics = {"train": result.metrics}
+        if args.do_eval:
+            metrics["eval"] = trainer.evaluate()
+        self._save(trainer, stop)
+        before = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_loss" in log]
+        if before:
+            metrics["eval_before"] = before[0]
+        if is_main():
+            trainer.save_state()
+            for split in ("train", "eval"):
+                if split in metrics:
+                    write_results(self.output_dir, split, metrics[split])
+            draw_curves(trainer.state.log_history, self.output_dir / "loss.png")
+        self.note(status="finished", metrics=metrics, steps=trainer.state.global_step, **self._costs())
+        self.write()
+        logger.info(f"finished in {self.manifest['seconds']:.0f} s; {self.output_dir}/{MANIFEST} holds the account")
+
+    def _save(self, trainer: Trainer, stop: str | None) -> None:
+        """The adapter or the model, the tokenizer with its chat template, and where generation ends."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "generation_config") or hasattr(model, "get_base_model"):
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            if base.can_generate():
+                finish_generation_config(base, trainer.processing_class, stop)
+                if is_main():
+                    base.generation_config.save_pretrained(self.output_dir)
+        trainer.save_model()
+
+    def _dry_run(self, trainer: Trainer) -> None:
+        """One batch forward and backward, and what the run will take by it; no step is taken."""
+        args = self.args
+        loader = trainer.get_train_dataloader()
+        updates = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+        trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        model = trainer.model.to(args.device)
+        batch = next(iter(loader))
+        count = trainer._get_num_items_in_batch([batch], args.device)
+        started = time.time()
+        loss = trainer.compute_loss(model.train(), trainer._prepare_inputs(batch), num_items_in_batch=count)
+        loss.backward()
+        loss = float(loss.detach())  # waits for the device
+        seconds = (time.time() - started) * args.gradient_accumulation_steps * steps
+        # Adam keeps two float32 numbers a trained parameter; gradients are in the peak already.
+        optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * 8 / 2**30
+        peak = self._costs().get("peak_gpu_memory_gib", self._costs()["peak_memory_gib"]) + optimizer
+        shapes = {name: tuple(value.shape) for name, value in batch.items() if torch.is_tensor(value)}
+        logger.info(f"dry run: one batch {shapes}, loss {loss:.4f}")
+        logger.info(
+            f"dry run: {steps} steps, about {seconds / 60:.1f} minutes and {peak:.1f} GiB a process "
+            f"({self.args.device.type}); nothing was trained or written"
+        )
+
+    def _evaluate_only(self, trainer: Trainer) -> None:
+        metrics = trainer.evaluate()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if is_main():
+            write_results(self.output_dir, "eval", metrics)
+        for key, value in metrics.items():
+            logger.info(f"{key} = {value}")
+
+
+def remove_checkpoints(output_dir: str | Path) -> None:
+    """Removes the checkpoints of the run that --overwrite_output_dir replaces."""
+    for folder in checkpoints(output_dir):
+        shutil.rmtree(folder)
+
+
+def _out_of_memory_advice(error: BaseException) -> str:
+    return (
+        "out of memory. Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), "
+        "add --gradient_checkpointing, shorten the rows (--block_size, --model_max_length, --max_source_length, "
+        f"--max_target_length), or use --torch_dtype bfloat16. ({str(error).splitlines()[0]})"
+    )
+
+
+def _given_flags(parts: Sequence[Any], names: set[str]) -> dict[str, Any]:
+    """The flags that the command line or its file gave, with their values; access tokens are left out."""
+    flags: dict[str, Any] = {}
+    for part in parts:
+        for f in dataclasses.fields(part):
+            if f.name in names and not f.name.endswith("token"):
+                value = getattr(part, f.name)
+                flags[f.name] = value if isinstance(value, int | float | bool | str | dict | list) else str(value)
+    return flags
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _device_name(args: StageArguments) -> str:
+    if args.device.type == "cuda":
+        return torch.cuda.get_device_name(args.device)
+    return f"{args.device.type} ({os.cpu_count()} cores)"

@@ -1,0 +1,86 @@
+"""Validation records through the Trainer: each batch knows its records, so that each record's numbers are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import EvalPrediction
+
+from stagewise.encoding import Example, PreferenceExample
+
+
+def _size(example: Example | PreferenceExample) -> int:
+    if isinstance(example, PreferenceExample):
+        return max(len(example.chosen.input_ids), len(example.rejected.input_ids))
+    return len(example.input_ids)
+
+
+class ValidationSet(Dataset):
+    """Validation examples, longest first so that a batch holds like lengths; an item is (index, example)."""
+
+    def __init__(self, examples: Sequence[Example | PreferenceExample]):
+        self.examples = sorted(examples, key=_size, reverse=True)
+
+    @property
+    def wheres(self) -> list[str]:
+        return [example.where for example in self.examples]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.examples[index]
+
+
+class WithIndex:
+    """A collator that takes training items as they are and validation items with their index: batch["index"] (B,)."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]], rows: bool):
+        """`rows`: a training item is a list of examples, so a validation example goes in as a row of its own."""
+        self.collate, self.rows = collate, rows
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
+        if not isinstance(items[0], tuple):
+            return self.collate(items)
+        examples = [[example] if self.rows else example for _, example in items]
+        return {**self.collate(examples), "index": torch.tensor([index for index, _ in items])}
+
+
+class EvaluationTable:
+    """`compute_metrics` for the Trainer: metrics of all validation records, and a row for each of them.
+
+    The stage's `prediction_step` returns a record's numbers as `logits` of shape (B, columns) and its index in the
+    validation set as `labels` (B,); the Trainer gathers them over all processes.
+
+    Args:
+        wheres: each validation record's place, "english.jsonl:17", by index.
+        columns: names of the numbers.
+        summarise: rows (N, columns) -> metrics.
+    """
+
+    def __init__(self, wheres: Sequence[str], columns: Sequence[str], summarise: Callable[[np.ndarray], dict]):
+        self.wheres, self.columns, self.summarise = list(wheres), list(columns), summarise
+        self.rows = np.zeros((0, len(columns)))
+        self.order = np.zeros(0, dtype=np.int64)
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        rows = np.asarray(prediction.predictions, dtype=np.float64)
+        index = np.asarray(prediction.label_ids)
+        # Processes are handed whole batches, so the last ones may repeat a record: each counts once.
+        self.order, first = np.unique(index, return_index=True)
+        self.rows = rows[first]
+        return self.summarise(self.rows)
+
+    def write(self, path: Path) -> None:
+        """The rows of the last evaluation as jsonl, one record a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for index, row in zip(self.order, self.rows, strict=True):
+                record = {"where": self.wheres[index], **dict(zip(self.columns, map(float, row), strict=True))}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,153 @@
+"""Tiny random models and tokenizers that the tests share. Nothing here is downloaded; torch is imported at first use."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub makes its own; none reaches the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# architecture.md's families first; gpt2 has Conv1D layers, phi3 fused ones.
+FAMILIES = ("llama", "qwen3", "gemma", "mixtral", "bloom", "falcon", "qwen3_5")
+OTHER_FAMILIES = ("gemma3", "mistral", "qwen2", "phi3", "gpt2", "falcon_rotary")
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+VOCAB_SIZE = 320  # a little above the tokenizer's 300, as most checkpoints are
+
+_NAMES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "falcon_rotary": "falcon"}
+_BASE = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+_LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+_FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_SHAPES = {
+    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4},
+    "qwen3_5": {**_LLAMA_LIKE, **_LINEAR_ATTENTION},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {**_FALCON, "alibi": True},
+    "falcon_rotary": {**_FALCON, "alibi": False},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    # a window shorter than the tests' rows would be its own subject
+    "gemma3": {**_LLAMA_LIKE, "sliding_window": 256},
+}
+
+
+def tiny_config(family: str, **changes):
+    """The config of a two-layer model of `family`; `changes` override its fields."""
+    from transformers import AutoConfig
+
+    shape = _SHAPES.get(family, _LLAMA_LIKE)
+    return AutoConfig.for_model(_NAMES.get(family, family), **{**_BASE, **shape, **changes})
+
+
+def build_tiny_model(family: str, *, task: str = "causal", seed: int = 0, **changes):
+    """A random float32 model in eval mode; `task` is "causal" or "score" (a reward model's scalar head)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = tiny_config(family, **changes)
+    if task == "score":
+        config.num_labels = 1
+    auto = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}[task]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=torch.float32)
+        # Initial weights of 0.02 give logits near zero, in which a wrong merge or a leak would drown.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.25)
+    return model.eval()
+
+
+def build_tiny_tokenizer(
+    *, bos=True, eos=True, pad=True, unk=False, adds_bos=False, adds_eos=False, chat_template: str | None = None
+):
+    """A byte-level BPE of 300 entries, trained here on a few lines.
+
+    The ids of <pad>, <s>, </s> and <unk> are always 0 to 3; the flags say which of them are named in the tokenizer,
+    and which it adds by itself around a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>", "<unk>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    corpus = ["the user asks and the assistant answers", "drink water and rest when you have a fever"] * 4
+    tokenizer.train_from_iterator(corpus, trainer)
+    if adds_bos or adds_eos:
+        single = ["<s>"] * adds_bos + ["$A"] + ["</s>"] * adds_eos
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=[*single, "$B"], special_tokens=[("<s>", BOS_ID), ("</s>", EOS_ID)]
+        )
+    named = {"bos_token": (bos, "<s>"), "eos_token": (eos, "</s>"), "pad_token": (pad, "<pad>")}
+    named["unk_token"] = (unk, "<unk>")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{name: token for name, (wanted, token) in named.items() if wanted}
+    )
+    wrapped.model_max_length = 512
+    if chat_template is not None:
+        wrapped.chat_template = chat_template
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Factory: tiny_model("llama", task="score", seed=1, vocab_size=300)."""
+    return build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Factory: tiny_tokenizer(pad=False, adds_bos=True)."""
+    return build_tiny_tokenizer
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path_factory):
+    """Factory: a directory with a saved tiny model and tokenizer; tiny_checkpoint("llama", dtype=torch.bfloat16)."""
+
+    def make(
+        family: str, *, task="causal", seed=0, dtype=None, tokenizer=None, max_shard_size="50GB", **changes
+    ) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-{task}")
+        model = build_tiny_model(family, task=task, seed=seed, **changes)
+        (model.to(dtype) if dtype is not None else model).save_pretrained(folder, max_shard_size=max_shard_size)
+        (tokenizer or build_tiny_tokenizer()).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The small real model's directory, or skip."""
+    folder = ROOT / "models" / "SmolLM2-135M-Instruct"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"{folder} is not there: bash run_pipeline.sh brings it")
+    return folder
