@@ -22,7 +22,7 @@ from stagewise.conversation import parse_text
 from stagewise.encoding import encode_text
 from stagewise.language_model import LanguageModelTrainer, training_rows
 from stagewise.metrics import language_model_metrics
-from stagewise.model import load_causal_lm, load_tokenizer
+from stagewise.model import load_causal_lm, load_config, load_tokenizer
 from stagewise.run import start
 from stagewise.splits import SplitReader
 from stagewise.validation import EvaluationTable, ValidationSet
@@ -50,6 +50,7 @@ def main() -> None:
     args = run.args
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
         tokenizer = load_tokenizer(model_args)
         splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".txt", ".jsonl", ".json")).read(
             lambda record, where: (parse_text(record, where), where),

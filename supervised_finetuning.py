@@ -28,7 +28,7 @@ from stagewise.conversation import parse_conversation
 from stagewise.encoding import encode_conversation
 from stagewise.language_model import LanguageModelTrainer, training_rows
 from stagewise.metrics import language_model_metrics
-from stagewise.model import load_causal_lm, load_tokenizer
+from stagewise.model import load_causal_lm, load_config, load_tokenizer
 from stagewise.rendering import choose_template
 from stagewise.run import start
 from stagewise.splits import SplitReader
@@ -59,6 +59,7 @@ def main() -> None:
     args, limit = run.args, sft_args.model_max_length
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
         tokenizer = load_tokenizer(model_args)
         template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
         splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json")).read(

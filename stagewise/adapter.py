@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from loguru import logger
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import safe_open
@@ -113,6 +114,11 @@ def attach_adapter(model: PreTrainedModel, args: AdapterArguments, task_type: st
         _check_names(model, "target_modules", targets, (nn.Linear, Conv1D, nn.Embedding))
     _check_names(model, "modules_to_save", kept, None)
     both = sorted(set(targets) & set(kept))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        pair = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if module is head or module is embedding}
+        if named := pair & {target.rsplit(".", 1)[-1] for target in targets}:
+            raise AdapterError(f"--target_modules {named.pop()}: embedding and head are tied; use --modules_to_save")
     if both:
         raise AdapterError(
             f"--target_modules and --modules_to_save both name {', '.join(both)}: keep it in one of them"
@@ -279,13 +285,14 @@ def refuse_unmergeable(config: PeftConfig, folder: str | Path) -> None:
     """Raises AdapterError for prompt, P- and prefix tuning, which add virtual tokens and change no weight."""
     if config.is_prompt_learning:
         raise AdapterError(
-            f"{folder}: a {config.peft_type.value} adapter adds virtual tokens and cannot be merged; load it with PEFT "
-            "beside its base: PeftModel.from_pretrained(base, adapter)"
+            f"{folder}: a {config.peft_type.value} adapter adds virtual tokens and cannot be merged; load it with "
+            "PEFT beside its base: PeftModel.from_pretrained(base, adapter)"
         )
 
 
 def fold(wrapped: PeftModel) -> PreTrainedModel:
     """Adds every adapter layer's weight to its base's, in float32, one layer at a time; returns the plain model."""
+    _untie_adapted(wrapped.get_base_model())
     for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
         weight = getattr(layer.get_base_layer(), "weight", None)
         if weight is None:  # an adapter on a bare parameter: PEFT adds in the base's precision
@@ -301,3 +308,12 @@ def fold(wrapped: PeftModel) -> PreTrainedModel:
     if head is not None and head.weight is not embedding.weight:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     return model
+
+
+def _untie_adapted(model: PreTrainedModel) -> None:
+    """Gives a tied head its own weight where embedding or head is adapted: the change is not the other's."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    adapted = any(isinstance(module, LoraLayer) for module in (head, embedding))
+    if head is not None and adapted and head.weight is embedding.weight:
+        target = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        target.weight = nn.Parameter(target.weight.detach().clone())

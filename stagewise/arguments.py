@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from loguru import logger
 from transformers.hf_argparser import HfArgumentParser
 
@@ -212,13 +213,8 @@ def _words_of_file(path: Path) -> list[str]:
         raise ArgumentError(f"{path}: no such file of flags")
     text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".json":
-            flags = json.loads(text)
-        else:
-            import yaml
-
-            flags = yaml.safe_load(text)
-    except ValueError as error:
+        flags = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
         raise ArgumentError(f"{path}: not valid {path.suffix[1:]}: {error}") from error
     if not isinstance(flags, dict):
         raise ArgumentError(f"{path}: expected flags and their values, found {type(flags).__name__}")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from loguru import logger
 from tqdm import tqdm
 
+from stagewise.arguments import ArgumentError
 from stagewise.cache import read_cache, write_cache
 from stagewise.conversation import Conversation, Message, Preference, RecordError
 from stagewise.records import Account, check_on_bad_record, write_rejected
@@ -78,7 +79,7 @@ def encode_conversation(
     if all(label == IGNORE_INDEX for label in labels[1:]):
         raise RecordError(conversation.where, "nothing learned", f"the first question alone fills the limit of "
                           f"{max_length} tokens, no token of an answer is left; raise --model_max_length")  # fmt: skip
-    cut = length > max_length or any(segment.learn for segment in segments[keep:])
+    cut = length > max_length or any(segment.learn or train_on_inputs for segment in segments[keep:])
     return Example(ids, labels, conversation.where), cut
 
 
@@ -128,11 +129,11 @@ def encode_text(tokenizer: Any, text: str, block_size: int, where: str = "?") ->
     of the block before, since a row's first token is never predicted: so every token is learned exactly once.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos token to end a document with; set one in its tokenizer_config.json")
+        raise ArgumentError("the tokenizer has no eos token to end a document with; set one in tokenizer_config.json")
     start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
     if block_size < 2:
-        raise ValueError(f"--block_size: a block needs at least 2 tokens, found {block_size}")
+        raise ArgumentError(f"--block_size: a block needs at least 2 tokens, found {block_size}")
     starts = range(0, max(len(ids) - 1, 1), block_size - 1)
     blocks = [ids[begin : begin + block_size] for begin in starts]
     return [Example(block, list(block), where) for block in blocks]
@@ -179,7 +180,7 @@ def encode_all(
             cut += outcome.cut
     _settle(account, cut, left_out)
     if not results:
-        raise ValueError(f"{description}: none of the {len(records)} records is left: {left_out}")
+        raise ArgumentError(f"{description}: none of the {len(records)} records is left: {left_out}")
     if cache_file is not None and os.environ.get("RANK", "0") == "0":
         write_cache(cache_file, *_flattened(results, {"cut": cut, "left_out": left_out}))
     return results
@@ -189,20 +190,30 @@ def encode_all(
 
 
 def _encode_each(tokenizer: Any, segments: Sequence[Segment]) -> list[list[int]]:
-    """The ids of each segment. SentencePiece tokenizers put a space before any text they are given; all but the first
-    segment are given with a newline in front, which is then taken off, so that no space appears inside a text."""
+    """The ids of each segment, encoded alone, but as the middle of a text.
+
+    Tokenizers treat the start of a text in their own ways (SentencePiece puts a space before it), and some special
+    tokens swallow the white space behind them. So each segment but the first is given with something in front that
+    is taken off again: the special token that the segment before ends with, or, where a start is treated, a newline.
+    """
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
-    texts = [segment.text for segment in segments]
     newline, after_newline, alone = encode(["\n", "\na", "a"])
-    if after_newline == newline + alone or after_newline[: len(newline)] != newline:
-        return encode(texts)
-    behind = encode(["\n" + text for text in texts[1:]])
-    if any(ids[: len(newline)] != newline for ids in behind):  # a newline that joins what follows can't be taken off
-        return encode(texts)
-    return encode(texts[:1]) + [ids[len(newline) :] for ids in behind]
+    start_is_treated = after_newline != newline + alone and after_newline[: len(newline)] == newline
+    special = sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
+    texts = [segment.text for segment in segments]
+    fronts = ["\n" if start_is_treated and number else "" for number in range(len(texts))]
+    for number, text in enumerate(texts[:-1], 1):
+        if text.endswith(tuple(special)):
+            fronts[number] = next(token for token in special if text.endswith(token))
+    front_ids = dict(zip(kinds := sorted({*fronts} - {""}), encode(kinds), strict=True)) | {"": []}
+    encoded = encode([front + text for front, text in zip(fronts, texts, strict=True)])
+    for number, (front, ids) in enumerate(zip(fronts, encoded, strict=True)):
+        size = len(front_ids[front])
+        encoded[number] = ids[size:] if ids[:size] == front_ids[front] else encode([texts[number]])[0]
+    return encoded
 
 
 def _whole_turns(segments: Sequence[Segment], encoded: list[list[int]], max_length: int) -> tuple[int, int]:

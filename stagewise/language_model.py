@@ -1,4 +1,4 @@
-"""What pretraining and supervised finetuning share: rows, and a Trainer whose validation is exact, record by record."""
+"""What pretraining and supervised finetuning share: rows, and a Trainer with an exact validation loss."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stagewise.encoding import IGNORE_INDEX, Example
 from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
 from stagewise.losses import token_nll
 from stagewise.packing import PackedRows, PaddedCollator, collate_packed
+from stagewise.sampling import GroupsByLength
 from stagewise.validation import WithIndex
 
 
@@ -48,7 +49,7 @@ def training_rows(
     return rows, WithIndex(collate_packed, rows=True), how
 
 
-class LanguageModelTrainer(Trainer):
+class LanguageModelTrainer(GroupsByLength, Trainer):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 
     loss_is_scaled_for_ga = True

@@ -1,7 +1,7 @@
 """Every loss, as pure functions of tensors.
 
-Shapes: B rows (or pairs), T positions, V vocabulary, K positions kept. Log-probabilities are computed in float32 whatever
-the logits' precision.
+Shapes: B rows (or pairs), T positions, V vocabulary, K positions kept. Log-probabilities are computed in
+float32 whatever the logits' precision.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def dpo_loss(
     reference_rejected: torch.Tensor,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """DPO loss and implicit rewards, one value a pair, from summed log-probabilities. Rafailov et al. 2023, equation 7.
+    """DPO loss and implicit rewards, one value a pair, from summed log-probabilities. Rafailov et al. 2023, eq. 7.
 
     Returns:
         losses (B,), chosen rewards (B,), rejected rewards (B,); the rewards carry no gradient.

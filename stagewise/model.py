@@ -206,6 +206,25 @@ class Float32Linear(nn.Linear):
         return super().forward(hidden.to(self.weight.dtype))
 
 
+def reward_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> PretrainedConfig:
+    """The config of a reward model on this base: one label, and the pad id that says where a row ends.
+
+    Raises:
+        ModelError: for an architecture without a sequence-classification class.
+    """
+    text = config.get_text_config()
+    # the scalar head of a family with images or sound is on its text model
+    known = next((c for c in (config, text) if type(c) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING), None)
+    if known is None:
+        raise ModelError(
+            f"--model_name_or_path {name}: transformers has no sequence-classification class for "
+            f"{config.model_type!r}, so it cannot be a reward model; use another family, e.g. llama"
+        )
+    known.num_labels, known.pad_token_id = 1, tokenizer.pad_token_id
+    known.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return known
+
+
 def load_reward_model(
     args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
@@ -221,16 +240,7 @@ def load_reward_model(
     Raises:
         ModelError: also for an architecture without a sequence-classification class.
     """
-    config = load_config(args)
-    text = config.get_text_config()
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        if type(text) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise ModelError(
-                f"--model_name_or_path {args.model_name_or_path}: transformers has no sequence-classification class for "
-                f"{config.model_type!r}, so no reward model can be trained from it; use another family, e.g. llama"
-            )
-        config = text  # the scalar head of a family with images or sound is on its text model
-    config.num_labels, config.pad_token_id, text.pad_token_id = 1, tokenizer.pad_token_id, tokenizer.pad_token_id
+    config = reward_config(load_config(args), tokenizer, args.model_name_or_path)
     auto = AutoModelForSequenceClassification
     model, missing = _load(auto, args, config, attn_implementation, for_training, deepspeed_zero3)
     if not isinstance(getattr(model, "score", None), nn.Linear):

@@ -1,7 +1,9 @@
 """Files or `datasets` sets → parsed records, plus an account of every record that was left out."""
 
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from loguru import logger
 
+from stagewise.arguments import ArgumentError
 from stagewise.conversation import RecordError
 
 T = TypeVar("T")
 UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".parquet", ".arrow", ".csv", ".tsv", ".xlsx")
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass
@@ -52,17 +56,17 @@ def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[P
     wanted = " or ".join(suffixes)
     if top.is_file():
         if top.suffix.lower() not in suffixes:
-            raise ValueError(f"{flag}: {top} is not a {wanted} file")
+            raise ArgumentError(f"{flag}: {top} is not a {wanted} file")
         return [top]
     if not top.is_dir():
-        raise ValueError(f"{flag}: there is no folder or file {str(folder)!r}")
+        raise ArgumentError(f"{flag}: there is no folder or file {str(folder)!r}")
     found, others = [], []
     for path in _walk(top):
         suffix = path.suffix.lower()
         if suffix in suffixes:
             found.append(path)
         elif suffix in UNREAD:
-            raise ValueError(
+            raise ArgumentError(
                 f"{flag}: {path} is a {suffix} file, which is not read; unpack it or convert it to .jsonl "
                 "(csv: python convert_dataset.py), or move it away"
             )
@@ -70,7 +74,7 @@ def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[P
             others.append(path.name)
     if not found:
         only = f", only {', '.join(others[:5])}" if others else ""
-        raise ValueError(f"{flag}: no {wanted} file under {top}{only}")
+        raise ArgumentError(f"{flag}: no {wanted} file under {top}{only}")
     if others:
         logger.info(f"{flag}: {len(others)} files that are not {wanted} are not read: {', '.join(others[:5])}")
     return sorted(found)
@@ -109,18 +113,20 @@ def read_lines(path: Path, name: str) -> Iterator[Line]:
 
 
 def read_json(path: Path, name: str) -> Iterator[Line]:
-    """A .json file: a list of records ("name#3" is the third), one record, or one record a line."""
+    """A .json file: a list of records ("name:12#3" is the third, it begins in line 12), one record, or one a line."""
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    whole = _parsed(name, data, any_type=True)
-    if isinstance(whole.value, RecordError):
-        lines = list(read_lines(path, name))
-        # A list broken somewhere is one error, not a thousand: lines count only where the first is a record.
-        yield from lines if lines and isinstance(lines[0].value, dict) else [whole._replace(raw=whole.raw[:1000])]
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield Line(name, data[:1000].decode("utf-8", "backslashreplace"), _wrong_encoding(name, data, error))
         return
-    for number, record in enumerate(whole.value if isinstance(whole.value, list) else [whole.value], 1):
-        where = f"{name}#{number}"
-        raw = json.dumps(record, ensure_ascii=False)
-        yield Line(where, raw, record if isinstance(record, dict) else _not_an_object(where, record))
+    if text.lstrip().startswith("["):
+        yield from _list_items(text, name)
+        return
+    whole = _parsed(f"{name}:1", data)
+    lines = [] if isinstance(whole.value, dict) else list(read_lines(path, name))
+    # A broken record of many lines is one error, not one a line: lines count only where the first is a record.
+    yield from lines if lines and isinstance(lines[0].value, dict) else [whole._replace(raw=whole.raw[:100_000])]
 
 
 def dataset_splits(name: str, config: str | None = None, **options: Any) -> list[str]:
@@ -135,7 +141,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", **o
     """
     splits = _load_dataset(name, config, options)
     if split not in splits:
-        raise ValueError(f"--dataset_name: {name} has no split {split!r}, only {', '.join(splits)}")
+        raise ArgumentError(f"--dataset_name: {name} has no split {split!r}, only {', '.join(splits)}")
     return _dataset_lines(splits[split], f"{name}[{split}]")
 
 
@@ -174,8 +180,8 @@ def load_records(
             account.leave_out(error.reason)
             write_rejected(rejected_path, error, line.raw)
     if not kept and max_samples != 0:
-        raise ValueError(f"no record is left of the {account.read} read from {', '.join(account.files) or 'the set'}: "
-                         f"{account.left_out or 'the files are empty'}")  # fmt: skip
+        files, why = ", ".join(account.files) or "the set", account.left_out or "the files are empty"
+        raise ArgumentError(f"no record is left of the {account.read} read from {files}: {why}")
     if account.left_out:
         logger.info(f"{sum(account.left_out.values())} of {account.read} records left out: {account.left_out}")
     return kept, account
@@ -183,7 +189,7 @@ def load_records(
 
 def check_on_bad_record(value: str) -> None:
     if value not in ("error", "skip"):
-        raise ValueError(f'--on_bad_record: expected "error" or "skip", found {value!r}')
+        raise ArgumentError(f'--on_bad_record: expected "error" or "skip", found {value!r}')
 
 
 def write_rejected(path: str | Path | None, error: RecordError, raw: str) -> None:
@@ -221,7 +227,38 @@ def _document(path: Path, name: str) -> Line:
     return Line(name, text, {"text": text.replace("\r\n", "\n")})
 
 
-def _parsed(where: str, data: bytes, any_type: bool = False) -> Line:
+def _list_items(text: str, name: str) -> Iterator[Line]:
+    """The records of a JSON list, one by one; what stands before a break (a file cut short) can still be read."""
+    constants: list[str] = []
+    decoder = json.JSONDecoder(parse_constant=constants.append)
+    position, line, counted = text.index("[") + 1, 1, 0
+    for number in itertools.count(1):
+        position = _SPACE.match(text, position).end()
+        if number == 1 and text[position : position + 1] == "]":
+            return
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{name}:{line}#{number}"
+        try:
+            constants.clear()
+            value, end = decoder.raw_decode(text, position)
+            raw, position = text[position:end], _SPACE.match(text, end).end()
+            if text[position : position + 1] not in (",", "]") or not text[position:]:
+                raise json.JSONDecodeError("expecting ',' or ']'", text, position)
+        except (ValueError, RecursionError) as error:
+            message = f"not JSON: {error}; nothing behind it in this file can be read"
+            yield Line(where, text[counted : counted + 1000], RecordError(where, "broken JSON", message))
+            return
+        if constants:
+            error = RecordError(where, "broken JSON", f"not JSON: {constants[0]} is not a JSON value; write null")
+            yield Line(where, raw, error)
+        else:
+            yield Line(where, raw, value if isinstance(value, dict) else _not_an_object(where, value))
+        if text[position] == "]":
+            return
+        position += 1
+
+
+def _parsed(where: str, data: bytes) -> Line:
     try:
         raw = data.decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
@@ -230,7 +267,7 @@ def _parsed(where: str, data: bytes, any_type: bool = False) -> Line:
         value = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         return Line(where, raw, RecordError(where, "broken JSON", f"not JSON: {error}"))
-    if not isinstance(value, dict) and not any_type:
+    if not isinstance(value, dict):
         return Line(where, raw, _not_an_object(where, value))
     return Line(where, raw, value)
 

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from loguru import logger
 
+from stagewise.arguments import ArgumentError
 from stagewise.conversation import ANSWERS, QUESTIONS, Conversation, Message, RecordError
 
 WAY_OUT = "choose a form of this project with --template_name (vicuna, for instance)"
@@ -55,13 +56,13 @@ class Template:
         return self._filled(self.end).strip()
 
     def bind(self, tokenizer: Any) -> "Template":
-        """The template with the tokenizer's own bos and eos. Raises ValueError where it has no end marker for it."""
+        """The template with the tokenizer's own bos and eos. Raises ArgumentError where it has no end marker."""
         if "{eos}" in self.end and tokenizer.eos_token is None:
-            raise ValueError(f"--template_name {self.name}: the tokenizer has no eos token to end an answer with")
+            raise ArgumentError(f"--template_name {self.name}: the tokenizer has no eos token to end an answer with")
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         bound = replace(self, bos=bos, eos=eos, own_bos=adds_bos(tokenizer))
         if len(tokenizer.encode(bound.stop, add_special_tokens=False)) != 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"--template_name {self.name}: answers end with {bound.stop!r}, which is not one token of this "
                 "tokenizer, so that generation could not stop at it; choose a form that ends with the tokenizer's own "
                 "eos token (vicuna, llama2, alpaca), or add the token to the tokenizer"
@@ -124,7 +125,7 @@ class Template:
         return _fill(piece, bos=self.bos, eos=self.eos)
 
 
-class CutError(ValueError):
+class CutError(ArgumentError):
     """A tokenizer's chat template that can't be cut exactly into learned and unlearned text."""
 
 
@@ -139,6 +140,9 @@ class TokenizerTemplate:
     def __init__(self, tokenizer: Any, chat_template: str, name: str = "the tokenizer's own"):
         self.name = name
         self._tokenizer = tokenizer
+        # {% generation %} marks fail in every server but transformers; {% if true %} keeps their white space.
+        chat_template = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1if true", chat_template)
+        chat_template = re.sub(r"(\{%[-+]?\s*)endgeneration(?=\s*[-+]?%\})", r"\1endif", chat_template)
         self._text = chat_template
         self._tail, self.stop = self._probe()
         rendered = self._render([{"role": "user", "content": "Hi"}], None, True, "the template")
@@ -227,12 +231,12 @@ def choose_template(
     """The form to train and serve in: `template_name` from `table`, else the tokenizer's own, else vicuna.
 
     The choice is written into `tokenizer.chat_template`, so that what is saved and served is what was trained.
-    Families whose template rewrites earlier turns (Qwen3) get TRL's training template. Raises ValueError for an
-    unknown name, and where no exact cut exists.
+    Families whose template rewrites earlier turns (Qwen3) get TRL's training template. Raises ArgumentError for
+    an unknown name, and where no exact cut exists.
     """
     if template_name:
         if template_name not in table:
-            raise ValueError(f"--template_name: unknown template {template_name!r}; known: {', '.join(table)}")
+            raise ArgumentError(f"--template_name: unknown template {template_name!r}; known: {', '.join(table)}")
         template = table[template_name].bind(tokenizer)
         logger.info(f"template: {template_name} (--template_name)")
     elif tokenizer.chat_template:
@@ -270,7 +274,7 @@ def _own_template(tokenizer: Any) -> TokenizerTemplate:
     own = tokenizer.chat_template
     if isinstance(own, dict):
         if "default" not in own:
-            raise ValueError(f"the tokenizer's chat templates {sorted(own)} have no default; {WAY_OUT}")
+            raise ArgumentError(f"the tokenizer's chat templates {sorted(own)} have no default; {WAY_OUT}")
         own = own["default"]
     try:
         return TokenizerTemplate(tokenizer, own)
@@ -283,8 +287,6 @@ def _own_template(tokenizer: Any) -> TokenizerTemplate:
             raise error from None
         if training is None:
             raise
-        # Its {% generation %} marks are TRL's own and fail in every server; {% if true %} keeps their white space.
-        training = re.sub(r"\bgeneration(?=\s*-?%\})", "if true", training.replace("endgeneration", "endif"))
         return TokenizerTemplate(tokenizer, training, "TRL's training form of the tokenizer's")
 
 

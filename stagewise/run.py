@@ -1,4 +1,4 @@
-"""A run from its start to its end: arguments, device, output directory, data, training, and the manifest `run.json`."""
+"""A run from its start to its end: arguments, device, output directory, training, and the manifest `run.json`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from stagewise.results import draw_curves, show_sample, write_results
 from stagewise.validation import EvaluationTable
 
 MANIFEST = "run.json"
+USER_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "deepspeed", "stagewise")
 
 
@@ -51,6 +52,9 @@ class StageArguments(TrainingArguments):
     )
     report_to: str | None = field(
         default="tensorboard", metadata={"help": "Trackers, joined by commas: tensorboard, wandb …; or none."}
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "TensorBoard's files; default: logs/ in the output directory."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
@@ -71,7 +75,9 @@ class StageArguments(TrainingArguments):
         self.remove_unused_columns = False
         if isinstance(self.report_to, str):
             self.report_to = self.report_to.split(",")
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(self.output_dir, "logs"))
+        # transformers 5 takes the folder of TensorBoard's files from the environment alone.
+        self.logging_dir = self.logging_dir or USER_LOGGING_DIR or os.path.join(self.output_dir, "logs")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         super().__post_init__()
 
 
@@ -121,8 +127,8 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         dataclass_types: the stage's own and shared dataclasses; StageArguments is added here.
 
     Returns:
-        the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot be
-        honoured, before any weights are read.
+        the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot
+        be honoured, before any weights are read.
     """
     _set_up_logging()
     given: list[str] = []
@@ -156,8 +162,12 @@ def _settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None
         args.do_train, args.do_eval = True, has_validation
     if args.label_smoothing_factor:
         raise ArgumentError("--label_smoothing_factor: no stage smooths its labels; leave it out")
+    if not args.average_tokens_across_devices:
+        raise ArgumentError("--average_tokens_across_devices False: the loss is the mean over all processes; leave it out")
     if args.neftune_noise_alpha:
         raise ArgumentError("--neftune_noise_alpha: this stage adds no noise; leave it out")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ArgumentError("--train_sampling_strategy batch_rebalance: not in this version. Use group_by_length.")
     wants_eval = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if args.do_train and data and not (data.train_file_dir or data.dataset_name):
         raise ArgumentError("--train_file_dir: missing; give a file or folder of training records, or --dataset_name")
@@ -358,6 +368,8 @@ class Run:
             f"dry run: {steps} steps, about {seconds / 60:.1f} minutes and {peak:.1f} GiB a process "
             f"({self.args.device.type}); nothing was trained or written"
         )
+        if is_main() and self.output_dir.is_dir() and not any(self.output_dir.iterdir()):
+            self.output_dir.rmdir()  # the Trainer made it
 
     def _evaluate_only(self, trainer: Trainer) -> None:
         metrics = trainer.evaluate()

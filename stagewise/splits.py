@@ -160,5 +160,6 @@ class SplitReader:
         for name, account in splits.accounts.items():
             left_out = sum(account.left_out.values())
             logger.info(
-                f"{name}: {account.read} records read, {account.kept} kept, {left_out} left out, {account.cut} cut short"
+                f"{name}: {account.read} records read, {account.kept} kept, {left_out} left out, "
+                f"{account.cut} cut short"
             )

@@ -15,7 +15,8 @@ from transformers import EvalPrediction
 from stagewise.encoding import Example, PreferenceExample
 
 
-def _size(example: Example | PreferenceExample) -> int:
+def padded_length(example: Example | PreferenceExample) -> int:
+    """Tokens that a row, or each of a pair's two rows, takes in a batch of its own."""
     if isinstance(example, PreferenceExample):
         return max(len(example.chosen.input_ids), len(example.rejected.input_ids))
     return len(example.input_ids)
@@ -25,7 +26,7 @@ class ValidationSet(Dataset):
     """Validation examples, longest first so that a batch holds like lengths; an item is (index, example)."""
 
     def __init__(self, examples: Sequence[Example | PreferenceExample]):
-        self.examples = sorted(examples, key=_size, reverse=True)
+        self.examples = sorted(examples, key=padded_length, reverse=True)
 
     @property
     def wheres(self) -> list[str]:

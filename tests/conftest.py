@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers that the tests share. Nothing here is downloaded; torch is imported at first use."""
+"""Tiny random models and tokenizers that the tests share. Nothing is downloaded; torch is imported at first use."""
 
 import os
 import sys
@@ -151,3 +151,29 @@ def smollm() -> Path:
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"{folder} is not there: bash run_pipeline.sh brings it")
     return folder
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Runs a script's `main` in this process: stage("supervised_finetuning", "--max_steps", 2); returns its output_dir.
+
+    A run that ends the program raises SystemExit, as in a shell.
+    """
+    import importlib
+
+    def run(script: str, *words) -> Path:
+        module = importlib.import_module(script)
+        words = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        module.main()
+        return Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else None
+
+    return run
+
+
+def adapter_weights(folder: Path) -> dict:
+    """The tensors of a saved adapter, or of a saved model."""
+    from safetensors.torch import load_file
+
+    path = next(p for p in (folder / "adapter_model.safetensors", folder / "model.safetensors") if p.is_file())
+    return load_file(path)

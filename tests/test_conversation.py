@@ -36,7 +36,7 @@ def reason(parse, record):
     return caught.value.reason, str(caught.value)
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
+# --- conversations ---------------------------------------------------------------------------------------------------
 
 
 def test_sharegpt_with_a_system_field():
@@ -181,7 +181,7 @@ def test_prompt_of_drops_the_last_answer_only():
     assert [message.role for message in prompt_of(called).messages] == [U]
 
 
-# --- preferences ------------------------------------------------------------------------------------------------------
+# --- preferences -----------------------------------------------------------------------------------------------------
 
 PROMPT = Conversation((Message(U, "Hi"),), None, None, "a:1")
 
@@ -245,7 +245,7 @@ def test_history_in_pairs_flat_or_missing():
             parse_history(broken, "a:1")
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
 def test_text_keeps_its_white_space():

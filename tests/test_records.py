@@ -22,7 +22,7 @@ def text_of(record, where):
     return where, parse_text(record, where)
 
 
-# --- find_files -------------------------------------------------------------------------------------------------------
+# --- find_files ------------------------------------------------------------------------------------------------------
 
 
 def test_files_are_found_in_nested_folders_in_order(tmp_path):
@@ -63,7 +63,7 @@ def test_data_in_a_form_that_is_not_read_is_refused_by_name(tmp_path, name):
         find_files(tmp_path, (".jsonl",), FLAG)
 
 
-# --- read_files -------------------------------------------------------------------------------------------------------
+# --- read_files ------------------------------------------------------------------------------------------------------
 
 
 def test_byte_order_mark_blank_lines_and_line_ends(tmp_path):
@@ -105,8 +105,8 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line, slug, says):
 @pytest.mark.parametrize(
     ("content", "wheres"),
     [
-        ('[{"text": "a"},\n {"text": "b"}]', ["a.json#1", "a.json#2"]),
-        ('{\n  "text": "a"\n}', ["a.json#1"]),
+        ('[{"text": "a"},\n {"text": "b"}]', ["a.json:1#1", "a.json:2#2"]),
+        ('{\n  "text": "a"\n}', ["a.json:1"]),
         ('{"text": "a"}\n{"text": "b"}\n', ["a.json:1", "a.json:2"]),
     ],
 )
@@ -117,10 +117,41 @@ def test_json_files_hold_a_list_one_record_or_lines(tmp_path, content, wheres):
     assert (account.read, account.kept) == (len(wheres), len(wheres))
 
 
-def test_a_broken_json_list_is_one_error(tmp_path):
-    path = write(tmp_path / "a.json", '[{"text": "a"},', '{"text": "b"},,', "]")
+@pytest.mark.parametrize(
+    ("content", "where", "says"),
+    [
+        ('[{"text": "a"},\n{"text": "b"},\n{"text": "c', "a.json:3#3", "Unterminated string"),
+        ('[{"text": "a"},\n{"text": "b"}', "a.json:2#2", "expecting ',' or ']'"),
+        ('[{"text": "a"}, {"text": "b"} {"text": "c"}]', "a.json:1#2", "expecting ',' or ']'"),
+        ('[{"text": "a"},\n\n]', "a.json:3#2", "Expecting value"),
+    ],
+)
+def test_what_stands_before_a_break_in_a_list_is_read(tmp_path, content, where, says):
+    path = write(tmp_path / "a.json", content.encode())
+    records, account = load_records([path], parse_text, on_bad_record="skip")
+    assert records == list("ab")[: account.kept]
+    assert (account.read, account.left_out) == (account.kept + 1, {"broken JSON": 1})
+    with pytest.raises(RecordError, match=says) as caught:
+        load_records([path], parse_text)
+    assert caught.value.where == where
+
+
+def test_one_bad_record_of_a_list_does_not_hide_the_others(tmp_path):
+    path = write(tmp_path / "a.json", b'[{"text": "a"}, {"text": NaN}, 5, [], {"text": "b"}]')
+    records, account = load_records([path], parse_text, on_bad_record="skip")
+    assert records == ["a", "b"]
+    assert (account.read, account.left_out) == (5, {"broken JSON": 1, "not an object": 2})
+
+
+@pytest.mark.parametrize("content", ["[]", " [\n] "])
+def test_an_empty_list_holds_no_record(tmp_path, content):
+    assert list(read_files([write(tmp_path / "a.json", content)])) == []
+
+
+def test_a_broken_record_of_many_lines_is_one_error(tmp_path):
+    path = write(tmp_path / "a.json", "{", '"text": "a",', "}")
     lines = list(read_files([path]))
-    assert [line.where for line in lines] == ["a.json"]
+    assert [line.where for line in lines] == ["a.json:1"]
     assert lines[0].value.reason == "broken JSON"
 
 
@@ -137,7 +168,7 @@ def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path):
     assert [line.where for line in read_files(paths)] == ["en/a.jsonl:1", "zh/a.jsonl:1"]
 
 
-# --- load_records -----------------------------------------------------------------------------------------------------
+# --- load_records ----------------------------------------------------------------------------------------------------
 
 
 def test_every_record_is_kept_or_counted_and_written(tmp_path):
@@ -189,7 +220,7 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": ""}')
     with pytest.raises(ValueError, match=r"no record is left of the 1 read from .*a\.jsonl: \{'empty text': 1\}"):
         load_records([path], parse_text, on_bad_record="skip")
-    with pytest.raises(ValueError, match="no record is left of the 0 read .*the files are empty"):
+    with pytest.raises(ValueError, match=r"no record is left of the 0 read .*the files are empty"):
         load_records([write(tmp_path / "b.jsonl", "")], parse_text)
 
 
@@ -206,7 +237,7 @@ def test_only_the_first_process_writes_rejected_records(tmp_path, monkeypatch):
     assert not (tmp_path / "r.jsonl").exists()
 
 
-# --- datasets sets ----------------------------------------------------------------------------------------------------
+# --- datasets sets ---------------------------------------------------------------------------------------------------
 
 
 def test_a_local_set_is_read_like_a_file(tmp_path):
@@ -220,7 +251,7 @@ def test_a_local_set_is_read_like_a_file(tmp_path):
     assert (account.read, account.kept) == (2, 2)
     # the set's second row has no "extra", which `datasets` fills with null
     assert [line.value for line in read_dataset(name, None, "train", **options)][1] == {"text": "b"}
-    with pytest.raises(ValueError, match="--dataset_name: .* has no split 'test', only train, validation"):
+    with pytest.raises(ValueError, match=r"--dataset_name: .* has no split 'test', only train, validation"):
         read_dataset(name, None, "test", **options)
 
 
@@ -231,7 +262,7 @@ def test_a_saved_set_is_read(tmp_path):
     assert load_records(read_dataset(str(tmp_path / "saved")), parse_text)[0] == ["a"]
 
 
-# --- real data --------------------------------------------------------------------------------------------------------
+# --- real data -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def tokenizers(tiny_tokenizer):
     return {"plain": make(), "adds bos": make(adds_bos=True), "no bos": make(bos=False)}
 
 
-# --- the table: expected text written out -------------------------------------------------------------------------------
+# --- the table: expected text written out ----------------------------------------------------------------------------
 
 SEGMENTS = {
     "vicuna": [
@@ -147,7 +147,7 @@ def test_the_end_marker(name, tokenizers):
     assert TEMPLATES[name].bind(tokenizers["plain"]).stop == ("<|im_end|>" if name in ("chatml", "qwen") else "</s>")
 
 
-# --- Jinja equals the segments ------------------------------------------------------------------------------------------
+# --- Jinja equals the segments ---------------------------------------------------------------------------------------
 
 TALKS = {
     "one exchange": talk("Hi", "Hello"),
@@ -196,7 +196,7 @@ def test_the_saved_template_cuts_the_same_way(name, tokenizers):
     assert again.segments(talk("Hi"), generation=True) == template.segments(talk("Hi"), generation=True)
 
 
-# --- bos ----------------------------------------------------------------------------------------------------------------
+# --- bos -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,7 +230,7 @@ def test_a_tokenizers_own_template_gets_the_bos_that_its_form_leaves_out(tokeniz
     assert joined(choose_template(tokenizer, None, TEMPLATES).segments(talk("Hi", "Hello"))) == expected
 
 
-# --- choosing -----------------------------------------------------------------------------------------------------------
+# --- choosing --------------------------------------------------------------------------------------------------------
 
 
 def test_a_tokenizer_without_a_template_gets_vicuna(tiny_tokenizer):
@@ -252,7 +252,7 @@ def test_a_form_whose_end_marker_is_not_a_token_is_refused(tiny_tokenizer):
         choose_template(tiny_tokenizer(eos=False), "vicuna", TEMPLATES)
 
 
-# --- a tokenizer's own template -----------------------------------------------------------------------------------------
+# --- a tokenizer's own template --------------------------------------------------------------------------------------
 
 
 def own(tokenizer, chat_template):
@@ -320,12 +320,27 @@ def test_named_templates_need_a_default(tokenizers):
         own(tokenizers["plain"], {"other": "x"})
 
 
+def test_generation_marks_are_not_saved(tokenizers):
+    """Plain Jinja and most servers fail on them."""
+    answer = 'message["content"] + "<|im_end|>\\n"'
+    marked = TEMPLATES["chatml"].jinja()
+    assert marked.count("{{ " + '"<|im_start|>assistant\\n" + ' + answer + " }}") == 1
+    marked = marked.replace(f" + {answer} }}}}", " }}{%- generation -%} {{ " + answer + " }}{% endgeneration %}")
+    template, tokenizer = own(tokenizers["plain"], marked)
+    assert "generation %}" not in tokenizer.chat_template and "generation -%}" not in tokenizer.chat_template
+    assert pairs(template.segments(talk("Hi", "Hello", "Bye", "Ciao"))) == SEGMENTS["chatml"]
+    plain = jinja2.Environment().from_string(tokenizer.chat_template)
+    assert plain.render(messages=openai(talk("Hi", "Hello", "Bye", "Ciao"))) == "".join(
+        t for t, _ in SEGMENTS["chatml"]
+    )
+
+
 def test_a_template_goes_to_worker_processes(tokenizers):
     template, _ = own(tokenizers["plain"], TEMPLATES["chatml"].jinja())
     assert pickle.loads(pickle.dumps(template)).segments(talk("a", "b")) == template.segments(talk("a", "b"))
 
 
-# --- families whose template TRL knows --------------------------------------------------------------------------------
+# --- families whose template TRL knows -------------------------------------------------------------------------------
 
 
 def trl_template(name):
@@ -393,7 +408,7 @@ def test_public_families(name, learned, stop, tokenizers):
     assert joined(segments).startswith(prompt)
 
 
-# --- tools --------------------------------------------------------------------------------------------------------------
+# --- tools -----------------------------------------------------------------------------------------------------------
 
 WITH_TOOLS = Conversation(
     (Message(U, "Weather?"), Message("tool_call", CALL), Message("observation", "sunny"), Message(A, "It is sunny.")),
@@ -457,7 +472,7 @@ def test_a_prompt_must_end_with_what_the_model_is_told(tokenizers):
             template.segments(talk("Hi", "Hello"), generation=True)
 
 
-# --- the real model -----------------------------------------------------------------------------------------------------
+# --- the real model --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

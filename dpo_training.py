@@ -1,0 +1,191 @@
+"""Direct preference optimisation: a model learns from preferences without a reward model.
+
+    python dpo_training.py --model_name_or_path outputs/sft-merged --output_dir outputs/dpo \
+        --train_file_dir data/reward/train --validation_file_dir data/reward/validation
+
+    torchrun --nproc_per_node 8 dpo_training.py …                          # eight GPUs
+    torchrun --nproc_per_node 8 dpo_training.py --deepspeed zero2.json …   # with DeepSpeed
+
+A record is a prompt with a chosen and a rejected answer. An answer's implicit reward is beta times the log-probability
+that the model gives it, less the one that the reference gives it: the same model with its adapter switched off, or a
+frozen second copy with --use_peft False. --per_device_train_batch_size counts pairs. Paper: Rafailov et al. 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from stagewise.adapter import attach_adapter
+from stagewise.arguments import (
+    AdapterArguments,
+    ArgumentError,
+    ChatArguments,
+    DataArguments,
+    ModelArguments,
+    PairArguments,
+)
+from stagewise.callbacks import NonFiniteGuard
+from stagewise.conversation import parse_preference
+from stagewise.encoding import encode_preference
+from stagewise.forward import learned_logits, takes_kept_logits
+from stagewise.losses import dpo_loss, sequence_logps
+from stagewise.metrics import pair_metrics
+from stagewise.model import find_source, load_causal_lm, load_config, load_tokenizer, refuse_adapter
+from stagewise.packing import PreferenceCollator
+from stagewise.pairs import PairTrainer
+from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
+from stagewise.rendering import choose_template
+from stagewise.run import start
+from stagewise.splits import SplitReader
+from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
+from template import TEMPLATES
+
+
+@dataclass
+class DPOArguments:
+    beta: float = field(default=0.1, metadata={"help": "How strongly the model is held to the reference."})
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reference where all weights are trained; default: the model as it starts."}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.beta < float("inf"):
+            raise ArgumentError(f"--beta: expected a number above 0, found {self.beta}")
+
+
+class DPOTrainer(PairTrainer):
+    def __init__(self, *args, beta: float, reference: PreTrainedModel | None, **kwargs):
+        """`reference` None: the model with its adapter switched off."""
+        super().__init__(*args, **kwargs)
+        self.beta = beta
+        self.keep_logits = takes_kept_logits(self.model) and (reference is None or takes_kept_logits(reference))
+        self.reference = reference and prepare_reference(reference, self.accelerator)
+        self.known = {}  # reference log-probabilities of validation batches, by their pairs' indices
+
+    def logps(self, model, inputs):
+        """Log-probabilities of the answers, summed over their tokens: (2B, T) -> (B,), (B,)."""
+        return sequence_logps(*learned_logits(model, inputs, self.keep_logits)).chunk(2)
+
+    @torch.no_grad()
+    def reference_logps(self, inputs):
+        """The same by the reference, which has neither gradient nor dropout."""
+        # Around DDP's and DeepSpeed's wrapper, which would take a pass through it for the step's own; hence autocast.
+        model = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            if self.reference is not None:
+                return self.logps(self.reference, inputs)
+            was_training = model.training
+            with model.eval().disable_adapter():
+                logps = self.logps(model, inputs)
+            model.train(was_training)
+        return logps
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean DPO loss of the pairs of the whole batch, over all processes."""
+        reference = self.reference_logps(inputs)
+        losses, chosen, rejected = dpo_loss(*self.logps(model, inputs), *reference, self.beta)
+        loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        self.see(chosen, rejected)
+        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
+        return loss
+
+    def rewards(self, model, inputs):
+        """Implicit rewards of validation pairs; what the reference says of them is computed once."""
+        pairs = tuple(inputs["index"].tolist())
+        if pairs not in self.known:
+            self.known[pairs] = self.reference_logps(inputs)
+        return dpo_loss(*self.logps(model, inputs), *self.known[pairs], self.beta)[1:]
+
+
+def prepare_reference(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """Freezes the reference and puts it on the device; under DeepSpeed into an engine that has no optimizer."""
+    model.eval().requires_grad_(False)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return model if hasattr(model, "hf_device_map") else model.to(accelerator.device)
+    import deepspeed
+
+    # Partitioned where the model is (ZeRO-3), whole otherwise; in the precision to which the model's engine casts it.
+    zero = plugin.deepspeed_config["zero_optimization"]
+    kept = ("stage", "offload_param") if zero["stage"] == 3 else ()
+    config = {k: plugin.deepspeed_config[k] for k in ("bf16", "fp16") if k in plugin.deepspeed_config}
+    config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {k: zero[k] for k in kept if k in zero}}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine.eval()
+
+
+def check_reference(dpo: DPOArguments, model: ModelArguments, adapter: AdapterArguments) -> None:
+    """Raises ArgumentError for a --ref_model_name_or_path without effect or that is no model."""
+    flag, name = "ref_model_name_or_path", dpo.ref_model_name_or_path
+    if name and adapter.trains_adapter:
+        way_out = "leave it out, or train all weights with --use_peft False"
+        raise ArgumentError(f"--{flag} has no effect: the reference is the model without its adapter; {way_out}")
+    if name:
+        refuse_adapter(find_source(name, model, flag), flag)
+
+
+def main() -> None:
+    # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
+    shared = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments, PredecessorArguments]
+    run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, dpo_args = start(
+        "dpo", [*shared, DPOArguments]
+    )
+    args, limits = run.args, (pair_args.max_source_length, pair_args.max_target_length)
+    with run:
+        check_predecessor(run, predecessor_args, adapter_args)
+        check_reference(dpo_args, model_args, adapter_args)
+
+        # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+        tokenizer = load_tokenizer(model_args)
+        template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
+        splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json")).read(
+            parse_preference,
+            lambda preference: encode_preference(tokenizer, template, preference, *limits),
+            train=args.do_train,
+            validation=args.do_eval,
+            tokenizer=tokenizer,
+            template=template.jinja(),
+            limits=limits,
+        )
+        run.show_sample(tokenizer, splits.train or splits.validation)
+
+        # ── model, adapter and reference ─────────────────────────────────────────────────────────────────────────
+        model = load_causal_lm(model_args, tokenizer=tokenizer, deepspeed_zero3=run.zero3)
+        model, reference = merge_predecessor(run, predecessor_args, model), None
+        if adapter_args.trains_adapter:
+            model = attach_adapter(model, adapter_args, "CAUSAL_LM")
+        else:
+            name = dpo_args.ref_model_name_or_path
+            other = replace(model_args, model_name_or_path=name) if name else model_args
+            reference = load_causal_lm(other, tokenizer=tokenizer, for_training=False, deepspeed_zero3=run.zero3)
+            reference = reference if name else merge_predecessor(run, predecessor_args, reference)
+
+        # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
+        validation = ValidationSet(splits.validation)
+        table = EvaluationTable(validation.wheres, ("chosen", "rejected"), pair_metrics)
+        guard = NonFiniteGuard()
+        trainer = DPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits.train,
+            eval_dataset=validation if args.do_eval else None,
+            data_collator=WithIndex(PreferenceCollator(tokenizer.pad_token_id), rows=False),
+            compute_metrics=table,
+            processing_class=tokenizer,
+            guard=guard,
+            beta=dpo_args.beta,
+            reference=reference,
+        )
+        run.note(template=template.name, data=splits.as_dict())
+        run.attach(trainer, table, guard)
+        run.train(trainer, stop=template.stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+# What the recipes (run_*.sh), run_pipeline.sh and run_tests.sh share: which Python, which devices, which model, and the
+# one place that starts a stage. They source this file. By itself: `bash launch.sh set_up` installs the environment.
+#
+# Read from the environment:
+#   MODEL                       model to start from, in place of the one that the recipe chooses
+#   OUTPUTS                     folder of all output directories; default outputs
+#   NPROC                       processes on this machine; default: one for each visible GPU, else one on the CPU
+#   NNODES NODE_RANK            machines, and this machine's number from 0; default 1 and 0
+#   MASTER_ADDR MASTER_PORT     address and port of machine 0, where NNODES is above 1; default port 29500
+#   PYTHON                      interpreter; default: the active environment's, else .venv's, else python3 if it has torch
+#   GPUS                        visible GPUs; counted unless given
+#   LAUNCH_DRY=1                print the stage's command and stop
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")" # paths in recipes and in their flags are relative to this folder
+OUTPUTS=${OUTPUTS:-outputs} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+SMALL_MODEL=models/SmolLM2-135M-Instruct
+
+say() { echo "$*" >&2; }
+fail() { say "error: $*"; exit 2; }
+has_torch() { "$1" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None)' 2>/dev/null; }
+
+# Sets PYTHON, or says how to make an environment.
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then return; fi
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then PYTHON=$(command -v python)
+    elif [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python
+    elif has_torch python3; then PYTHON=python3
+    else fail "no environment with torch is active and there is no .venv: 'bash launch.sh set_up' makes one"
+    fi
+}
+
+# Makes .venv where no environment is active.
+make_environment() {
+    if [ -n "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ -x .venv/bin/python ] || has_torch python3; then return; fi
+    local candidate found=
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$candidate; break; fi
+    done
+    [ -n "$found" ] || fail "Python 3.11 or newer is needed; found $(python3 --version 2>&1)"
+    say "making .venv with $("$found" --version)"
+    "$found" -m venv .venv || { rm -rf .venv; fail "python -m venv failed; its own words are above"; }
+}
+
+# Installs a requirements file into the active environment or .venv. A torch that is there stays as it is.
+set_up() {
+    local requirements=${1:-requirements.txt} constraints=constraints.txt status=0
+    make_environment
+    find_python
+    "$PYTHON" -m tools.check_environment "$requirements" || status=$?
+    if [ $status = 0 ]; then return; fi # nothing to do: a second start needs no network
+    if [ $status = 2 ]; then exit 2; fi
+    if has_torch "$PYTHON"; then
+        constraints=$(mktemp)
+        grep -v '^torch==' constraints.txt >"$constraints"
+        "$PYTHON" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$constraints"
+    fi
+    say "installing $requirements into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
+    "$PYTHON" -m pip install -r "$requirements" -c "$constraints" >&2 ||
+        fail "pip could not install $requirements; its own words are above"
+}
+
+# Sets GPUS, NPROC and PRECISION. Weights are bfloat16 and the adapter float32; a GPU computes in mixed precision.
+find_devices() {
+    find_python
+    if [ -z "${GPUS:-}" ]; then
+        GPUS=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())') ||
+            fail "$PYTHON cannot import torch: 'bash launch.sh set_up' installs what is missing"
+    fi
+    NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+    PRECISION=(--torch_dtype bfloat16)
+    if [ "$GPUS" -gt 0 ]; then PRECISION+=(--bf16); fi
+}
+
+# Sets MODEL, unless the environment did, to the first of the directories given that holds a model, else the small model.
+choose_model() {
+    local folder
+    if [ -n "${MODEL:-}" ]; then
+        say "model: $MODEL, from MODEL"
+    else
+        MODEL=$SMALL_MODEL
+        for folder in "$@"; do
+            if [ -f "$folder/config.json" ]; then MODEL=$folder; break; fi
+        done
+        say "model: $MODEL$([ "$MODEL" != "$SMALL_MODEL" ] || [ $# = 0 ] || echo ", since there is no $*")"
+    fi
+    if [ "$MODEL" = "$SMALL_MODEL" ] && [ -z "${LAUNCH_DRY:-}" ]; then "$PYTHON" -m tools.fetch_small_model; fi
+}
+
+# Starts a stage script with its flags and prints the command: plain Python for one process, torchrun for several.
+launch() {
+    local command=("$PYTHON")
+    # DeepSpeed asks for the variables that torchrun sets, also for one process.
+    if [ "$NNODES" -gt 1 ] || [ "$NPROC" -gt 1 ] || [[ " $* " == *" --deepspeed"* ]]; then
+        command+=(-m torch.distributed.run --nproc_per_node "$NPROC")
+        if [ "$NNODES" -gt 1 ]; then
+            [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES: MASTER_ADDR, the address of machine 0, is missing"
+            command+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
+            command+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+        elif [ -n "${MASTER_PORT:-}" ]; then
+            command+=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")
+        else
+            command+=(--standalone) # a free port, so that two runs on one machine do not meet
+        fi
+    fi
+    command+=("$@")
+    if [ -n "${LAUNCH_DRY:-}" ]; then
+        printf '%q ' "${command[@]}" && echo
+    else
+        say "+$(printf ' %q' "${command[@]}")"
+        "${command[@]}"
+    fi
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then "$@"; fi

@@ -1,0 +1,95 @@
+"""Reward modeling: a model with one scalar score learns which of two answers people prefer.
+
+    python reward_modeling.py --model_name_or_path outputs/sft-merged --output_dir outputs/rm \
+        --train_file_dir data/reward/train --validation_file_dir data/reward/validation
+
+    torchrun --nproc_per_node 8 reward_modeling.py …                          # eight GPUs
+    torchrun --nproc_per_node 8 reward_modeling.py --deepspeed zero2.json …   # with DeepSpeed
+
+A record is a prompt with a chosen and a rejected answer. Both are rendered by the chat template and scored at their
+last token; the loss is -log sigmoid(score of chosen - score of rejected). --per_device_train_batch_size counts pairs.
+The score's head is trained in full and saved with the adapter; `merge_peft_adapter.py` folds both into the model.
+"""
+
+from __future__ import annotations
+
+from stagewise.adapter import attach_adapter
+from stagewise.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
+from stagewise.callbacks import NonFiniteGuard
+from stagewise.conversation import parse_preference
+from stagewise.encoding import encode_preference
+from stagewise.losses import pairwise_loss
+from stagewise.metrics import pair_metrics
+from stagewise.model import load_config, load_reward_model, load_tokenizer
+from stagewise.packing import PreferenceCollator
+from stagewise.pairs import PairTrainer
+from stagewise.rendering import choose_template
+from stagewise.run import start
+from stagewise.splits import SplitReader
+from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
+from template import TEMPLATES
+
+
+class RewardTrainer(PairTrainer):
+    def rewards(self, model, inputs):
+        """The scores at each row's last token that is not padding: (2B, T) -> (B,), (B,)."""
+        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        return output.logits.squeeze(-1).float().chunk(2)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean pairwise loss of the pairs of the whole batch, over all processes."""
+        chosen, rejected = self.rewards(model, inputs)
+        loss = pairwise_loss(chosen, rejected).sum() / num_items_in_batch * self.accelerator.num_processes
+        self.see(chosen, rejected)
+        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
+        return loss
+
+
+def main() -> None:
+    # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
+    run, model_args, data_args, chat_args, pair_args, adapter_args = start(
+        "rm", [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments]
+    )
+    args, limits = run.args, (pair_args.max_source_length, pair_args.max_target_length)
+    with run:
+        # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+        tokenizer = load_tokenizer(model_args)
+        template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
+        splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json")).read(
+            parse_preference,
+            lambda preference: encode_preference(tokenizer, template, preference, *limits),
+            train=args.do_train,
+            validation=args.do_eval,
+            tokenizer=tokenizer,
+            template=template.jinja(),
+            limits=limits,
+        )
+        run.show_sample(tokenizer, splits.train or splits.validation)
+
+        # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
+        model = load_reward_model(model_args, tokenizer, deepspeed_zero3=run.zero3)
+        if adapter_args.trains_adapter:
+            model = attach_adapter(model, adapter_args, "SEQ_CLS")
+
+        # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
+        validation = ValidationSet(splits.validation)
+        table = EvaluationTable(validation.wheres, ("chosen", "rejected"), pair_metrics)
+        guard = NonFiniteGuard()
+        trainer = RewardTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits.train,
+            eval_dataset=validation if args.do_eval else None,
+            data_collator=WithIndex(PreferenceCollator(tokenizer.pad_token_id), rows=False),
+            compute_metrics=table,
+            processing_class=tokenizer,
+            guard=guard,
+        )
+        run.note(template=template.name, data=splits.as_dict())
+        run.attach(trainer, table, guard)
+        run.train(trainer, stop=template.stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The order of training rows: rows of like lengths together, where the user asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from loguru import logger
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from stagewise.packing import PackedRows
+from stagewise.validation import padded_length
+
+
+class LengthGroups(Sampler[int]):
+    """Every row once an epoch, shuffled, but with rows of like lengths beside each other; the longest rows first.
+
+    The order follows from the seed and the epoch alone, so that all processes, and a resumed run, have the same one;
+    transformers' own LengthGroupedSampler draws from the global state of each process.
+    """
+
+    def __init__(self, lengths: Sequence[int], step_rows: int, seed: int):
+        """`step_rows`: rows of one optimizer step over all processes, which shall be of like lengths."""
+        self.lengths, self.step_rows, self.seed, self.epoch = list(lengths), step_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.step_rows, generator=generator))
+
+
+class GroupsByLength:
+    """For a Trainer whose rows are examples or pairs: --train_sampling_strategy group_by_length takes effect.
+
+    transformers finds lengths only in rows that are dictionaries, or in a column of a `datasets` set.
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        if isinstance(rows, PackedRows):
+            logger.info("--train_sampling_strategy group_by_length: packed rows are full already; random order")
+            return RandomSampler(rows)
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroups([padded_length(row) for row in rows], step_rows, seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In order: a ValidationSet is sorted by length."""
+        return SequentialSampler(eval_dataset)

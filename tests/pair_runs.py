@@ -1,0 +1,89 @@
+"""What the tests of reward modeling and DPO share: preference pairs, the flags of a short run, batches."""
+
+import json
+
+from stagewise.conversation import parse_preference
+from stagewise.encoding import encode_preference
+from stagewise.packing import PreferenceCollator
+from template import TEMPLATES
+
+# prompt turns (user first), chosen, rejected; the first prompt has a history
+PAIRS = [
+    (["hello", "hi there", "how do I treat a cold"], "rest and drink water", "ignore it"),
+    (["what helps against a fever"], "drink", "take ten tablets at once and go for a run"),
+    (["I sleep badly"], "keep one rising time, and no screens at night", "too bad"),
+    (["is sugar bad"], "in large amounts it is", "never think about what you eat"),
+    (["my knee hurts"], "rest it for some days; see a doctor if it swells", "run on it"),
+    (["how much water a day"], "about two litres", "none"),
+    (["can I stop my tablets"], "ask your doctor first", "yes, throw them all away today"),
+    (["I feel sad"], "talk to a friend or a doctor; you are not alone", "so what"),
+]
+
+
+def records(first: int, last: int) -> list[dict]:
+    roles = ("human", "gpt")
+    return [
+        {
+            "conversations": [{"from": roles[n % 2], "value": turn} for n, turn in enumerate(turns)],
+            "chosen": chosen,
+            "rejected": rejected,
+        }
+        for turns, chosen, rejected in PAIRS[first:last]
+    ]
+
+
+def preferences(tokenizer, first=0, last=None):
+    """The pairs as PreferenceExamples in the vicuna form."""
+    parsed = [parse_preference(record, f"pairs:{n}") for n, record in enumerate(records(first, last), first)]
+    return [encode_preference(tokenizer, TEMPLATES["vicuna"], preference, 400, 400)[0] for preference in parsed]
+
+
+def batch_of(tokenizer, first=0, last=None):
+    return PreferenceCollator(tokenizer.pad_token_id)(preferences(tokenizer, first, last))
+
+
+def chat_columns(first=0, last=None) -> list[dict]:
+    """The same pairs as TRL takes them: it renders and tokenises them itself, by the tokenizer's chat template."""
+    roles = ("user", "assistant")
+    return [
+        {
+            "prompt": [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for turns, chosen, rejected in PAIRS[first:last]
+    ]
+
+
+def write_records(path, first, last):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records(first, last)))
+    return path.parent
+
+
+def flags_of(folder, model, out="out", **changes) -> list:
+    """Words of a short run: six training pairs in batches of two, two validation pairs."""
+    flags = {
+        "model_name_or_path": model,
+        "train_file_dir": write_records(folder / "train" / "a.jsonl", 0, 6),
+        "validation_file_dir": write_records(folder / "validation" / "b.jsonl", 6, 8),
+        "output_dir": folder / out,
+        "max_source_length": 400,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lora_dropout": 0,
+        "report_to": "none",
+        **changes,
+    }
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+
+
+def manifest(folder) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def evaluation_rows(folder, step) -> dict[str, tuple[float, float]]:
+    """eval_records/step-N.jsonl: where -> (reward of chosen, reward of rejected)."""
+    lines = (folder / "eval_records" / f"step-{step}.jsonl").read_text().splitlines()
+    return {row["where"]: (row["chosen"], row["rejected"]) for row in map(json.loads, lines)}

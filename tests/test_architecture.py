@@ -1,0 +1,58 @@
+"""The rules of who may import whom, held by walking the syntax trees."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = [
+    {"conversation", "arguments"},
+    {"records", "rendering", "cache", "encoding"},
+    {"packing", "losses", "metrics", "attention", "validation", "forward", "sampling", "generation", "results", "shards"},
+    {"model", "adapter", "checkpoint", "callbacks", "splits", "language_model", "pairs"},
+    {"run", "predecessor"},
+]
+WITHOUT_TORCH = {"conversation", "records", "rendering", "arguments"}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"template"}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+MODULES = {path.stem: imports(path) for path in (ROOT / "stagewise").glob("*.py") if path.stem != "__init__"}
+
+
+def layer(name: str) -> int:
+    found = [number for number, names in enumerate(LAYERS) if name in names]
+    assert found, f"stagewise/{name}.py stands in no layer"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_what_stands_to_its_left(name):
+    for imported in MODULES[name]:
+        if imported.startswith("stagewise."):
+            assert layer(imported.split(".")[1]) <= layer(name), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_the_package_imports_nothing_from_the_root(name):
+    assert not MODULES[name] & (SCRIPTS | {"template"})
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+def test_these_import_no_torch(name):
+    assert not {imported.split(".")[0] for imported in MODULES[name]} & {"torch"}
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_scripts_never_import_scripts(name):
+    assert not imports(ROOT / f"{name}.py") & SCRIPTS

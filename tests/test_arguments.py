@@ -1,0 +1,142 @@
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from stagewise.arguments import (
+    AdapterArguments,
+    ArgumentError,
+    DataArguments,
+    LanguageModelArguments,
+    ModelArguments,
+    check_shared,
+    parse,
+)
+
+
+@dataclass
+class Trained:
+    """Stands for transformers' TrainingArguments, without torch."""
+
+    output_dir: str = "out"
+    eval_strategy: str = "no"
+    warmup_steps: float = 0
+    use_cpu: bool = False
+    optim: str = "adamw_torch_fused"
+    train_sampling_strategy: str = "random"
+    learning_rate: float = 5e-5
+    neftune_noise_alpha: float | None = field(default=None)
+
+
+def read(*words, types=(Trained, ModelArguments)):
+    return parse(list(types), ["--model_name_or_path", "m", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--evaluation_strategy", "steps"], "eval_strategy", "steps"),
+        (["--warmup_ratio", "0.05"], "warmup_steps", 0.05),
+        (["--no_cuda"], "use_cpu", True),
+        (["--no_cuda", "False"], "use_cpu", False),
+        (["--optim", "adamw_hf"], "optim", "adamw_torch"),
+        (["--group_by_length", "True"], "train_sampling_strategy", "group_by_length"),
+        (["--group_by_length", "False"], "train_sampling_strategy", "random"),
+        (["--learning_rate=1e-3"], "learning_rate", 1e-3),
+        (["--use_fast_tokenizer", "False"], "output_dir", "out"),
+        (["--streaming", "False"], "output_dir", "out"),
+    ],
+)
+def test_names_of_earlier_pipelines_are_taken_as_meant(words, name, value):
+    assert getattr(read(*words)[0], name) == value
+
+
+def test_unknown_flag_ends_with_the_nearest_known_name():
+    with pytest.raises(ArgumentError, match="--learning_rat: no such flag; the nearest known flag is --learning_rate"):
+        read("--learning_rat", "1e-3")
+
+
+def test_an_abbreviation_is_not_a_flag():
+    with pytest.raises(ArgumentError, match="--output_dir"):
+        read("--output", "x")
+
+
+@pytest.mark.parametrize("flag", ["streaming", "qlora", "load_in_4bit", "flash_attn", "shift_attn"])
+def test_flags_of_later_versions_are_refused_by_name(flag):
+    with pytest.raises(ArgumentError, match=f"--{flag}: not in this version"):
+        read(f"--{flag}", "True")
+
+
+def test_value_without_flag_is_an_error():
+    with pytest.raises(ArgumentError, match="starts with --, found 'sft'"):
+        parse([Trained], ["sft", "--output_dir", "x"])
+
+
+def test_file_of_flags_and_later_flags_that_override_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\nlearning_rate: 1.0e-3\noutput_dir: a\nuse_cpu: true\noptim: null\n")
+    trained, model = parse([Trained, ModelArguments], [str(path), "--output_dir", "b"])
+    assert (trained.learning_rate, trained.output_dir, trained.use_cpu) == (1e-3, "b", True)
+    assert (trained.optim, model.model_name_or_path) == ("adamw_torch_fused", "m")
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"evaluation_strategy": "epoch", "model_name_or_path": "m"}))
+    assert parse([Trained, ModelArguments], [str(path)])[0].eval_strategy == "epoch"
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n"])
+def test_bad_file_of_flags_names_the_file(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match="bad.yaml"):
+        parse([Trained], [str(path)])
+
+
+def test_missing_file_of_flags():
+    with pytest.raises(ArgumentError, match="nowhere.yaml: no such file"):
+        parse([Trained], ["nowhere.yaml"])
+
+
+def test_neftune_noise_alpha_is_neft_alpha_where_the_stage_has_it():
+    assert (
+        read("--neftune_noise_alpha", "5", types=(Trained, ModelArguments, LanguageModelArguments))[2].neft_alpha == 5
+    )
+    assert read("--neftune_noise_alpha", "5")[0].neftune_noise_alpha == 5
+
+
+def test_the_words_pass_through_before():
+    seen = []
+    parse([Trained, ModelArguments], ["--model_name_or_path", "m", "--no_cuda"], before=lambda w: seen.extend(w) or w)
+    assert seen == ["--model_name_or_path", "m", "--use_cpu"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (ModelArguments("m", torch_dtype="fp8"), "--torch_dtype: expected one of"),
+        (DataArguments(train_file_dir="a", dataset_name="b"), "--train_file_dir and --dataset_name"),
+        (DataArguments(train_file_dir="a", dataset_config_name="b"), "--dataset_config_name needs"),
+        (
+            DataArguments(train_file_dir="a", validation_split_percentage=0),
+            "--validation_split_percentage: expected 1",
+        ),
+        (
+            DataArguments(train_file_dir="a", validation_file_dir="b", validation_split_percentage=5),
+            "--validation_split_percentage has no effect",
+        ),
+        (DataArguments(train_file_dir="a", max_train_samples=0), "--max_train_samples: expected -1"),
+        (DataArguments(train_file_dir="a", on_bad_record="ignore"), "--on_bad_record: expected one of"),
+        (AdapterArguments(fine_tuning_type="adalora"), "--fine_tuning_type adalora: not in this version"),
+        (AdapterArguments(use_peft=False, lora_rank=16), "--lora_rank belongs to an adapter"),
+        (AdapterArguments(use_peft=False, peft_path="x"), "--peft_path has no effect"),
+        (AdapterArguments(lora_rank=0), "--lora_rank: expected at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(part, message):
+    with pytest.raises(ArgumentError, match=message):
+        check_shared(part)
+
+
+def test_full_training_has_two_names():
+    assert AdapterArguments().trains_adapter
+    assert not AdapterArguments(use_peft=False).trains_adapter
+    assert not AdapterArguments(fine_tuning_type="full").trains_adapter

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+from stagewise.arguments import ArgumentError
+from stagewise.checkpoint import MARK, checkpoints, is_whole, last_whole, mark_whole, resume_point, rotate
+
+
+def make(folder, step, whole=True):
+    path = folder / f"checkpoint-{step}"
+    (path / "sub").mkdir(parents=True)
+    (path / "adapter.bin").write_bytes(b"12345")
+    (path / "sub" / "rng.pth").write_bytes(b"1")
+    if whole:
+        mark_whole(path)
+    return path
+
+
+def test_the_mark_lists_every_file_with_its_size(tmp_path):
+    path = make(tmp_path, 5)
+    assert json.loads((path / MARK).read_text()) == {"adapter.bin": 5, "sub/rng.pth": 1}
+    assert is_whole(path)
+
+
+def test_a_missing_or_short_file_is_noticed(tmp_path):
+    path = make(tmp_path, 5)
+    (path / "adapter.bin").write_bytes(b"123")
+    assert not is_whole(path)
+    path = make(tmp_path, 6)
+    (path / "sub" / "rng.pth").unlink()
+    assert not is_whole(path)
+    assert not is_whole(make(tmp_path, 7, whole=False))
+
+
+def test_last_whole_passes_over_broken_ones_and_counts_steps_as_numbers(tmp_path):
+    make(tmp_path, 9)
+    make(tmp_path, 10)
+    make(tmp_path, 11, whole=False)
+    (tmp_path / "checkpoint-x").mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
+    assert last_whole(tmp_path).name == "checkpoint-10"
+
+
+def test_resume_point(tmp_path):
+    assert resume_point(str(tmp_path), None) is None
+    assert resume_point(str(tmp_path), "True") is None
+    whole, broken = make(tmp_path, 2), make(tmp_path, 4, whole=False)
+    assert resume_point(str(tmp_path), "True") == whole
+    assert resume_point(str(tmp_path), str(whole)) == whole
+    assert resume_point(str(tmp_path), "False") is None
+    with pytest.raises(ArgumentError, match="not whole"):
+        resume_point(str(tmp_path), str(broken))
+    with pytest.raises(ArgumentError, match="no such folder"):
+        resume_point(str(tmp_path), str(tmp_path / "nothing"))
+
+
+def test_rotate_keeps_the_newest_the_best_and_what_is_broken(tmp_path):
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    make(tmp_path, 5, whole=False)
+    rotate(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
+    rotate(tmp_path, None)
+    assert len(checkpoints(tmp_path)) == 3

@@ -1,0 +1,206 @@
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import adapter_weights
+from datasets import Dataset
+from pair_runs import batch_of, chat_columns, evaluation_rows, flags_of, manifest, preferences
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from reward_modeling import RewardTrainer
+from stagewise.adapter import attach_adapter
+from stagewise.arguments import AdapterArguments
+from stagewise.callbacks import NonFiniteGuard
+from stagewise.packing import PreferenceCollator
+from stagewise.run import StageArguments
+from template import TEMPLATES
+
+
+@pytest.fixture
+def words(tmp_path, tiny_checkpoint):
+    def make(out="out", model=None, **changes):
+        return flags_of(tmp_path, model or tiny_checkpoint("llama"), out, **changes)
+
+    return make
+
+
+def trainer_of(model, tokenizer, folder, **changes):
+    args = StageArguments(str(folder / "ours"), use_cpu=True, report_to="none", **changes)
+    collate = PreferenceCollator(tokenizer.pad_token_id)
+    rows = preferences(tokenizer)
+    return RewardTrainer(model=model, args=args, train_dataset=rows, data_collator=collate, guard=NonFiniteGuard())
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def with_adapter(model):
+    """A LoRA adapter and a score head that are trained, the adapter no longer at zero."""
+    wrapped = attach_adapter(model, AdapterArguments(lora_dropout=0.0), "SEQ_CLS")
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return wrapped
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_loss_and_gradients_are_those_of_trl(tiny_model, tiny_tokenizer, tmp_path, adapter):
+    from trl import RewardConfig
+    from trl import RewardTrainer as Oracle
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATES["vicuna"].jinja()
+    model = tiny_model("llama", task="score")
+    model = with_adapter(model) if adapter else model
+    config = RewardConfig(
+        str(tmp_path / "trl"),
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        gradient_checkpointing=False,
+        report_to="none",
+    )
+    oracle = Oracle(
+        model=copy.deepcopy(model),
+        args=config,
+        train_dataset=Dataset.from_list(chat_columns(0, 4)),
+        processing_class=tokenizer,
+    )
+    expected = oracle.compute_loss(oracle.model, oracle.data_collator(list(oracle.train_dataset)))
+    expected.backward()
+    ours = trainer_of(model, tokenizer, tmp_path)
+    loss = ours.compute_loss(model, batch_of(tokenizer, 0, 4), num_items_in_batch=4)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    found, wanted = gradients(model), gradients(oracle.model)
+    assert found.keys() == wanted.keys()
+    assert any("score" in name for name in found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_score_is_read_at_each_rows_own_last_token(tiny_model, tiny_tokenizer, tmp_path):
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama", task="score")
+    ours = trainer_of(model, tokenizer, tmp_path)
+    pairs = preferences(tokenizer, 0, 3)
+    with torch.no_grad():
+        chosen, rejected = ours.rewards(model, PreferenceCollator(tokenizer.pad_token_id)(pairs))
+        for number, pair in enumerate(pairs):
+            for row, reward in ((pair.chosen, chosen[number]), (pair.rejected, rejected[number])):
+                hidden = model.model(torch.tensor([row.input_ids])).last_hidden_state[0, -1]
+                torch.testing.assert_close(reward, model.score(hidden)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_pairs_however_they_are_dealt_out(stage, words, tiny_checkpoint):
+    model = tiny_checkpoint("llama", task="score")
+    order = {"train_sampling_strategy": "sequential", "max_steps": 1, "max_train_samples": 5, "model": model}
+    whole = stage("reward_modeling", *words("whole", per_device_train_batch_size=5, **order))
+    # two batches of two and one of one: a mean of batch means would count the fifth pair twice
+    parts = stage("reward_modeling", *words("parts", gradient_accumulation_steps=3, **order))
+    logs = [manifest(folder)["metrics"]["train"]["train_loss"] for folder in (whole, parts)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    expected = adapter_weights(whole)
+    for name, value in adapter_weights(parts).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_saved_gives_the_rewards_that_were_measured(stage, words, full):
+    flags = words(use_peft=not full, lora_dropout=None if full else 0)
+    out = stage("reward_modeling", *flags, "--eval_on_start", "--save_eval_records")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    if full:
+        model = AutoModelForSequenceClassification.from_pretrained(out)
+    else:
+        assert any(name.endswith("score.weight") for name in adapter_weights(out))
+        base = AutoModelForSequenceClassification.from_pretrained(flags[1], num_labels=1, pad_token_id=0)
+        model = PeftModel.from_pretrained(base, out)
+    measured, before = evaluation_rows(out, 2), evaluation_rows(out, 0)
+    assert list(measured) == list(before) and sorted(measured) == ["b.jsonl:1", "b.jsonl:2"]
+    for number, pair in enumerate(preferences(tokenizer, 6, 8), 1):
+        with torch.no_grad():
+            found = [model.eval()(torch.tensor([row.input_ids])).logits.item() for row in (pair.chosen, pair.rejected)]
+        assert found == pytest.approx(measured[f"b.jsonl:{number}"], rel=1e-4, abs=1e-5)
+        assert found != pytest.approx(before[f"b.jsonl:{number}"], rel=1e-2)
+    metrics = manifest(out)["metrics"]["eval"]
+    margins = [chosen - rejected for chosen, rejected in measured.values()]
+    assert metrics["eval_margin"] == pytest.approx(sum(margins) / 2)
+    assert metrics["eval_accuracy"] == sum(margin > 0 for margin in margins) / 2
+
+
+def test_a_run_learns_its_pairs_and_logs_accuracy_and_margin(stage, words):
+    out = stage("reward_modeling", *words(max_steps=24, logging_steps=3, validation_file_dir=None, do_train=True))
+    history = [log for log in manifest_history(out) if "accuracy" in log]
+    # a log of three steps of two is one pass over the six pairs
+    assert history[-1]["accuracy"] == 1.0
+    assert history[-1]["margin"] > 1 > history[0]["margin"]
+    for log in history:
+        assert log["margin"] == pytest.approx(log["chosen_reward"] - log["rejected_reward"], abs=1e-5)
+
+
+def manifest_history(folder):
+    import json
+
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_resumed_run_ends_with_the_same_weights(stage, words, tmp_path, tiny_checkpoint):
+    # two epochs of three steps each, with dropout and in an order of its own in each epoch
+    changes = {"max_steps": 6, "lora_dropout": 0.1, "train_sampling_strategy": "group_by_length"}
+    changes["model"] = tiny_checkpoint("llama")
+    whole = stage("reward_modeling", *words("whole", save_steps=4, **changes))
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = stage("reward_modeling", *words("resumed", **changes), "--resume_from_checkpoint", "True")
+    expected, found = adapter_weights(whole), adapter_weights(resumed)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert not torch.equal(found[key := min(found)], adapter_weights(whole / "checkpoint-4")[key])
+
+
+def test_the_head_of_a_16_bit_model_is_trained_in_float32(stage, words, tiny_checkpoint):
+    base = tiny_checkpoint("llama", dtype=torch.bfloat16)
+    weights = adapter_weights(stage("reward_modeling", *words(model=base, learning_rate=1e-4)))
+    head = next(value for name, value in weights.items() if name.endswith("score.weight"))
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float())
+
+
+def test_pairs_too_long_are_counted_and_answers_cut(stage, words, tiny_tokenizer):
+    lengths = [len([t for t in pair.chosen.labels if t == -100]) for pair in preferences(tiny_tokenizer(), 0, 6)]
+    limit = sorted(lengths)[3]
+    flags = words(max_source_length=limit, max_target_length=4, on_bad_record="skip", validation_file_dir=None)
+    account = manifest(stage("reward_modeling", *flags))["data"]["train"]
+    kept = sum(length <= limit for length in lengths)
+    # the first pair's history can be dropped, so that its last question may yet fit
+    assert account["kept"] in (kept, kept + 1)
+    assert account["left_out"] == {"prompt too long": 6 - account["kept"]}
+    assert account["cut"] == account["kept"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_target_length": 0}, "--max_target_length: expected at least 1, found 0"),
+        ({"use_peft": False, "lora_dropout": None, "lora_rank": 4}, "--lora_rank belongs to an adapter"),
+        ({"beta": 0.1}, "--beta: no such flag"),
+        ({"block_size": 128}, "--block_size: no such flag"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "--train_sampling_strategy batch_rebalance: not in this"),
+    ],
+)
+def test_a_flag_that_cannot_be_honoured_ends_before_the_model_is_looked_for(stage, words, capsys, changes, message):
+    with pytest.raises(SystemExit) as ended:
+        stage("reward_modeling", *words(model="nowhere/at/all", **changes))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_family_without_a_scalar_head_is_refused_by_name(stage, words, tiny_checkpoint, capsys):
+    config = (folder := tiny_checkpoint("llama")) / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"cohere"'))
+    with pytest.raises(SystemExit):
+        stage("reward_modeling", *words(model=folder))
+    assert "no sequence-classification class for 'cohere'" in capsys.readouterr().err
