@@ -9,7 +9,7 @@
 #   MASTER_ADDR MASTER_PORT     address and port of machine 0, where NNODES is above 1; default port 29500
 #   PYTHON                      interpreter; default: the active environment's, else .venv's, else python3 if it has torch
 #   GPUS                        visible GPUs; counted unless given
-#   LAUNCH_DRY=1                print the stage's command and stop
+#   LAUNCH_DRY=1                print the commands and run none of them
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" # paths in recipes and in their flags are relative to this folder
@@ -87,7 +87,7 @@ choose_model() {
     if [ "$MODEL" = "$SMALL_MODEL" ] && [ -z "${LAUNCH_DRY:-}" ]; then "$PYTHON" -m tools.fetch_small_model; fi
 }
 
-# Starts a stage script with its flags and prints the command: plain Python for one process, torchrun for several.
+# Starts a stage script with its flags: plain Python for one process, torchrun for several.
 launch() {
     local command=("$PYTHON")
     # DeepSpeed asks for the variables that torchrun sets, also for one process.
@@ -103,12 +103,16 @@ launch() {
             command+=(--standalone) # a free port, so that two runs on one machine do not meet
         fi
     fi
-    command+=("$@")
+    run "${command[@]}" "$@"
+}
+
+# Prints a command and runs it; with LAUNCH_DRY it is printed only, on stdout.
+run() {
     if [ -n "${LAUNCH_DRY:-}" ]; then
-        printf '%q ' "${command[@]}" && echo
+        printf '%q ' "$@" && echo
     else
-        say "+$(printf ' %q' "${command[@]}")"
-        "${command[@]}"
+        say "+$(printf ' %q' "$@")"
+        "$@"
     fi
 }
 

@@ -258,7 +258,8 @@ def check(job: Job, folder: Path, dtype: torch.dtype) -> dict[str, float]:
         MergeError: if the difference left is above the tolerance, or not a number.
     """
     rows = job.skeleton.get_input_embeddings().weight.shape[0]
-    prompts = [[i for i in job.tokenizer(text).input_ids if i < rows] or [0] for text in PROMPTS]
+    texts = PROMPTS if job.scores else ["\n".join(PROMPTS)]  # one score a text, one row of logits a token
+    prompts = [[i for i in job.tokenizer(text).input_ids if i < rows] or [0] for text in texts]
     wrapped = load_adapter(load_base(job, torch.float32), job.adapter)
     expected = rounded = logits_of(wrapped, prompts)
     with wrapped.disable_adapter():
@@ -349,6 +350,8 @@ def main(argv: list[str] | None = None) -> None:
             write_config(job, plan, folder)
         write_alongside(job, folder)
         write_manifest(job, folder, plan, check(job, folder, dtype))
+        for path in folder.iterdir():  # safetensors writes files that only their owner can read
+            path.chmod((folder / "config.json").stat().st_mode)
     logger.info(f"merged model: {output_dir}")
 
 

@@ -147,7 +147,7 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
         elif "does not recognize this architecture" in str(error):
             hint = f"transformers {transformers.__version__} does not know this architecture"
         else:
-            hint = "no usable config.json"
+            hint = "no usable config.json" if Path(source).is_dir() else "no such directory, and no hub model was found"
         raise ModelError(f"--model_name_or_path {source}: {hint} ({error})") from error
     check_model_type(args, config)
     return config
@@ -276,6 +276,8 @@ def _load(
             output_loading_info=True,
             **hub_options(source, args),
         )
+    except torch.OutOfMemoryError:
+        raise  # the run has its own advice
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"--model_name_or_path {source}: {error}") from error
     guard_4bit(model)

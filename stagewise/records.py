@@ -242,7 +242,7 @@ def _list_items(text: str, name: str) -> Iterator[Line]:
             constants.clear()
             value, end = decoder.raw_decode(text, position)
             raw, position = text[position:end], _SPACE.match(text, end).end()
-            if text[position : position + 1] not in (",", "]") or not text[position:]:
+            if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("expecting ',' or ']'", text, position)
         except (ValueError, RecursionError) as error:
             message = f"not JSON: {error}; nothing behind it in this file can be read"

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging as transformers_logging
 
-from stagewise.arguments import ArgumentError, DataArguments, check_shared, parse
+from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, ModelArguments, check_shared, parse
 from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, Progress, WholeCheckpoints
 from stagewise.checkpoint import checkpoints, resume_point
 from stagewise.encoding import Example, PreferenceExample
@@ -142,6 +142,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         check_shared(*parts)
         data = next((part for part in parts if isinstance(part, DataArguments)), None)
         _settle_what_to_do(args, data)
+        _settle_precision(args, parts)
         _check_output_dir(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -158,7 +159,8 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
 def _settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None:
     """--do_train and --do_eval as given; neither given: train, and evaluate if there are validation records."""
     has_validation = bool(data and (data.validation_file_dir or data.validation_split_percentage or data.dataset_name))
-    if not args.do_train and not args.do_eval:
+    # transformers turns --do_eval on by itself where --eval_strategy asks for evaluation between training steps.
+    if not args.do_train and (not args.do_eval or args.eval_strategy != IntervalStrategy.NO):
         args.do_train, args.do_eval = True, has_validation
     if args.label_smoothing_factor:
         raise ArgumentError("--label_smoothing_factor: no stage smooths its labels; leave it out")
@@ -175,6 +177,21 @@ def _settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None
         raise ArgumentError(
             "evaluation is asked for without validation records: give --validation_file_dir or "
             "--validation_split_percentage, or leave out --do_eval, --eval_strategy and --eval_on_start"
+        )
+
+
+def _settle_precision(args: StageArguments, parts: Sequence[Any]) -> None:
+    """Mixed precision and the weights' precision must not be two different 16-bit formats."""
+    model = next((part for part in parts if isinstance(part, ModelArguments)), None)
+    adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
+    if model and args.bf16 and model.torch_dtype == "float16":
+        # Commands of earlier pipelines say both; layer norms on a CPU refuse the mixture.
+        logger.info("--torch_dtype float16 beside --bf16: the weights are loaded in bfloat16, as they are computed with")
+        model.torch_dtype = "bfloat16"
+    if model and adapter and not adapter.trains_adapter and model.torch_dtype == "float16":
+        raise ArgumentError(
+            "--torch_dtype float16: all weights are trained, and float16 cannot hold their gradients; "
+            "use --torch_dtype float32 (with --fp16 or --bf16), or bfloat16"
         )
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from stagewise.adapter import AdapterError
+from stagewise.arguments import ArgumentError
 
 INDEX = "model.safetensors.index.json"
 
@@ -69,7 +69,7 @@ def plan_shards(
         the plan, or the reason why this base and adapter have to be merged in memory.
 
     Raises:
-        AdapterError: if the adapter has weights for layers that the model does not have.
+        ArgumentError: if the adapter has weights for layers that the model does not have.
     """
     head, embedding = tied_names(skeleton)
     reason = _needs_memory(config, skeleton.config, weights)
@@ -143,7 +143,7 @@ def adapted_layers(
         layers[f"{path}.weight"] = layer
     wrapped.unload()
     if unused := sorted(set(lora) - used):
-        raise AdapterError(f"{type(skeleton).__name__} has no layer for the adapter's {unused[0]} ({len(unused)})")
+        raise ArgumentError(f"{type(skeleton).__name__} has no layer for the adapter's {unused[0]} ({len(unused)})")
     return layers
 
 
@@ -160,7 +160,7 @@ def merge_shards(base: Path, plan: Plan, folder: Path) -> torch.dtype:
         the precision of the merged layers.
 
     Raises:
-        AdapterError: if a shape differs, which another base than the adapter's own has.
+        ArgumentError: if a shape differs, which another base than the adapter's own has.
     """
     weight_map: dict[str, str] = {}
     size, dtype = 0, torch.float32
@@ -195,7 +195,7 @@ def _merged(name: str, tensor: torch.Tensor, plan: Plan) -> torch.Tensor:
     for new in (plan.whole.get(name), delta):
         if new is not None and new.shape != tensor.shape:
             shapes = f"{tuple(new.shape)} in the adapter, {tuple(tensor.shape)} in the base"
-            raise AdapterError(f"{name}: {shapes}: give the base that it was trained on with --base_model")
+            raise ArgumentError(f"{name}: {shapes}: give the base that it was trained on with --base_model")
     result = plan.whole.get(name, tensor)
     if delta is not None:
         result = result.float() + delta

@@ -1,6 +1,14 @@
 """What the tests of reward modeling and DPO share: preference pairs, the flags of a short run, batches."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import adapter_weights
 
 from stagewise.conversation import parse_preference
 from stagewise.encoding import encode_preference
@@ -87,3 +95,30 @@ def evaluation_rows(folder, step) -> dict[str, tuple[float, float]]:
     """eval_records/step-N.jsonl: where -> (reward of chosen, reward of rejected)."""
     lines = (folder / "eval_records" / f"step-{step}.jsonl").read_text().splitlines()
     return {row["where"]: (row["chosen"], row["rejected"]) for row in map(json.loads, lines)}
+
+
+def history(folder) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def both_agree(script, stage, words, model, **changes):
+    """Runs the script in this process in batches of two, and in two processes in batches of one; compares all."""
+    changes |= {"model": model, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 3}
+    one = stage(script, *words("one", **changes), "--save_eval_records")
+    flags = words("two", **{**changes, "per_device_train_batch_size": 1}) + ["--save_eval_records"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = Path(__file__).resolve().parent.parent
+    command = [*launch, str(root / f"{script}.py"), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two = Path(flags[flags.index("--output_dir") + 1])
+    expected = adapter_weights(one)
+    for name, value in adapter_weights(two).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for step in (2, 3):
+        for where, rewards in evaluation_rows(one, step).items():
+            assert evaluation_rows(two, step)[where] == pytest.approx(rewards, rel=1e-3, abs=1e-4)
+    for log, other in zip(history(one), history(two), strict=True):
+        for name in {"loss", "accuracy", "margin", "eval_loss", "eval_accuracy"} & log.keys():
+            assert other[name] == pytest.approx(log[name], rel=1e-3, abs=1e-4), (name, log["step"])

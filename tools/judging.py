@@ -107,17 +107,16 @@ def reward_model(before: Rows, after: Rows, length_alone: float, bag_of_words: f
     """RM: the accuracy reaches its mark on enough pairs, and the pairs cannot be told by their length."""
     chosen, rejected = columns(before, after, "chosen", "rejected")
     was, now = (_wins(c - r) for c, r in zip(chosen, rejected, strict=True))
-    difference, error = mean_difference(was, now)
+    reached = float(now.mean())
     low, high = LENGTH_ALONE
     return [
         Line(
             "RM",
             f"accuracy on {len(now)} pairs",
             float(was.mean()),
-            float(now.mean()),
-            difference,
-            error,
-            now.mean() >= RM_ACCURACY and len(now) >= RM_PAIRS,
+            reached,
+            *mean_difference(was, now),
+            reached >= RM_ACCURACY and len(now) >= RM_PAIRS,
             f"at least {RM_ACCURACY:.2f}, on {RM_PAIRS} pairs or more",
         ),
         Line(
