@@ -64,7 +64,7 @@ class DPOTrainer(PairTrainer):
         super().__init__(*args, **kwargs)
         self.beta = beta
         self.keep_logits = takes_kept_logits(self.model) and (reference is None or takes_kept_logits(reference))
-        self.reference = reference and prepare_reference(reference, self.accelerator)
+        self.reference = None if reference is None else prepare_reference(reference, self.accelerator)
         self.known = {}  # reference log-probabilities of validation batches, by their pairs' indices
 
     def logps(self, model, inputs):
@@ -116,7 +116,8 @@ def prepare_reference(model: PreTrainedModel, accelerator: Accelerator) -> nn.Mo
     config = {k: plugin.deepspeed_config[k] for k in ("bf16", "fp16") if k in plugin.deepspeed_config}
     config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {k: zero[k] for k in kept if k in zero}}
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def check_reference(dpo: DPOArguments, model: ModelArguments, adapter: AdapterArguments) -> None:

@@ -23,7 +23,7 @@ has_torch() { "$1" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("to
 # Sets PYTHON, or says how to make an environment.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then return; fi
-    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then PYTHON=$(command -v python)
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then PYTHON=$(command -v python) || fail "the active environment has no python"
     elif [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python
     elif has_torch python3; then PYTHON=python3
     else fail "no environment with torch is active and there is no .venv: 'bash launch.sh set_up' makes one"
@@ -47,6 +47,8 @@ set_up() {
     local requirements=${1:-requirements.txt} constraints=constraints.txt status=0
     make_environment
     find_python
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "the active environment has $("$PYTHON" --version); Python 3.11 or newer is needed. Leave it (deactivate), and a .venv is made"
     "$PYTHON" -m tools.check_environment "$requirements" || status=$?
     if [ $status = 0 ]; then return; fi # nothing to do: a second start needs no network
     if [ $status = 2 ]; then exit 2; fi

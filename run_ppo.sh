@@ -21,7 +21,8 @@ if [ -z "${REWARD_MODEL:-}" ]; then
 fi
 say "reward model: $REWARD_MODEL"
 
-# --batch_size answers are generated, scored and then learned from in --mini_batch_size pieces.
+# A rollout: --batch_size prompts a process are answered and scored, then learned from --ppo_epochs times in pieces of
+# --mini_batch_size. The KL penalty is steered so that an answer lies --target_kl nats from the model that PPO starts from.
 launch ppo_training.py \
     --model_name_or_path "$MODEL" \
     --reward_model_name_or_path "$REWARD_MODEL" \
@@ -31,15 +32,19 @@ launch ppo_training.py \
     "${PRECISION[@]}" \
     --max_source_length 512 \
     --max_target_length 256 \
-    --batch_size 16 \
-    --mini_batch_size 4 \
+    --batch_size 32 \
+    --mini_batch_size 8 \
+    --ppo_epochs 2 \
+    --num_train_epochs 4 \
     --init_kl_coef 0.2 \
     --target_kl 6 \
-    --num_train_epochs 1 \
-    --learning_rate 1e-4 \
+    --per_device_eval_batch_size 32 \
+    --learning_rate 2e-4 \
+    --lr_scheduler_type constant \
     --target_modules all \
     --lora_rank 8 \
     --lora_alpha 16 \
+    --lora_dropout 0 \
     --logging_steps 1 \
     --save_steps 100 \
     --save_total_limit 3 \

@@ -113,16 +113,7 @@ def attach_adapter(model: PreTrainedModel, args: AdapterArguments, task_type: st
     if not everything:
         _check_names(model, "target_modules", targets, (nn.Linear, Conv1D, nn.Embedding))
     _check_names(model, "modules_to_save", kept, None)
-    both = sorted(set(targets) & set(kept))
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        pair = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if module is head or module is embedding}
-        if named := pair & {target.rsplit(".", 1)[-1] for target in targets}:
-            raise AdapterError(f"--target_modules {named.pop()}: embedding and head are tied; use --modules_to_save")
-    if both:
-        raise AdapterError(
-            f"--target_modules and --modules_to_save both name {', '.join(both)}: keep it in one of them"
-        )
+    _check_pairs(model, targets, kept)
     kept, tied = keep_tie(model, kept)
     config = LoraConfig(
         task_type=task_type,
@@ -142,6 +133,19 @@ def attach_adapter(model: PreTrainedModel, args: AdapterArguments, task_type: st
         + f"; {_summary(wrapped)}"
     )
     return wrapped
+
+
+def _check_pairs(model: PreTrainedModel, targets: list[str], kept: list[str]) -> None:
+    """Raises AdapterError for a module named twice, and for half of a tied pair."""
+    if both := sorted(set(targets) & set(kept)):
+        raise AdapterError(
+            f"--target_modules and --modules_to_save both name {', '.join(both)}: keep it in one of them"
+        )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        pair = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if module is head or module is embedding}
+        if named := pair & {target.rsplit(".", 1)[-1] for target in targets}:
+            raise AdapterError(f"--target_modules {named.pop()}: embedding and head are tied; use --modules_to_save")
 
 
 def keep_tie(model: PreTrainedModel, kept: list[str]) -> tuple[list[str], bool]:

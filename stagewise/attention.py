@@ -20,7 +20,7 @@ def choose_attention(config: PretrainedConfig) -> str:
     """Returns "sdpa", or "eager" for an architecture that has no scaled-dot-product attention."""
     text = config.get_text_config()
     known = next((c for c in (config, text) if type(c) in MODEL_FOR_CAUSAL_LM_MAPPING), None)
-    if known is None:  # remote code: transformers itself decides, and refuses sdpa where it is missing
+    if known is None:  # remote code: eager is what every model has
         return "eager"
     if MODEL_FOR_CAUSAL_LM_MAPPING[type(known)]._supports_sdpa:
         return "sdpa"

@@ -107,12 +107,14 @@ class Progress(TrainerCallback):
     def __init__(self) -> None:
         self.bar: tqdm | None = None
         self.eval_bar: tqdm | None = None
-        self.shown = 0.0
+        self.began: tuple[float, int] | None = None  # when the first step began, and how many were done then
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and sys.stderr.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
-        self.started, self.first = time.time(), state.global_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = self.began or (time.time(), state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar:
@@ -137,13 +139,15 @@ class Progress(TrainerCallback):
             return
         shown = {k: v for k, v in logs.items() if k not in ("epoch", "total_flos") and isinstance(v, (int, float))}
         line = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        left = ""
-        done = state.global_step - getattr(self, "first", 0)
-        if done > 0 and state.global_step < state.max_steps:
-            seconds = (time.time() - self.started) / done * (state.max_steps - state.global_step)
-            left = f" ({int(seconds // 60)}:{int(seconds % 60):02d} left)"
-        line = f"step {state.global_step}/{state.max_steps}{left} {line}"
+        line = f"step {state.global_step}/{state.max_steps}{self._time_left(state)} {line}"
         tqdm.write(line, file=sys.stderr) if self.bar else logger.info(line)
+
+    def _time_left(self, state) -> str:
+        if self.began is None or not self.began[1] < state.global_step < state.max_steps:
+            return ""
+        seconds_a_step = (time.time() - self.began[0]) / (state.global_step - self.began[1])
+        minutes, seconds = divmod(int(seconds_a_step * (state.max_steps - state.global_step)), 60)
+        return f" ({minutes}:{seconds:02d} left)"
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:

@@ -50,3 +50,87 @@ def dpo_loss(
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
+
+
+def moments(values: torch.Tensor) -> torch.Tensor:
+    """Count, sum and sum of squares in float64, (3,): those of several processes can be added up."""
+    values = values.double()
+    return torch.stack([torch.full_like(values.sum(), values.numel()), values.sum(), values.square().sum()])
+
+
+def whiten(values: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
+    """Values less their mean, over their standard deviation: any shape -> the same shape.
+
+    Args:
+        values: any shape.
+        of: what `moments` says of all values that are whitened together, where there are more than these.
+
+    Equal values become 0.
+    """
+    count, total, squares = moments(values) if of is None else of
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
+    return ((values.double() - mean) * (variance + 1e-8).rsqrt()).to(values.dtype)
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation. Schulman et al. 2016, equation 16.
+
+    Args:
+        rewards: (B, T), one a token; what stands after a row's last token is ignored.
+        values: (B, T), what the value head expects from before the token on.
+        mask: (B, T), 1 on a row's tokens, which come first.
+        gamma: discount of later rewards.
+        lam: how far later errors of the value head count; 1: the whole return.
+
+    Returns:
+        advantages (B, T) and returns (B, T) = advantages + values, 0 after a row's last token.
+    """
+    mask = mask.to(values.dtype)
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(values)
+    later = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(later)
+        later = (rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * later) * mask[:, t]
+        advantages[:, t] = later
+    return advantages, advantages + values
+
+
+def ppo_policy_loss(
+    logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped policy loss, one value a token, and where it was clipped: (N,) each -> (N,), (N,) bool.
+
+    Schulman et al. 2017, equation 7.
+    """
+    ratio = (logps - old_logps).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
+    """Clipped squared error of the value head, halved, one value a token: (N,) each -> (N,)."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+def kl_to_older(logps: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
+    """Estimate of KL(old || new) on tokens that the old policy drew, never negative: (N,), (N,) -> (N,).
+
+    The third estimator of Schulman's "Approximating KL divergence": ratio - 1 - log ratio.
+    """
+    log_ratio = logps - old_logps
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
+    """The KL coefficient after a rollout whose answers were `kl` nats from the reference.
+
+    Ziegler et al. 2019, section 2.2: coef * (1 + 0.1 e), e = (kl - target) / target within [-0.2, 0.2].
+    """
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return coef * (1 + 0.1 * error)

@@ -38,7 +38,7 @@ MODEL_TYPE_NAMES = {
     "internlm": ("internlm",),
 }
 
-# transformers before 5.17 has no Qwen3.5 and none of the checks that the error texts below rely on.
+# The lower bound of requirements.txt: names and defaults of loading differ before it.
 if Version(transformers.__version__) < Version("5.17"):
     raise ImportError(f"transformers {transformers.__version__} is too old: pip install 'transformers>=5.17'")
 
@@ -147,7 +147,9 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
         elif "does not recognize this architecture" in str(error):
             hint = f"transformers {transformers.__version__} does not know this architecture"
         else:
-            hint = "no usable config.json" if Path(source).is_dir() else "no such directory, and no hub model was found"
+            hint = (
+                "no usable config.json" if Path(source).is_dir() else "no such directory, and no hub model was found"
+            )
         raise ModelError(f"--model_name_or_path {source}: {hint} ({error})") from error
     check_model_type(args, config)
     return config

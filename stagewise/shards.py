@@ -149,8 +149,8 @@ def adapted_layers(
 
 def _for_layers_only(config: PeftConfig) -> PeftConfig:
     """The same adapter without its modules in full, which are taken from its file as they are."""
-    entries: dict[str, Any] = {**config.to_dict(), "modules_to_save": None, "inference_mode": True, "task_type": None}
-    return type(config)(**{**entries, "ensure_weight_tying": False})
+    without: dict[str, Any] = dict.fromkeys(("modules_to_save", "task_type", "base_model_name_or_path"))
+    return type(config)(**{**config.to_dict(), **without, "ensure_weight_tying": False, "inference_mode": True})
 
 
 def merge_shards(base: Path, plan: Plan, folder: Path) -> torch.dtype:

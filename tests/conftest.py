@@ -63,6 +63,7 @@ def build_tiny_model(family: str, *, task: str = "causal", seed: int = 0, **chan
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    torch.set_num_threads(1)  # layers this small lose more to threads than they gain
     config = tiny_config(family, **changes)
     if task == "score":
         config.num_labels = 1
@@ -155,7 +156,7 @@ def smollm() -> Path:
 
 @pytest.fixture
 def stage(monkeypatch):
-    """Runs a script's `main` in this process: stage("supervised_finetuning", "--max_steps", 2); returns its output_dir.
+    """Runs a script's `main` in this process: stage("pretraining", "--max_steps", 2); returns its output_dir.
 
     A run that ends the program raises SystemExit, as in a shell.
     """

@@ -13,7 +13,7 @@ POSITIONS = [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
 
 def largest_leak(model, **extra) -> float:
     """Largest difference between the logits of a packed row and those of its documents alone."""
-    row = torch.tensor([sum(DOCUMENTS, [])])
+    row = torch.tensor([[token for document in DOCUMENTS for token in document]])
     packed = model(input_ids=row, position_ids=torch.tensor([POSITIONS]), **{"use_cache": False, **extra}).logits[0]
     alone = torch.cat([model(input_ids=torch.tensor([d]), use_cache=False).logits[0] for d in DOCUMENTS])
     return (packed - alone).abs().max().item()

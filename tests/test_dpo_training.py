@@ -227,7 +227,10 @@ def test_two_processes_are_one_with_twice_the_batch(stage, words, tiny_checkpoin
         ({"beta": "nan"}, "--beta: expected a number above 0, found nan"),
         ({"max_source_length": 0}, "--max_source_length: expected at least 1"),
         ({"ref_model_name_or_path": "x"}, "--ref_model_name_or_path has no effect"),
-        ({"ref_model_name_or_path": "./x", "use_peft": False, "lora_dropout": None}, "--ref_model_name_or_path ./x: no"),
+        (
+            {"ref_model_name_or_path": "./x", "use_peft": False, "lora_dropout": None},
+            "--ref_model_name_or_path ./x: no",
+        ),
         ({"checkpoint_dir": "./x"}, "--checkpoint_dir x: expected an adapter, found no adapter_config.json"),
         ({"label_smoothing": 0.1}, "--label_smoothing: no such flag; the nearest known flag is"),
     ],

@@ -167,7 +167,7 @@ def test_an_adapter_may_give_the_tokenizer(tmp_path, tiny_checkpoint):
 
 def test_an_unknown_architecture_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "neverheard"}))
-    with pytest.raises(ModelError, match="does not know this architecture.*neverheard"):
+    with pytest.raises(ModelError, match=r"does not know this architecture.*neverheard"):
         load_config(arguments(tmp_path))
 
 
@@ -264,7 +264,7 @@ def test_a_reward_model_is_no_language_model(tiny_checkpoint):
 
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tiny_checkpoint):
     args = arguments(tiny_checkpoint("llama", vocab_size=290))
-    with pytest.raises(ModelError, match="300 entries.*290 rows"):
+    with pytest.raises(ModelError, match=r"300 entries.*290 rows"):
         load_causal_lm(args, tokenizer=load_tokenizer(args))
     check_vocabulary(build_tiny_model("llama", vocab_size=300), build_tiny_tokenizer())
 

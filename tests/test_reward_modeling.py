@@ -98,6 +98,7 @@ def test_the_score_is_read_at_each_rows_own_last_token(tiny_model, tiny_tokenize
 def test_the_loss_is_the_mean_over_pairs_however_they_are_dealt_out(stage, words, tiny_checkpoint):
     model = tiny_checkpoint("llama", task="score")
     order = {"train_sampling_strategy": "sequential", "max_steps": 1, "max_train_samples": 5, "model": model}
+    order |= {"optim": "sgd", "learning_rate": 0.1}
     whole = stage("reward_modeling", *words("whole", per_device_train_batch_size=5, **order))
     # two batches of two and one of one: a mean of batch means would count the fifth pair twice
     parts = stage("reward_modeling", *words("parts", gradient_accumulation_steps=3, **order))
@@ -177,6 +178,12 @@ def test_what_is_too_long_is_cut_or_counted(stage, words, source, target, kept, 
     account = manifest(out)["data"]["train"]
     assert (account["read"], account["kept"], account["cut"]) == (6, kept, cut)
     assert account["left_out"] == ({"prompt too long": 6 - kept} if kept < 6 else {})
+
+
+def test_evaluation_between_steps_does_not_turn_training_off(stage, words):
+    out = stage("reward_modeling", *words(eval_strategy="steps", eval_steps=1))
+    assert manifest(out)["steps"] == 2
+    assert [log["step"] for log in history(out) if "eval_accuracy" in log] == [1, 2, 2]
 
 
 @pytest.mark.distributed

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from pair_runs import preferences
@@ -30,7 +32,7 @@ def test_every_row_once_and_like_lengths_beside_each_other():
     assert sorted(order) == list(range(32))
     assert lengths[order[0]] == 91
     # runs of short and long rows: far fewer borders between them than the 31 of the order they came in
-    borders = sum((lengths[a] > 50) != (lengths[b] > 50) for a, b in zip(order, order[1:], strict=False))
+    borders = sum((lengths[a] > 50) != (lengths[b] > 50) for a, b in pairwise(order))
     assert borders <= 8
 
 
@@ -74,6 +76,19 @@ def test_a_step_holds_like_lengths_over_its_micro_batches(tmp_path, accumulation
         per_device_train_batch_size=2,
     )
     assert trainer._get_train_sampler().step_rows == 2 * accumulation
+
+
+def test_the_loader_hands_the_epoch_on(tmp_path):
+    rows = examples(range(1, 17))
+    loader = trainer_of(rows, tmp_path, train_sampling_strategy="group_by_length").get_train_dataloader()
+
+    def order(epoch):
+        loader.set_epoch(epoch)
+        return [length for batch in loader for length in batch["attention_mask"].sum(dim=1).tolist()]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert sorted(order(2)) == list(range(1, 17))
 
 
 def test_packed_rows_keep_a_random_order(tmp_path):

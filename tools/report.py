@@ -30,7 +30,7 @@ STAGES = ("pt", "sft", "rm", "ppo", "dpo")
 TITLES = {"pt": "PT", "sft": "SFT", "rm": "RM", "ppo": "PPO", "dpo": "DPO"}
 LANGUAGES = ("english", "chinese")
 TALKERS = ("sft", "dpo", "ppo")  # and the base
-CURVES = {"ppo": ("reward",)}  # what a stage's panel shows, where it is not the loss
+CURVES = {"ppo": "reward"}  # what a stage's panel shows, where it is not the loss
 
 
 class ReportError(ValueError):
@@ -262,14 +262,15 @@ def draw(stages: dict[str, Stage], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(stages), figsize=(3.4 * len(stages), 3.2))
-    for axis, (name, stage) in zip(axes, stages.items(), strict=True):
-        for key in CURVES.get(name, ("loss",)):
-            for prefix, label, style in (("", "training", "-"), ("eval_", "validation", "o--")):
-                points = [(log["step"], log[prefix + key]) for log in stage.history if prefix + key in log]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, markersize=4, label=label)
-            axis.set(title=TITLES[name], xlabel="step", ylabel=key)
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.6))
+    axes.flat[-1].axis("off")
+    for axis, (name, stage) in zip(axes.flat, stages.items(), strict=False):
+        key = CURVES.get(name, "loss")
+        for log_key, label, style in ((key, "training", "-"), (f"eval_{key}", "validation", "o")):
+            points = [(log["step"], log[log_key]) for log in stage.history if log_key in log]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label)
+        axis.set(title=TITLES[name], xlabel="step", ylabel=key)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)

@@ -1,0 +1,398 @@
+"""Proximal policy optimisation: a model learns from the scores that a reward model gives its own answers.
+
+    python ppo_training.py --model_name_or_path outputs/sft-merged --reward_model_name_or_path outputs/rm-merged \
+        --train_file_dir data/finetune/train --validation_file_dir data/finetune/validation --output_dir outputs/ppo
+
+    torchrun --nproc_per_node 8 ppo_training.py …                          # eight GPUs
+    torchrun --nproc_per_node 8 ppo_training.py --deepspeed zero2.json …   # with DeepSpeed
+
+A rollout: the model as it is answers prompts (generate), the reward model judges the answers (score), each token is
+credited with what followed from it (estimate_advantages), and the model learns from that in minibatches, --ppo_epochs
+times over (compute_loss). Policy, value head and reference share one set of weights: the reference is the model with
+its adapter switched off, or a frozen copy with --use_peft False; the value head reads the last hidden state. Papers:
+Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL penalty).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from loguru import logger
+from torch.nn.utils.rnn import pad_sequence
+
+from stagewise.adapter import attach_adapter
+from stagewise.arguments import (
+    AdapterArguments,
+    ArgumentError,
+    ChatArguments,
+    DataArguments,
+    ModelArguments,
+    PairArguments,
+)
+from stagewise.attention import packs_exactly
+from stagewise.callbacks import NonFiniteGuard
+from stagewise.conversation import Conversation
+from stagewise.encoding import IGNORE_INDEX, Example
+from stagewise.generation import Sampling, adapter_in_base_precision, random_numbers, repetition, sample_answers
+from stagewise.losses import (
+    adapted_kl_coef,
+    gae,
+    kl_to_older,
+    moments,
+    ppo_policy_loss,
+    value_loss,
+    whiten,
+)
+from stagewise.metrics import perplexity, standard_error
+from stagewise.model import load_causal_lm, load_config, load_tokenizer
+from stagewise.packing import PaddedCollator, collate_packed
+from stagewise.policy import Batch, Policy
+from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
+from stagewise.rendering import choose_template
+from stagewise.reward import Scorer, load_scorer
+from stagewise.rollout import EVALUATION, ROLLOUT, RolloutEnds, RolloutTrainer, Schedule, read_prompts
+from stagewise.run import Run, start
+from stagewise.splits import SplitReader
+from stagewise.validation import EvaluationTable, ValidationSet
+from template import TEMPLATES
+
+COLUMNS = ("score", "kl", "length", "nll", "ended", "repetition")
+
+
+@dataclass
+class PPOArguments:
+    reward_model_name_or_path: str = field(
+        metadata={
+            "help": "Reward model: of this project (merged, or its adapter), or any sequence classifier; one without "
+            "a chat template is given prompt and answer as a pair of texts."
+        }
+    )
+    reward_label: int | None = field(
+        default=None, metadata={"help": "Of a classifier with several labels: the one whose logit is the score."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Prompts of a rollout, a process."})
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Answers of a forward pass, a process; default: --per_device_train_batch_size."},
+    )
+    ppo_epochs: int = field(default=4, metadata={"help": "Times that a rollout is learned from."})
+    rollouts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rollouts of the run. Or --max_steps, which counts optimizer steps: a rollout has --ppo_epochs * "
+            "--batch_size / --mini_batch_size / --gradient_accumulation_steps. Or --num_train_epochs: passes over "
+            "the prompts."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the answers, and of log-probabilities and KL."})
+    top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens that sum to this."})
+    top_k: int = field(default=0, metadata={"help": "Draw from this many likeliest tokens; 0 = all."})
+    init_kl_coef: float = field(
+        default=0.2, metadata={"help": "Reward lost for each nat by which a token leaves the reference, at first."}
+    )
+    adap_kl_ctrl: bool = field(
+        default=True, metadata={"help": "Adapt it after each rollout, towards --target_kl; False: keep it."}
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Nats an answer, default 6: the KL to the reference that --adap_kl_ctrl steers to, and with "
+            "--early_stopping the KL to the policy that gave the answers beyond which their updates end."
+        },
+    )
+    early_stopping: bool = field(
+        default=False,
+        metadata={"help": "Leave a rollout's other updates out once the policy is --target_kl from what it was."},
+    )
+    reward_baseline: float | None = field(
+        default=None,
+        metadata={
+            "help": "Taken from every score. Without it scores are whitened instead: less their mean over the "
+            "rollout of all processes, over their standard deviation. Never both."
+        },
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken from the score of an answer that did not end, before all else."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of the generalised advantage estimation."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip of the policy's ratio."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value head's change."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+
+
+class PPOTrainer(RolloutTrainer):
+    def __init__(
+        self,
+        *args: Any,
+        guard: NonFiniteGuard,
+        ppo: PPOArguments,
+        sampling: Sampling,
+        max_target_length: int,
+        scorer: Scorer,
+        conversations: dict[str, dict[str, Conversation]],
+        policy: Policy,
+        collate: Callable[[Sequence[Example]], Batch],
+        **kwargs: Any,
+    ):
+        super().__init__(*args, kl_coef=ppo.init_kl_coef, **kwargs)
+        self.guard, self.ppo, self.sampling, self.scorer, self.collate = guard, ppo, sampling, scorer, collate
+        self.max_target_length, self.conversations = max_target_length, conversations
+        self.policy = policy
+        self.moved = torch.zeros((), device=self.args.device)  # nats from the rollout's policy, of an update's answers
+
+    def rollout(self) -> list[Batch]:
+        self.model.eval()
+        rows = self.next_rows()
+        prompts = [self.train_dataset[row] for row in rows]
+        answers = self.generate(prompts, [(ROLLOUT, self.rollouts, row) for row in rows])
+        scores = self.score("train", prompts, answers)
+        batches = self.in_learning_order(self.estimate_advantages(prompts, answers, scores))
+        self.rollouts += 1
+        return batches
+
+    # ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def generate(self, prompts: Sequence[Example], keys: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        """An answer of the policy as it is to each prompt; a key names the answer's random numbers."""
+        numbers = random_numbers([(self.args.seed, *key) for key in keys], self.max_target_length)
+        with adapter_in_base_precision(self.model):
+            return sample_answers(self.model, [prompt.input_ids for prompt in prompts], numbers, self.sampling)
+
+    # ── score ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def score(self, split: str, prompts: Sequence[Example], answers: Sequence[list[int]]) -> torch.Tensor:
+        """What the reward model gives each answer: (B,)."""
+        conversations = [self.conversations[split][prompt.where] for prompt in prompts]
+        return self.scorer(conversations, [prompt.input_ids for prompt in prompts], answers).to(self.args.device)
+
+    # ── estimate advantages ──────────────────────────────────────────────────────────────────────────────────────
+
+    def estimate_advantages(
+        self, prompts: Sequence[Example], answers: Sequence[list[int]], scores: torch.Tensor
+    ) -> list[Batch]:
+        """Minibatches with each token's old log-probability and value, its advantage and its return, (N,) each."""
+        ppo, lengths = self.ppo, [len(answer) for answer in answers]
+        batches = self.batches_of(prompts, answers)
+        logps, values, reference = (torch.cat(parts) for parts in zip(*map(self.judge, batches), strict=True))
+        nats = logps - reference
+
+        # Reward: the KL penalty at each token, the score at the last one.
+        scored = scores - ppo.missing_eos_penalty * ~self.ended(answers)
+        whitened = ppo.reward_baseline is None
+        scored = whiten(scored, self.over_processes(moments(scored))) if whitened else scored - ppo.reward_baseline
+        rewards = -self.kl_coef * nats
+        rewards[torch.tensor(lengths, device=rewards.device).cumsum(0) - 1] += scored
+
+        rows = [flat.split(lengths) for flat in (rewards, values, torch.ones_like(values))]
+        rewards, expected, mask = (pad_sequence(list(row), batch_first=True) for row in rows)
+        advantages, returns = (part[mask.bool()] for part in gae(rewards, expected, mask, ppo.gamma, ppo.lam))
+        advantages = whiten(advantages, self.over_processes(moments(advantages)))
+        tokens = {"old_logps": logps, "old_values": values, "advantages": advantages, "returns": returns}
+        sizes = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
+        for name, flat in tokens.items():
+            for batch, part in zip(batches, flat.split(sizes), strict=True):
+                batch[name] = part
+        self.see_rollout(answers, scores, nats.sum())
+        return batches
+
+    def see_rollout(self, answers: Sequence[list[int]], scores: torch.Tensor, nats: torch.Tensor) -> None:
+        """Counts a rollout into the next log, and adapts the KL coefficient to it."""
+        total, count = self.over_processes(torch.stack([nats, nats.new_tensor(len(answers))])).tolist()
+        self.meter.add(
+            reward=scores,
+            reward_squared=scores.double().square(),
+            kl=scores.new_tensor([total / count]),
+            kl_coef=scores.new_tensor([self.kl_coef]),
+            length=scores.new_tensor([len(answer) for answer in answers]),
+            repetition=scores.new_tensor([repetition(answer) for answer in answers]),
+            ended=self.ended(answers),
+        )
+        if self.ppo.adap_kl_ctrl:
+            self.kl_coef = adapted_kl_coef(self.kl_coef, total / count, self.ppo.target_kl)
+
+    # ── update ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Clipped policy and value losses: the mean over the answers' tokens of a whole update, over all processes."""
+        logps, values = self.policy.logps_and_values(model, inputs)
+        policy, clipped = ppo_policy_loss(logps, inputs["old_logps"], inputs["advantages"], self.ppo.cliprange)
+        value = value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.cliprange_value)
+        mean = self.accelerator.num_processes / num_items_in_batch
+        loss = (policy.sum() + self.ppo.vf_coef * value.sum()) * mean
+        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
+        self.meter.add(policy_loss=policy, value_loss=value, clip_fraction=clipped)
+        self.moved += kl_to_older(logps.detach(), inputs["old_logps"]).sum()
+        return loss
+
+    def end_update(self) -> None:
+        """--early_stopping: leaves the rollout's other updates out once the policy has moved by --target_kl."""
+        if self.ppo.early_stopping and self.queue:
+            answers = self.schedule.mini_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            moved = float(self.over_processes(self.moved)) / answers
+            if moved > self.ppo.target_kl:
+                logger.info(
+                    f"rollout {self.rollouts}: {moved:.3g} nats an answer away; its other updates are left out"
+                )
+                self.queue.clear()
+        self.moved.zero_()
+
+    # ── what several steps need ──────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def judge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and values of the policy, log-probabilities of the reference: (N,) each."""
+        with self.compute_loss_context_manager():
+            return *self.policy.logps_and_values(self.model, batch), self.policy.reference_logps(batch)
+
+    def batches_of(self, prompts: Sequence[Example], answers: Sequence[list[int]]) -> list[Batch]:
+        """Prompts with their answers, whose tokens are the labels, as minibatches on the device."""
+        pairs = [(prompt.input_ids, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer) for ids, answer in pairs]
+        size = self.schedule.mini_batch_size
+        batches = [self.collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+        return [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
+
+    def ended(self, answers: Sequence[list[int]]) -> torch.Tensor:
+        """Which answers ended by themselves: (B,) bool."""
+        return torch.tensor([answer[-1] in self.sampling.stop_ids for answer in answers], device=self.args.device)
+
+    # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Answers validation prompts, from the same random numbers each time: COLUMNS, (B, 6), and index, (B,)."""
+        index = inputs["index"].tolist()
+        prompts = [self.eval_dataset.examples[i] for i in index]
+        answers = self.generate(prompts, [(EVALUATION, i) for i in index])
+        scores, lengths = self.score("validation", prompts, answers), [len(answer) for answer in answers]
+        batches = self.batches_of(prompts, answers)
+        logps, _, reference = (torch.cat(parts) for parts in zip(*map(self.judge, batches), strict=True))
+        plain = reference
+        if self.sampling.temperature != 1:
+            plain = torch.cat([self.policy.reference_logps(batch, temperature=1.0) for batch in batches])
+        kl, nll = (torch.stack([row.sum() for row in flat.split(lengths)]) for flat in (logps - reference, -plain))
+        repeated = scores.new_tensor([repetition(answer) for answer in answers])
+        rows = torch.stack([scores, kl, scores.new_tensor(lengths), nll, self.ended(answers).float(), repeated], dim=1)
+        for prompt, answer, score in zip(prompts, answers, scores.tolist(), strict=True):
+            text = self.processing_class.decode(answer, skip_special_tokens=True)
+            self.answers.append({"where": prompt.where, "answer": text, "score": score})
+        return None, rows, inputs["index"]
+
+
+def answer_metrics(rows: np.ndarray) -> dict[str, float]:
+    """COLUMNS of all answers -> their means, and the perplexity of their tokens under the reference."""
+    means = dict(zip(COLUMNS, rows.mean(axis=0).tolist(), strict=True))
+    return {
+        "reward": means["score"],
+        "reward_standard_error": standard_error(rows[:, 0]),
+        "reference_perplexity": perplexity(means["nll"] / means["length"]),
+        **{name: means[name] for name in ("kl", "length", "ended", "repetition")},
+    }
+
+
+def check_arguments(run: Run, ppo: PPOArguments) -> None:
+    """Raises ArgumentError for flags that don't fit together, before anything is read; fills in defaults."""
+    args, given = run.args, run.manifest["flags"]
+    if run.zero3:
+        raise ArgumentError("--deepspeed: answers cannot be sampled from partitioned weights (ZeRO-3); use zero2.json")
+    mini = ppo.mini_batch_size or min(args.per_device_train_batch_size, ppo.batch_size)
+    if given.get("per_device_train_batch_size", mini) != mini:
+        raise ArgumentError("--mini_batch_size and --per_device_train_batch_size are the same thing: give one of them")
+    for name in ("batch_size", "ppo_epochs", "temperature", "cliprange", "cliprange_value", "rollouts", "target_kl"):
+        if (value := getattr(ppo, name)) is not None and value <= 0:
+            raise ArgumentError(f"--{name}: expected more than 0, found {value}")
+    for name in ("top_p", "gamma", "lam"):
+        if not 0 <= getattr(ppo, name) <= 1:
+            raise ArgumentError(f"--{name}: expected 0 to 1, found {getattr(ppo, name)}")
+    if mini < 1 or ppo.batch_size % mini:
+        raise ArgumentError(f"--batch_size {ppo.batch_size}: expected a multiple of --mini_batch_size {mini}")
+    if (minibatches := ppo.ppo_epochs * ppo.batch_size // mini) % args.gradient_accumulation_steps:
+        raise ArgumentError(f"--gradient_accumulation_steps: must divide a rollout's {minibatches} minibatches")
+    if ppo.rollouts and args.max_steps > 0:
+        raise ArgumentError("--rollouts and --max_steps both say how long the run is: give one of them")
+    if ppo.target_kl and not (ppo.adap_kl_ctrl or ppo.early_stopping):
+        raise ArgumentError("--target_kl has no effect without --adap_kl_ctrl or --early_stopping: leave it out")
+    if ppo.reward_baseline is None and ppo.batch_size * args.world_size == 1:
+        raise ArgumentError("--batch_size 1: one score cannot be whitened; give more prompts, or --reward_baseline")
+    ppo.target_kl, ppo.mini_batch_size, args.per_device_train_batch_size = ppo.target_kl or 6.0, mini, mini
+    args.ignore_data_skip = True  # a resumed run knows by itself which prompts are next
+
+
+def main() -> None:
+    # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
+    shared = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments, PredecessorArguments]
+    run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, ppo_args = start(
+        "ppo", [*shared, PPOArguments]
+    )
+    args, limits = run.args, (pair_args.max_source_length, pair_args.max_target_length)
+    with run:
+        check_arguments(run, ppo_args)
+        check_predecessor(run, predecessor_args, adapter_args)
+
+        # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+        tokenizer = load_tokenizer(model_args)
+        template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
+        reader = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json"))
+        splits, conversations = read_prompts(reader, args, tokenizer, template, limits[0])
+        schedule = Schedule.plan(
+            args, ppo_args.batch_size, ppo_args.mini_batch_size, ppo_args.ppo_epochs, ppo_args.rollouts, splits.train
+        )
+        run.show_sample(tokenizer, splits.train or splits.validation)
+
+        # ── reward model, policy and reference ───────────────────────────────────────────────────────────────────
+        scorer = load_scorer(
+            ppo_args.reward_model_name_or_path,
+            model_args,
+            label=ppo_args.reward_label,
+            tokenizer=tokenizer,
+            template=template,
+            table=TEMPLATES,
+            device=args.device,
+            longest=max(len(prompt.input_ids) for prompt in splits.train + splits.validation) + limits[1],
+        )
+        model = merge_predecessor(run, predecessor_args, load_causal_lm(model_args, tokenizer=tokenizer))
+        packed, reason = packs_exactly(model, tokenizer)
+        how = f"{'packed' if packed else 'padded'}: {reason}"
+        logger.info(f"rows: {how}")
+        if adapter_args.trains_adapter:
+            model, reference = attach_adapter(model, adapter_args, "CAUSAL_LM"), None
+        else:
+            reference = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
+
+        # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
+        stop_ids = {tokenizer.encode(template.stop, add_special_tokens=False)[-1], tokenizer.eos_token_id} - {None}
+        validation, guard = ValidationSet(splits.validation), NonFiniteGuard()
+        table = EvaluationTable(validation.wheres, COLUMNS, answer_metrics)
+        trainer = PPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits.train,
+            eval_dataset=validation if args.do_eval else None,
+            compute_metrics=table,
+            processing_class=tokenizer,
+            schedule=schedule,
+            guard=guard,
+            ppo=ppo_args,
+            sampling=Sampling(
+                ppo_args.temperature, ppo_args.top_p, ppo_args.top_k, tuple(sorted(stop_ids)), tokenizer.pad_token_id
+            ),
+            max_target_length=limits[1],
+            scorer=scorer,
+            conversations=conversations,
+            policy=Policy(model, reference, ppo_args.temperature),
+            collate=(lambda rows: collate_packed([rows])) if packed else PaddedCollator(tokenizer.pad_token_id),
+        )
+        run.note(template=template.name, rows=how, data=splits.as_dict())
+        run.attach(trainer, table, guard)
+        trainer.add_callback(RolloutEnds(trainer))
+        run.train(trainer, stop=template.stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Policy, value head and reference on one set of weights.
+
+prompt and answer ─► base + adapter ─► last hidden states ─┬─► output head ─► log-probabilities of the answer
+                                                           └─► value head  ─► what reward is still to come
+                 └─► base alone ────────────────────────────► output head ─► the reference's log-probabilities
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from stagewise.encoding import IGNORE_INDEX
+from stagewise.forward import takes_kept_logits
+from stagewise.losses import learned_positions, token_nll
+from stagewise.model import Float32Linear
+
+Batch = dict[str, torch.Tensor]
+
+
+class Policy:
+    """What PPO asks of a causal language model, which gets a `value_head` for it.
+
+    Args:
+        model: with an adapter, or whole; the value head becomes a part of it, and so is trained.
+        reference: None where the reference is the model without its adapter; else a frozen copy.
+        temperature: at which answers are drawn, and log-probabilities taken.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module | None, temperature: float):
+        self.model, self.reference, self.temperature = model, reference, temperature
+        self.keep_logits = takes_kept_logits(model)
+        self.hidden: torch.Tensor | None = None  # what an output head has just read
+        weight = model.get_output_embeddings().weight
+        model.value_head = Float32Linear(weight.shape[1], 1, device=weight.device)
+        nn.init.zeros_(model.value_head.weight)
+        nn.init.zeros_(model.value_head.bias)
+        for each in (model, reference):
+            if each is not None:
+                each.get_output_embeddings().register_forward_pre_hook(self._see)
+
+    def _see(self, head: nn.Module, args: tuple) -> None:
+        self.hidden = args[0]
+
+    def logps_and_values(
+        self, model: nn.Module, batch: Batch, temperature: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each answer token's log-probability, and the value from before it on.
+
+        Args:
+            model: the model, wrapped (DDP, DeepSpeed) or not, or the reference.
+            batch: packed or padded, labels on the answers' tokens.
+            temperature: default: the policy's.
+
+        Returns:
+            (N,) and (N,) in float32, for the N tokens of the batch's answers, row after row.
+        """
+        features = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+        positions = learned_positions(batch["labels"])
+        targets = batch["labels"][:, positions + 1]
+        kept = {"logits_to_keep": positions} if self.keep_logits else {}
+        logits = model(**features, use_cache=False, **kept).logits
+        hidden, self.hidden = self.hidden, None
+        if not kept:
+            logits, hidden = logits[:, positions], hidden[:, positions]
+        temperature = temperature or self.temperature
+        logps = -token_nll(logits if temperature == 1 else logits.float() / temperature, targets)
+        answered = targets != IGNORE_INDEX
+        return logps[answered], self.model.value_head(hidden[answered]).squeeze(1).float()
+
+    @torch.no_grad()
+    def reference_logps(self, batch: Batch, temperature: float | None = None) -> torch.Tensor:
+        """Log-probabilities of the answers' tokens under the reference: (N,)."""
+        with self.model.disable_adapter() if self.reference is None else nullcontext():
+            return self.logps_and_values(self.reference or self.model, batch, temperature)[0]

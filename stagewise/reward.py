@@ -1,0 +1,226 @@
+"""The reward model of PPO: any sequence classifier, read through its own tokenizer and chat form.
+
+shares tokenizer and chat form with the policy     the policy's tokens, as they are
+has a chat form of its own                         the conversation with the answer, in that form
+has none                                           prompt and answer as a pair of texts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from loguru import logger
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+
+from stagewise.adapter import load_adapter, read_adapter_config
+from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.attention import choose_attention
+from stagewise.conversation import Conversation, Message, RecordError
+from stagewise.encoding import AnyTemplate, encode_segments
+from stagewise.model import (
+    DTYPES,
+    Float32Linear,
+    check_vocabulary,
+    find_source,
+    hub_options,
+    load_config,
+    load_reward_model,
+    load_tokenizer,
+)
+from stagewise.rendering import Template, choose_template
+
+FLAG = "--reward_model_name_or_path"
+ROWS = 16  # answers scored at a time
+
+
+class RewardError(ArgumentError):
+    """A reward model that cannot be loaded or does not fit; the message names the flag and what to do."""
+
+
+@dataclass
+class Scorer:
+    """Scores answers.
+
+    Args:
+        model: a sequence classifier in eval mode.
+        tokenizer: its own tokenizer.
+        template: its own chat form, or None: prompt and answer are a pair of texts.
+        policy_tokenizer: of the answers.
+        same_tokens: the reward model reads the policy's tokens as they are.
+        stop_id: the policy's end marker.
+        label: the score is this label's logit.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    template: AnyTemplate | None
+    policy_tokenizer: PreTrainedTokenizerBase
+    same_tokens: bool
+    stop_id: int
+    label: int = 0
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Conversation], prompt_ids: Sequence[list[int]], answers: Sequence[list[int]]
+    ) -> torch.Tensor:
+        """Scores of answers, (B,) in float32 on the model's device.
+
+        Args:
+            prompts: conversations that end with what is answered.
+            prompt_ids: the same as the policy's tokens.
+            answers: the policy's tokens, with the end marker where the answer ended by itself.
+        """
+        rows = [self.encode(*row) for row in zip(prompts, prompt_ids, answers, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        pad_id = self.model.config.get_text_config().pad_token_id
+        size = 1 if pad_id is None else ROWS  # without one the model cannot tell where a row of a batch ends
+        scores = torch.zeros(len(rows), device=self.model.device)
+        for start in range(0, len(rows), size):
+            places = order[start : start + size]
+            batch = self.tokenizer.pad([rows[i] for i in places], padding_side="right", return_tensors="pt")
+            if pad_id is not None:
+                batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, pad_id)
+            scores[places] = self.model(**batch.to(self.model.device)).logits[:, self.label].float()
+        return scores
+
+    def encode(self, prompt: Conversation, prompt_ids: list[int], answer: list[int]) -> dict[str, list[int]]:
+        """One answer as the reward model's input; an answer that was cut off is closed, as those it learned from."""
+        if self.same_tokens:
+            return {"input_ids": prompt_ids + answer + ([] if answer[-1] == self.stop_id else [self.stop_id])}
+        text = self.policy_tokenizer.decode(answer, skip_special_tokens=True).strip()
+        limit = position_limit(self.model.config, self.tokenizer)
+        if self.template is None:
+            question = "\n".join(message.content for message in prompt.messages)
+            self.tokenizer.truncation_side = "left"  # the end of a long history is what is answered
+            cut = {"truncation": "only_first", "max_length": limit} if limit else {}
+            return dict(self.tokenizer(question, text, **cut))
+        messages = prompt.messages
+        while True:
+            whole = replace(prompt, messages=(*messages, Message("assistant", text)))
+            segments = self.template.segments(whole)
+            last = max(number for number, segment in enumerate(segments) if segment.learn)
+            ids, _ = encode_segments(self.tokenizer, segments[: last + 1])
+            later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
+            if limit is None or len(ids) <= limit:
+                return {"input_ids": ids}
+            if not later:
+                raise RecordError(prompt.where, "too long for the reward model", f"the last question with its answer "
+                                  f"has {len(ids)} tokens, {FLAG} takes {limit}")  # fmt: skip
+            messages = messages[later[0] :]
+
+
+def position_limit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens a model reads, or None if nothing says so."""
+    known = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    return min((n for n in known if n and 0 < n < 10**9), default=None)
+
+
+def load_scorer(
+    name: str,
+    args: ModelArguments,
+    *,
+    label: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    template: AnyTemplate,
+    table: Mapping[str, Template],
+    device: torch.device,
+    longest: int,
+) -> Scorer:
+    """Loads a reward model: this project's, merged or as its adapter, or any sequence classifier.
+
+    Args:
+        name: directory or hub name.
+        args: the policy's model flags, for precision, cache and access.
+        label: which label's logit is the score; None for a model with one.
+        tokenizer: the policy's.
+        template: the policy's.
+        table: chat forms by name.
+        device: where it runs.
+        longest: the most tokens of prompt and answer.
+
+    Raises:
+        RewardError: naming what was found and what to do.
+    """
+    own = replace(args, model_name_or_path=name, tokenizer_name_or_path=None, model_type="auto", model_revision="main")
+    own.device_map = None
+    folder = Path(name)
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    try:
+        model, rm_tokenizer, label = (_adapter if is_adapter else _classifier)(own, label)
+        own_template = choose_template(rm_tokenizer, None, table) if rm_tokenizer.chat_template else None
+    except ValueError as error:
+        raise error if isinstance(error, RewardError) else RewardError(f"{FLAG} {name}: {error}") from error
+    same = own_template is not None and own_template.jinja() == template.jinja() and _alike(rm_tokenizer, tokenizer)
+    limit = position_limit(model.config, rm_tokenizer)
+    if same and limit is not None and longest > limit:
+        raise RewardError(
+            f"{FLAG} {name}: reads {limit} tokens, prompt and answer may have {longest}; lower --max_source_length or "
+            "--max_target_length"
+        )
+    form = "the policy's own tokens" if same else own_template.name if own_template else "prompt and answer as a pair"
+    logger.info(f"reward model: {name}, {type(model).__name__}, label {label}, reads {form}")
+    model.config.get_text_config().use_cache = False
+    stop_id = tokenizer.encode(template.stop, add_special_tokens=False)[-1]
+    return Scorer(
+        model.to(device).eval().requires_grad_(False), rm_tokenizer, own_template, tokenizer, same, stop_id, label
+    )
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _adapter(args: ModelArguments, label: int | None) -> tuple[nn.Module, PreTrainedTokenizerBase, int]:
+    """The base that the adapter names, with the adapter and its head on it."""
+    folder = args.model_name_or_path
+    config = read_adapter_config(folder)
+    if str(getattr(config.task_type, "value", config.task_type)) != "SEQ_CLS":
+        raise RewardError(f"{FLAG} {folder}: an adapter for {config.task_type}, expected a reward model's (SEQ_CLS)")
+    args = replace(args, model_name_or_path=config.base_model_name_or_path, tokenizer_name_or_path=folder)
+    tokenizer = load_tokenizer(args)
+    return load_adapter(load_reward_model(args, tokenizer), folder), tokenizer, _label(1, label, {0: "score"})
+
+
+def _classifier(args: ModelArguments, label: int | None) -> tuple[nn.Module, PreTrainedTokenizerBase, int]:
+    config, name = load_config(args), args.model_name_or_path
+    if any(architecture.endswith("ForCausalLM") for architecture in config.architectures or []):
+        raise RewardError(f"{FLAG} {name}: a language model, expected a sequence classifier (reward_modeling.py)")
+    label = _label(config.num_labels, label, config.id2label)
+    tokenizer, source = load_tokenizer(args), find_source(name, args)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source,
+        config=config,
+        dtype="auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype],
+        attn_implementation=choose_attention(config),
+        output_loading_info=True,
+        **hub_options(source, args),
+    )
+    if info["missing_keys"]:
+        raise RewardError(f"{FLAG} {name}: the checkpoint lacks {', '.join(sorted(info['missing_keys'])[:5])}")
+    check_vocabulary(model, tokenizer)
+    head = getattr(model, "score", None)
+    if isinstance(head, nn.Linear) and head.weight.dtype != torch.float32:
+        # Scores in 16 bit would be rounded to steps as large as what answers differ by.
+        model.score = Float32Linear(head.in_features, head.out_features, bias=head.bias is not None)
+        model.score.load_state_dict(head.state_dict())
+    return model, tokenizer, label
+
+
+def _label(count: int, asked: int | None, names: Mapping[int, str]) -> int:
+    if asked is None and count == 1:
+        return 0
+    shown = ", ".join(f"{number} ({names.get(number, '?')})" for number in range(count))
+    if asked is None:
+        raise RewardError(f"{FLAG}: has {count} labels; --reward_label says which is the score: {shown}")
+    if not 0 <= asked < count:
+        raise RewardError(f"--reward_label {asked}: the reward model has {shown}")
+    return asked
+
+
+def _alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers turn every text into the same ids."""
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
+    return None not in backends and backends[0].to_str() == backends[1].to_str()

@@ -1,0 +1,288 @@
+"""Between PPO's steps and transformers' Trainer: batches that are made while training runs, and what waits for their
+end.
+
+    rollout 1                     rollout 2
+    ├ generate, score …           ├ generate, score …
+    ├ update  update  update  ┤   ├ update  update  update  ┤
+                              └── here alone: evaluation, checkpoint, stop
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from loguru import logger
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from stagewise.arguments import ArgumentError
+from stagewise.conversation import Conversation, parse_conversation, prompt_of
+from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, encode_prompt
+from stagewise.policy import Batch
+from stagewise.splits import SplitReader, Splits
+
+STATE = "ppo_state.pt"  # value head, rollouts made and KL coefficient: with each checkpoint, for resuming
+# What random numbers are for: the number after the seed in their key.
+EVALUATION, ROLLOUT, PROMPTS, UPDATES = range(4)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many prompts, updates and rollouts there are.
+
+    Args:
+        batch_size: prompts of a rollout, a process.
+        mini_batch_size: answers of a forward pass, a process.
+        passes: times that a rollout is learned from.
+        an_epoch: rollouts of about one pass over the prompts.
+        last: rollouts of the whole run.
+    """
+
+    batch_size: int
+    mini_batch_size: int
+    passes: int
+    an_epoch: int
+    last: int
+
+    @classmethod
+    def plan(
+        cls,
+        args: TrainingArguments,
+        batch_size: int,
+        mini_batch_size: int,
+        passes: int,
+        rollouts: int | None,
+        prompts: Sequence[Example],
+    ) -> Schedule:
+        """The schedule of `rollouts`, else --max_steps, else --num_train_epochs; sets `args.max_steps` to it.
+
+        Raises:
+            ArgumentError: a rollout takes more prompts than there are.
+        """
+        size, minibatches = batch_size * args.world_size, passes * batch_size // mini_batch_size
+        if args.do_train and size > len(prompts):
+            raise ArgumentError(f"--batch_size {batch_size}: a rollout takes {size} prompts, there are {len(prompts)}")
+        updates, an_epoch = minibatches // args.gradient_accumulation_steps, max(1, math.ceil(len(prompts) / size))
+        if args.max_steps > 0:
+            last = math.ceil(args.max_steps / updates)
+        else:
+            last = rollouts or math.ceil(args.num_train_epochs * an_epoch)
+            args.max_steps = last * updates
+        if args.do_train:
+            logger.info(
+                f"schedule: {last} rollouts of {size} prompts, {updates} updates each, {args.max_steps} in all"
+            )
+        return cls(batch_size, mini_batch_size, passes, an_epoch, last)
+
+    @property
+    def minibatches(self) -> int:
+        """Forward passes with gradients of a rollout."""
+        return self.passes * self.batch_size // self.mini_batch_size
+
+
+def read_prompts(
+    reader: SplitReader, args: TrainingArguments, tokenizer: Any, template: AnyTemplate, limit: int
+) -> tuple[Splits, dict[str, dict[str, Conversation]]]:
+    """Conversations as prompts: without their last answer, at most `limit` tokens.
+
+    Returns:
+        the encoded prompts, and for "train" and "validation" the conversation behind each prompt, by its place.
+    """
+    asked: dict[str, list[Conversation]] = {}
+
+    def parse(record: dict[str, Any], where: str) -> Conversation:
+        prompt = prompt_of(parse_conversation(record, where))
+        asked.setdefault(where, []).append(prompt)
+        return prompt
+
+    def encode(prompt: Conversation) -> Example:
+        ids = encode_prompt(tokenizer, template, prompt, limit)
+        return Example(ids, [IGNORE_INDEX] * len(ids), prompt.where)
+
+    kept = {"tokenizer": tokenizer, "template": template.jinja(), "limit": limit}
+    splits = reader.read(parse, encode, train=args.do_train, validation=args.do_eval, **kept)
+    # Both splits may have a file of one name; training records are read first.
+    first, last = ({where: prompts[n] for where, prompts in asked.items()} for n in (0, -1))
+    return splits, {"train": first, "validation": last}
+
+
+class RolloutTrainer(Trainer):
+    """A Trainer whose training batches come from the model as it is when they are asked for.
+
+    The stage's subclass holds `rollout`, which returns a rollout's minibatches, and `compute_loss`. The model has a
+    `value_head`, which is saved beside it and is no part of it.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, schedule: Schedule, kl_coef: float, **kwargs: Any):
+        super().__init__(*args, data_collator=lambda items: {"index": torch.tensor([i for i, _ in items])}, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the answers' tokens of a whole update
+        self.schedule, self.kl_coef = schedule, kl_coef
+        self.rollouts = 0  # made so far
+        self.queue: list[Batch] = []  # minibatches of this rollout that are still to come
+        self.meter = Meter()
+        self.answers: list[dict[str, Any]] = []  # of the last evaluation, this process's
+
+    def rollout(self) -> list[Batch]:
+        """The minibatches of the next rollout in the order in which they are learned; counts `rollouts` up."""
+        raise NotImplementedError
+
+    def end_update(self) -> None:
+        """Called after each optimizer step; may empty `queue`."""
+
+    def next_rows(self) -> list[int]:
+        """This process's prompts of the next rollout, by index.
+
+        Minibatch k of all processes together is the same prompts, whatever the number of processes.
+        """
+        count, mini, world = len(self.train_dataset), self.schedule.mini_batch_size, self.args.world_size
+        size, rows = self.schedule.batch_size * world, []
+        for position in range(self.rollouts * size, (self.rollouts + 1) * size):
+            passes, place = divmod(position, count)
+            if not rows or place == 0:
+                order = np.random.default_rng([self.args.seed, PROMPTS, passes]).permutation(count)
+            rows.append(int(order[place]))
+        starts = range(self.args.process_index * mini, size, mini * world)
+        return [row for first in starts for row in rows[first : first + mini]]
+
+    def in_learning_order(self, batches: list[Batch]) -> list[Batch]:
+        """Each minibatch once a pass. It keeps its rows, so that rounding is as when it was made."""
+        order = np.random.default_rng([self.args.seed, UPDATES, self.rollouts])
+        return [batches[i] for _ in range(self.schedule.passes) for i in order.permutation(len(batches))]
+
+    def over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(values, "sum")
+
+    def get_train_dataloader(self) -> RolloutBatches:
+        return RolloutBatches(self)
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # on the device already; under DeepSpeed transformers would round the log-probabilities
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the meter has seen since the last log to a training log."""
+        if "loss" in logs:
+            seen = self.meter.read(self.over_processes)
+            if "reward" in seen:
+                seen["reward_std"] = math.sqrt(max(seen.pop("reward_squared") - seen["reward"] ** 2, 0))
+            logs.update(seen)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """With --save_eval_records the answers' texts are written, too: eval_records/answers-step-N.jsonl."""
+        self.answers = []
+        metrics = super().evaluate(*args, **kwargs)
+        if self.args.save_eval_records:
+            # Processes are handed whole batches, so the last ones may repeat a record.
+            answers = {answer["where"]: answer for answer in gather_object(self.answers)}
+            if self.args.should_save:
+                path = Path(self.args.output_dir) / "eval_records" / f"answers-step-{self.state.global_step}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers.values()]
+                path.write_text("".join(lines), encoding="utf-8")
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is None and not hasattr(self.model, "peft_config"):
+            state_dict = self.model.state_dict()
+        if state_dict is not None:
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("value_head.")}
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            head = {name: value.detach().cpu() for name, value in self.model.value_head.state_dict().items()}
+            state = {"value_head": head, "rollouts": self.rollouts, "kl_coef": self.kl_coef}
+            torch.save(state, Path(output_dir or self.args.output_dir) / STATE)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
+        if resume_from_checkpoint:
+            state = torch.load(Path(resume_from_checkpoint) / STATE, map_location="cpu", weights_only=True)
+            self.model.value_head.load_state_dict(state["value_head"])
+            self.rollouts, self.kl_coef = state["rollouts"], state["kl_coef"]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+class RolloutBatches:
+    """The training dataloader. An epoch is a number of rollouts, within which a resumed run goes on."""
+
+    def __init__(self, trainer: RolloutTrainer):
+        self.trainer, self.dataset = trainer, trainer.train_dataset
+
+    def __len__(self) -> int:
+        return self.trainer.schedule.an_epoch * self.trainer.schedule.minibatches
+
+    def __iter__(self) -> Iterator[Batch]:
+        trainer = self.trainer
+        for _ in range(trainer.schedule.an_epoch - trainer.rollouts % trainer.schedule.an_epoch):
+            trainer.queue[:] = trainer.rollout()
+            while trainer.queue:
+                yield trainer.queue.pop(0)
+
+
+class RolloutEnds(TrainerCallback):
+    """Lets evaluation, checkpoints and the end of training wait until a rollout has been learned from.
+
+    A checkpoint then needs no half-used rollout to be resumed from. To be added after all other callbacks.
+    """
+
+    WAIT = ("should_evaluate", "should_save", "should_training_stop")
+
+    def __init__(self, trainer: RolloutTrainer):
+        self.trainer = trainer
+        self.waiting: set[str] = set()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer.end_update()
+        # transformers counts from the start of a resumed epoch, and updates that were left out not at all
+        state.epoch = trainer.rollouts / trainer.schedule.an_epoch
+        if not trainer.queue and trainer.rollouts >= trainer.schedule.last:
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS
+        self._let_wait(control, not trainer.queue or state.global_step >= state.max_steps)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._let_wait(control, not self.trainer.queue)
+
+    def _let_wait(self, control, ended: bool) -> None:
+        self.waiting |= {name for name in self.WAIT if getattr(control, name)}
+        for name in self.WAIT:
+            setattr(control, name, ended and name in self.waiting)
+        if ended:
+            self.waiting.clear()
+
+
+class Meter:
+    """Means of numbers since they were last read, over all processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Counts each tensor's numbers under its name."""
+        for name, numbers in values.items():
+            numbers = numbers.detach().double()
+            seen = torch.stack([numbers.sum(), torch.full_like(numbers.sum(), numbers.numel())])
+            self.sums[name] = self.sums[name] + seen if name in self.sums else seen
+
+    def read(self, over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means by name; counting then begins anew.
+
+        Args:
+            over_processes: adds a tensor up over all processes, each of which has counted under the same names.
+        """
+        if not self.sums:
+            return {}
+        sums = over_processes(torch.stack(list(self.sums.values())))
+        means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        self.sums.clear()
+        return means

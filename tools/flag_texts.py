@@ -1,0 +1,257 @@
+"""Words for `tools.document_flags`: transformers' most used flags in our words, and the Chinese of every help text."""
+
+# Flag of transformers -> what it does, in English and in Chinese.
+COMMON: dict[str, tuple[str, str]] = {
+    "output_dir": ("The folder that the run is written to.", "本次运行写入的目录。"),
+    "do_train": (
+        "Train. With neither this nor --do_eval: train, and evaluate if there are validation records.",
+        "进行训练。--do_train 与 --do_eval 都不给时:训练;有验证数据则也评估。",
+    ),
+    "do_eval": (
+        "Evaluate. Alone, without --do_train: evaluate the model as it is, and stop.",
+        "进行评估。单独给出(没有 --do_train)时:只评估现有模型,然后结束。",
+    ),
+    "per_device_train_batch_size": (
+        "Rows a process trains on at a time; RM and DPO: pairs.",
+        "每个进程一次训练的行数;RM 与 DPO 中是偏好对的数量。",
+    ),
+    "per_device_eval_batch_size": (
+        "The same for validation, where rows are never packed.",
+        "验证时的同一数量;验证时不装填。",
+    ),
+    "gradient_accumulation_steps": ("Batches that make one optimizer step.", "多少个批次合成一次优化器更新。"),
+    "num_train_epochs": ("Passes over the training records.", "遍历训练数据的次数。"),
+    "max_steps": ("Optimizer steps, in place of epochs; -1: epochs count.", "优化器步数,优先于轮数;-1:按轮数。"),
+    "learning_rate": ("Highest learning rate.", "最高学习率。"),
+    "lr_scheduler_type": ("How it falls: linear, cosine, constant …", "学习率如何下降:linear、cosine、constant……"),
+    "warmup_steps": (
+        "Steps over which it rises; below 1: that share of all steps.",
+        "学习率上升所用的步数;小于 1 时是占总步数的比例。",
+    ),
+    "weight_decay": ("Weight decay of AdamW.", "AdamW 的权重衰减。"),
+    "max_grad_norm": ("Gradients are scaled down to this norm; 0: never.", "梯度范数的上限;0 表示不裁剪。"),
+    "optim": ("Optimizer.", "优化器。"),
+    "bf16": (
+        "Compute in bfloat16 (mixed precision); also on a CPU.",
+        "用 bfloat16 计算(混合精度);CPU 上也可以。",
+    ),
+    "fp16": ("Compute in float16; needs a GPU.", "用 float16 计算;需要 GPU。"),
+    "gradient_checkpointing": (
+        "Less memory for activations, more time.",
+        "减少激活占用的内存,换来更长的时间。",
+    ),
+    "eval_strategy": (
+        "When to evaluate during training: no, steps, epoch.",
+        "训练中何时评估:no、steps、epoch。",
+    ),
+    "eval_steps": (
+        "Every so many steps; below 1: a share of all steps; default: as --logging_steps.",
+        "每隔多少步评估;小于 1 时是占总步数的比例;默认同 --logging_steps。",
+    ),
+    "eval_on_start": ("Evaluate before the first step too.", "第一步之前也评估一次。"),
+    "save_strategy": ("When to save a checkpoint: no, steps, epoch, best.", "何时保存检查点:no、steps、epoch、best。"),
+    "save_steps": (
+        "Every so many steps; below 1: a share of all steps.",
+        "每隔多少步保存;小于 1 时是占总步数的比例。",
+    ),
+    "load_best_model_at_end": (
+        "End with the best checkpoint in place of the last step.",
+        "结束时取最好的检查点,而不是最后一步。",
+    ),
+    "metric_for_best_model": (
+        "What best means, e.g. eval_loss or eval_accuracy.",
+        "“最好”按哪个指标,例如 eval_loss 或 eval_accuracy。",
+    ),
+    "resume_from_checkpoint": (
+        "True: go on from the last whole checkpoint; or a checkpoint's folder.",
+        "True:从最后一个完整的检查点继续;或给出检查点目录。",
+    ),
+    "seed": ("Seed of everything random.", "所有随机性的种子。"),
+    "data_seed": ("Seed of the order of the training rows; default: --seed.", "训练行顺序的种子;默认同 --seed。"),
+    "use_cpu": ("Run on the CPU though there is a GPU.", "有 GPU 也在 CPU 上运行。"),
+    "deepspeed": (
+        "DeepSpeed's configuration: zero2.json or zero3.json.",
+        "DeepSpeed 的配置:zero2.json 或 zero3.json。",
+    ),
+    "ddp_timeout": (
+        "Seconds after which processes stop waiting for each other.",
+        "进程之间相互等待的最长秒数。",
+    ),
+    "dataloader_num_workers": ("Processes that put batches together.", "负责组批的进程数。"),
+    "train_sampling_strategy": (
+        "Order of the training rows: random, sequential, or group_by_length (like lengths together).",
+        "训练行的顺序:random、sequential,或 group_by_length(长度相近的放在一起)。",
+    ),
+    "run_name": ("Name of the run in a tracker.", "在跟踪工具中的运行名称。"),
+}
+
+# Help text of a dataclass field, or a reason in stagewise/arguments.py -> the same in Chinese.
+CHINESE: dict[str, str] = {
+    # ModelArguments
+    "Model directory, or a hub name.": "模型目录,或 hub 上的名称。",
+    "Tokenizer, if not the model's own.": "分词器;默认用模型自带的。",
+    "Architecture you expect (llama, qwen3, bloom …); checked against the config.": (
+        "你认为的模型架构(llama、qwen3、bloom……);会与配置核对。"
+    ),
+    "Where downloads and encoded data are cached; encoded data is cached only here.": (
+        "下载内容与编码后数据的缓存目录;只有给出它,编码后的数据才会缓存。"
+    ),
+    "Branch, tag or commit of a hub model.": "hub 模型的分支、标签或提交。",
+    "Token for a private hub model.": "访问私有 hub 模型的令牌。",
+    "Weights' precision: auto (the checkpoint's), float32, bfloat16, float16.": (
+        "权重的精度:auto(与检查点相同)、float32、bfloat16、float16。"
+    ),
+    "`auto` spreads one process's model over its GPUs; not with torchrun.": (
+        "`auto` 把一个进程的模型分布到多个 GPU 上;不与 torchrun 同用。"
+    ),
+    "Run Python code that the model repository ships.": "运行模型仓库自带的 Python 代码。",
+    # DataArguments
+    "File, or folder searched with its subfolders.": "文件,或目录(连同子目录)。",
+    "The same for validation.": "验证数据,同上。",
+    "A `datasets` set: hub name or local folder.": "`datasets` 数据集:hub 名称或本地目录。",
+    "Configuration of that set.": "该数据集的配置名。",
+    "Hold out this share of the training records, if no validation set is given.": (
+        "没有给出验证集时,从训练数据中留出的百分比。"
+    ),
+    "Use at most this many training records; -1 = all.": "最多使用多少条训练数据;-1 = 全部。",
+    "The same for validation records.": "验证数据,同上。",
+    "Processes that encode the data.": "编码数据的进程数。",
+    "Encode again what --cache_dir already holds.": "重新编码 --cache_dir 中已有的数据。",
+    "error: stop at the first; skip: count it, write it to rejected.jsonl.": (
+        "error:遇到第一条坏数据就停止;skip:计数并写入 rejected.jsonl。"
+    ),
+    # ChatArguments, PairArguments, LanguageModelArguments
+    "Chat template of template.py; default: the tokenizer's own, else vicuna.": (
+        "template.py 中的对话模板;默认:分词器自带的,没有则 vicuna。"
+    ),
+    "Tokens of the prompt with its history.": "提示(含历史)的 token 数上限。",
+    "Tokens of an answer.": "回答的 token 数上限。",
+    "Several records in one row, attending only to themselves; False: padded.": (
+        "多条数据装填进一行,互不可见;False:逐条填充。"
+    ),
+    "NEFTune: noise on the embeddings, uniform within ±alpha / sqrt(L d).": (
+        "NEFTune:在嵌入上加 ±alpha / sqrt(L d) 之内的均匀噪声。"
+    ),
+    # AdapterArguments, PredecessorArguments
+    "Train an adapter; False trains all weights.": "训练适配器;False 表示训练全部权重。",
+    "lora, or full (the same as --use_peft False).": "lora,或 full(等同于 --use_peft False)。",
+    "`all` linear layers, or names joined by commas.": "`all` 表示所有线性层,或用逗号连接的名称。",
+    "Rank r of the adapter.": "适配器的秩 r。",
+    "Scale: the adapter's output times alpha / r.": "缩放:适配器的输出乘以 alpha / r。",
+    "Dropout on the adapter's input.": "适配器输入上的 dropout。",
+    "Modules trained in full beside the adapter, e.g. embed_tokens,lm_head.": (
+        "与适配器一起完整训练的模块,例如 embed_tokens,lm_head。"
+    ),
+    "Adapter to go on from.": "在这个适配器的基础上继续训练。",
+    "SFT adapter to start from: merged into the model in memory, and so part of the reference. "
+    "--peft_path goes on from an adapter of this stage, which the reference is without.": (
+        "作为起点的 SFT 适配器:在内存中合并进模型,因此也是参考模型的一部分。"
+        "--peft_path 则是继续训练本阶段的适配器,参考模型不含它。"
+    ),
+    # stages
+    "Tokens of a row; longer documents are cut into blocks.": "一行的 token 数;更长的文档切成多块。",
+    "Tokens of a conversation, and of a packed row.": "一段对话的 token 数上限,也是装填后一行的长度。",
+    "Learn the whole conversation, prompts included.": "整段对话都参与学习,包括提问。",
+    "How strongly the model is held to the reference.": "模型被约束在参考模型附近的强度。",
+    "Reference where all weights are trained; default: the model as it starts.": (
+        "训练全部权重时的参考模型;默认:训练开始时的模型。"
+    ),
+    "Reward model: of this project (merged, or its adapter), or any sequence classifier; one without "
+    "a chat template is given prompt and answer as a pair of texts.": (
+        "奖励模型:本项目的(合并后的,或其适配器),或任意序列分类模型;没有对话模板的,得到的是提示与回答这一对文本。"
+    ),
+    "Of a classifier with several labels: the one whose logit is the score.": (
+        "分类模型有多个标签时:用哪个标签的 logit 作为分数。"
+    ),
+    "Prompts of a rollout, a process.": "一次 rollout 的提示数,每个进程。",
+    "Answers of a forward pass, a process; default: --per_device_train_batch_size.": (
+        "一次前向计算的回答数,每个进程;默认同 --per_device_train_batch_size。"
+    ),
+    "Times that a rollout is learned from.": "一次 rollout 被学习的遍数。",
+    "Rollouts of the run. Or --max_steps, which counts optimizer steps: a rollout has --ppo_epochs * "
+    "--batch_size / --mini_batch_size / --gradient_accumulation_steps. Or --num_train_epochs: passes over "
+    "the prompts.": (
+        "整个运行的 rollout 次数。或用 --max_steps,它计的是优化器步数:一次 rollout 有 "
+        "--ppo_epochs * --batch_size / --mini_batch_size / --gradient_accumulation_steps 步。"
+        "或用 --num_train_epochs:遍历提示的次数。"
+    ),
+    "Of the answers, and of log-probabilities and KL.": "生成回答的温度,也用于对数概率和 KL。",
+    "Draw from the likeliest tokens that sum to this.": "只从概率之和达到该值的最可能的 token 中抽取。",
+    "Draw from this many likeliest tokens; 0 = all.": "只从最可能的若干个 token 中抽取;0 = 全部。",
+    "Reward lost for each nat by which a token leaves the reference, at first.": (
+        "token 每偏离参考模型一个 nat 所扣的奖励,初始值。"
+    ),
+    "Adapt it after each rollout, towards --target_kl; False: keep it.": (
+        "每次 rollout 之后向 --target_kl 调整该系数;False:保持不变。"
+    ),
+    "Nats an answer, default 6: the KL to the reference that --adap_kl_ctrl steers to, and with "
+    "--early_stopping the KL to the policy that gave the answers beyond which their updates end.": (
+        "每个回答的 nat 数,默认 6:--adap_kl_ctrl 所趋向的、与参考模型的 KL;使用 --early_stopping 时,"
+        "与给出回答的策略的 KL 超过它,就结束对这些回答的更新。"
+    ),
+    "Leave a rollout's other updates out once the policy is --target_kl from what it was.": (
+        "策略偏离原来达到 --target_kl 时,略去这次 rollout 余下的更新。"
+    ),
+    "Taken from every score. Without it scores are whitened instead: less their mean over the "
+    "rollout of all processes, over their standard deviation. Never both.": (
+        "从每个分数中减去的值。不给时改为对分数做白化:减去所有进程这次 rollout 的平均值,再除以标准差。"
+        "两者不会同时进行。"
+    ),
+    "Taken from the score of an answer that did not end, before all else.": (
+        "回答没有自行结束时,首先从其分数中扣去的值。"
+    ),
+    "Discount of later rewards.": "对以后奖励的折扣。",
+    "Lambda of the generalised advantage estimation.": "广义优势估计的 lambda。",
+    "Clip of the policy's ratio.": "策略比率的裁剪范围。",
+    "Clip of the value head's change.": "价值头变化的裁剪范围。",
+    "Weight of the value loss.": "价值损失的权重。",
+    # StageArguments
+    "Replace a finished run in --output_dir.": "替换 --output_dir 中已完成的运行。",
+    "Arguments, data and one batch; predicted memory and time; then stop.": (
+        "只检查参数、数据和一个批次,预估内存与时间,然后停止。"
+    ),
+    "Write each validation record's numbers to eval_records/step-N.jsonl.": (
+        "把每条验证数据的数值写入 eval_records/step-N.jsonl。"
+    ),
+    "Trackers, joined by commas: tensorboard, wandb …; or none.": (
+        "跟踪工具,用逗号连接:tensorboard、wandb……;none 表示不用。"
+    ),
+    "TensorBoard's files; default: logs/ in the output directory.": "TensorBoard 的文件;默认:输出目录中的 logs/。",
+    "Log every so many steps.": "每隔多少步记一次日志。",
+    "Log the first step too.": "第一步也记日志。",
+    "Hide NaN from the log (the run stops anyway).": "在日志中隐去 NaN(运行照样会停止)。",
+    "Whole checkpoints that are kept.": "保留多少个完整的检查点。",
+    "See torch's DDP.": "见 torch 的 DDP。",
+    "Has no use here: batches hold what is needed.": "在这里没有作用:批次里只有需要的内容。",
+    # MergeArguments
+    "The adapter's directory.": "适配器的目录。",
+    "Where the merged model is written.": "合并后的模型写入的目录。",
+    "Default: the base named in adapter_config.json.": "默认:adapter_config.json 中记录的基座。",
+    "Default: the adapter's, else the base's.": "默认:适配器目录里的,没有则用基座的。",
+    "Add rows to the embedding until the tokenizer fits.": "给嵌入增加行,直到容纳分词器。",
+    "Replace what is at --output_dir.": "替换 --output_dir 中已有的内容。",
+    "Architecture you expect; checked against the config.": "你认为的模型架构;会与配置核对。",
+    "Where a hub base is cached.": "hub 基座的缓存目录。",
+    "Branch, tag or commit of a hub base.": "hub 基座的分支、标签或提交。",
+    "Token for a private hub base.": "访问私有 hub 基座的令牌。",
+    "Run Python code that the base ships.": "运行基座自带的 Python 代码。",
+    # arguments.ALWAYS_SO
+    "transformers 5 has one kind of tokenizer, the fast one": "transformers 5 只有一种分词器,即快速的那种",
+    "weights are always saved as safetensors": "权重总是保存为 safetensors",
+    "torch's own autocast is used": "使用 torch 自己的 autocast",
+    "tokens a second are always logged": "每秒 token 数总会记入日志",
+    "weights are always loaded without a second copy": "加载权重时从不多留一份副本",
+    # arguments.NOT_YET
+    "all records are read into memory; lower --max_train_samples": "所有数据都读入内存;请调低 --max_train_samples",
+    "load in 16 bit with --torch_dtype bfloat16": "用 --torch_dtype bfloat16 以 16 位加载",
+    "train within the model's own context": "在模型原有的上下文长度内训练",
+    "leave it out: the exact attention of torch runs": "去掉它:使用 torch 的精确注意力",
+    "leave it out: full attention runs": "去掉它:使用完整注意力",
+    "leave it out: the loss is on every assistant turn already": "去掉它:每个助手轮次本来就计入损失",
+    "leave it out: the loss is on every assistant turn": "去掉它:每个助手轮次都计入损失",
+    "leave it out, or remove duplicates from the files": "去掉它,或自行从文件中去重",
+    "leave it out: every record counts once": "去掉它:每条数据计一次",
+    "leave it out": "去掉它",
+    "leave it out: --template_name alone sets the template": "去掉它:模板只由 --template_name 决定",
+    "leave it out: whole turns are dropped from the end": "去掉它:过长时从末尾整轮丢弃",
+}
