@@ -41,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 from stagewise.adapter import fold, load_adapter, read_adapter_config, refuse_unmergeable
 from stagewise.arguments import ArgumentError, ModelArguments, parse
 from stagewise.model import find_source, guard_4bit, hub_options, load_config, reward_config
+from stagewise.run import read_manifest
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
@@ -110,6 +111,7 @@ def prepare(args: MergeArguments) -> Job:
     shared = {f: getattr(args, f) for f in ("model_type", "cache_dir", "model_revision", "hf_hub_token")}
     model_args = ModelArguments(name, trust_remote_code=args.trust_remote_code, **shared)
     model_args.model_name_or_path = base = fetch(find_source(name, model_args, "base_model"), model_args)
+    check_predecessor(adapter, base)
     base_config = load_config(model_args)
     tokenizer = read_tokenizer(args, adapter, model_args)
     weights = {k.removeprefix(PREFIX): v for k, v in load_peft_weights(str(adapter), device="cpu").items()}
@@ -126,6 +128,25 @@ def prepare(args: MergeArguments) -> Job:
     rows = grown(rows, tokenizer, args.resize_emb)
     options = hub_options(base, model_args)
     return Job(Path(base), adapter, config, base_config, auto, skeleton, weights, tokenizer, rows, options)
+
+
+def check_predecessor(adapter: Path, base: str) -> None:
+    """An adapter that was trained with --checkpoint_dir belongs on its model with that earlier adapter merged in.
+
+    Raises:
+        MergeError: `base` is not the result of that merge; says how to make it.
+    """
+    earlier = (read_manifest(adapter) or {}).get("lineage") or [{}]
+    first = earlier[-1].get("merged_adapter")
+    if first is None:
+        return
+    merged = (read_manifest(base) or {}).get("adapter")
+    if merged is None or Path(merged).resolve() != Path(first).resolve():
+        raise MergeError(
+            f"--lora_model {adapter}: was trained on {earlier[-1]['base_model']} with {first} merged in. Merge that: "
+            f"python merge_peft_adapter.py --base_model {earlier[-1]['base_model']} --lora_model {first} "
+            "--output_dir MERGED; then give --base_model MERGED here"
+        )
 
 
 def fetch(source: str, args: ModelArguments) -> str:

@@ -68,7 +68,8 @@ def main() -> None:
         run.show_sample(tokenizer, splits.train or splits.validation)
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
-        model = load_reward_model(model_args, tokenizer, deepspeed_zero3=run.zero3)
+        float32_head = adapter_args.trains_adapter or not run.zero3
+        model = load_reward_model(model_args, tokenizer, deepspeed_zero3=run.zero3, float32_head=float32_head)
         if adapter_args.trains_adapter:
             model = attach_adapter(model, adapter_args, "SEQ_CLS")
 

@@ -18,9 +18,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 EVERY=(--eval_on_start --save_eval_records --eval_strategy no --save_strategy no --overwrite_output_dir --logging_steps 2)
 PT=(--block_size 512 --per_device_train_batch_size 1 --max_steps 24 --learning_rate 1e-3)
 SFT=(--model_max_length 512 --per_device_train_batch_size 1 --max_steps 40 --learning_rate 1e-3)
-RM=(--max_source_length 256 --max_target_length 192 --per_device_train_batch_size 4 --max_steps 40 --learning_rate 5e-4)
-PPO=(--max_source_length 160 --max_target_length 64 --batch_size 16 --mini_batch_size 8 --ppo_epochs 3 --rollouts 6 --learning_rate 5e-4)
-DPO=(--max_source_length 256 --max_target_length 192 --per_device_train_batch_size 4 --max_steps 30 --learning_rate 3e-4)
+RM=(--max_source_length 512 --max_target_length 256 --per_device_train_batch_size 4 --max_steps 40 --learning_rate 5e-4)
+PPO=(--max_source_length 512 --max_target_length 64 --batch_size 16 --mini_batch_size 8 --ppo_epochs 3 --rollouts 6 --learning_rate 5e-4)
+DPO=(--max_source_length 512 --max_target_length 256 --per_device_train_batch_size 4 --max_steps 30 --learning_rate 3e-4)
 
 # ── set up ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 set_up

@@ -4,7 +4,7 @@
 
 Each run takes the same few steps with the same records in every step (the batch a process is divided by the number of
 processes), without dropout. The model is a random one of a real shape with the small model's tokenizer, or --model.
-Prints a Markdown table: the first and last step's loss, seconds a step (the slow first one counted in), peak GPU memory.
+Prints a Markdown table: the first and last step's loss, seconds a step (the slow first one counted in), GPU memory.
 """
 
 from __future__ import annotations

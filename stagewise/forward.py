@@ -7,7 +7,6 @@ leaving those positions out changes no loss and no gradient.
 from __future__ import annotations
 
 import inspect
-import math
 
 import torch
 from torch import nn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +235,15 @@ def load_reward_model(
     attn_implementation: str | None = None,
     for_training: bool = True,
     deepspeed_zero3: bool = False,
+    float32_head: bool = True,
 ) -> PreTrainedModel:
     """Loads a model with one scalar score, read at a row's last token that is not padding.
 
     The head `score` is kept if the checkpoint has one, else it is new (said aloud).
+
+    Args:
+        float32_head: a new head's updates are smaller than 16 bit holds. False where DeepSpeed's ZeRO-3 trains all
+            weights: it takes trained parameters of one precision alone, and keeps a float32 copy of them itself.
 
     Raises:
         ModelError: also for an architecture without a sequence-classification class.
@@ -252,13 +258,22 @@ def load_reward_model(
         raise ModelError(f"--model_name_or_path {args.model_name_or_path}: the checkpoint lacks {_listed(lost)}")
     check_vocabulary(model, tokenizer)
     logger.info(f"reward head: {'new' if missing else 'from the checkpoint'}")
-    if for_training and not deepspeed_zero3 and model.score.weight.dtype != torch.float32:
-        head = Float32Linear(
-            model.score.in_features, 1, bias=False, dtype=torch.float32, device=model.score.weight.device
-        )
-        head.load_state_dict(model.score.state_dict())
+    if for_training and float32_head and model.score.weight.dtype != torch.float32:
+        with whole_weights(model.score):
+            weight = model.score.weight.detach().float().clone()
+        head = Float32Linear(weight.shape[1], len(weight), bias=False, device=weight.device)
+        head.weight = nn.Parameter(weight)
         model.score = head
     return model
+
+
+def whole_weights(module: nn.Module) -> AbstractContextManager:
+    """A context in which a module that ZeRO-3 partitioned has its whole weights; elsewhere it does nothing."""
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()))
 
 
 def _load(

@@ -107,7 +107,7 @@ def _device_words(words: list[str]) -> list[str]:
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if "--deepspeed" not in words:
         extra = [] if "--use_cpu" in words else ["--use_cpu", "True"]
-        return words + extra + (["--ddp_backend", "gloo"] if distributed and "--ddp_backend" not in words else [])
+        return [*words, *extra, *(["--ddp_backend", "gloo"] if distributed and "--ddp_backend" not in words else [])]
     # DeepSpeed starts on a CPU only when accelerate's state is made first, by hand, over gloo.
     from accelerate import PartialState
 
@@ -116,7 +116,7 @@ def _device_words(words: list[str]) -> list[str]:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29512")
     PartialState(cpu=False, backend="gloo")
-    return words + ["--accelerator_config", json.dumps({"use_configured_state": True})]
+    return [*words, "--accelerator_config", json.dumps({"use_configured_state": True})]
 
 
 def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -165,7 +165,9 @@ def _settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None
     if args.label_smoothing_factor:
         raise ArgumentError("--label_smoothing_factor: no stage smooths its labels; leave it out")
     if not args.average_tokens_across_devices:
-        raise ArgumentError("--average_tokens_across_devices False: the loss is the mean over all processes; leave it out")
+        raise ArgumentError(
+            "--average_tokens_across_devices False: the loss is the mean over all processes; leave it out"
+        )
     if args.neftune_noise_alpha:
         raise ArgumentError("--neftune_noise_alpha: this stage adds no noise; leave it out")
     if args.train_sampling_strategy == "batch_rebalance":
@@ -186,7 +188,9 @@ def _settle_precision(args: StageArguments, parts: Sequence[Any]) -> None:
     adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
     if model and args.bf16 and model.torch_dtype == "float16":
         # Commands of earlier pipelines say both; layer norms on a CPU refuse the mixture.
-        logger.info("--torch_dtype float16 beside --bf16: the weights are loaded in bfloat16, as they are computed with")
+        logger.info(
+            "--torch_dtype float16 beside --bf16: the weights are loaded in bfloat16, as they are computed with"
+        )
         model.torch_dtype = "bfloat16"
     if model and adapter and not adapter.trains_adapter and model.torch_dtype == "float16":
         raise ArgumentError(
@@ -240,7 +244,7 @@ class Run:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "flags": flags,
             "base_model": base,
-            "lineage": (before or {}).get("lineage", []) + [{"stage": stage, "base_model": base}],
+            "lineage": [*(before or {}).get("lineage", []), {"stage": stage, "base_model": base}],
             "versions": _versions(),
             "device": _device_name(args),
             "processes": args.world_size,

@@ -12,6 +12,7 @@ if str(ROOT) not in sys.path:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub makes its own; none reaches the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it does
 
 # architecture.md's families first; gpt2 has Conv1D layers, phi3 fused ones.
 FAMILIES = ("llama", "qwen3", "gemma", "mixtral", "bloom", "falcon", "qwen3_5")

@@ -9,7 +9,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"conversation", "arguments"},
     {"records", "rendering", "cache", "encoding"},
-    {"packing", "losses", "metrics", "attention", "validation", "forward", "sampling", "generation", "results", "shards"},
+    {
+        "packing",
+        "losses",
+        "metrics",
+        "attention",
+        "validation",
+        "forward",
+        "sampling",
+        "generation",
+        "results",
+        "shards",
+    },
     {"model", "adapter", "checkpoint", "callbacks", "splits", "language_model", "pairs"},
     {"run", "predecessor"},
 ]
