@@ -105,17 +105,18 @@ launch() {
             command+=(--standalone) # a free port, so that two runs on one machine do not meet
         fi
     fi
-    run "${command[@]}" "$@"
+    command+=("$@")
+    show "${command[@]}"
+    [ -n "${LAUNCH_DRY:-}" ] || exec "${command[@]}" # in this shell's place, so that a signal to the recipe reaches the run
 }
 
-# Prints a command and runs it; with LAUNCH_DRY it is printed only, on stdout.
+# Prints a command; with LAUNCH_DRY on stdout, for nothing but that is done then.
+show() { if [ -n "${LAUNCH_DRY:-}" ]; then printf '%q ' "$@" && echo; else say "+$(printf ' %q' "$@")"; fi; }
+
+# Prints a command and runs it.
 run() {
-    if [ -n "${LAUNCH_DRY:-}" ]; then
-        printf '%q ' "$@" && echo
-    else
-        say "+$(printf ' %q' "$@")"
-        "$@"
-    fi
+    show "$@"
+    [ -n "${LAUNCH_DRY:-}" ] || "$@"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then "$@"; fi

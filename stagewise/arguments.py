@@ -171,7 +171,7 @@ ALWAYS_SO = {
     "save_safetensors": "weights are always saved as safetensors",
     "half_precision_backend": "torch's own autocast is used",
     "fp16_opt_level": "torch's own autocast is used",
-    "include_tokens_per_second": "tokens a second are always logged",
+    "include_tokens_per_second": "the samples and steps a second are always logged",
     "low_cpu_mem_usage": "weights are always loaded without a second copy",
 }
 OPTIMIZERS = {"adamw_hf": "adamw_torch"}
@@ -236,6 +236,7 @@ def _split(argv: list[str]) -> list[tuple[str | None, list[str]]]:
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
             groups.append((name, [value] if equals else []))
         elif groups:
             groups[-1][1].append(word)
@@ -248,8 +249,8 @@ def _today(argv: list[str], known: set[str]) -> list[str]:
     """Flags of earlier pipelines rewritten to today's, each with one line that says so."""
     words: list[str] = []
     for name, values in _split(argv):
-        if name is None or name.startswith("-"):
-            raise ArgumentError(f"expected a flag that starts with --, found {(values or [name])[0]!r}")
+        if name is None:
+            raise ArgumentError(f"expected a flag that starts with --, found {values[0]!r}")
         if name not in known or RENAMED.get(name) in known:
             name, values = _rewritten(name, values, known)
             if name is None:
@@ -349,7 +350,7 @@ def _check_adapter(adapter: AdapterArguments) -> None:
         name = "modules_to_save" if adapter.modules_to_save else "peft_path"
         raise ArgumentError(f"--{name} has no effect when all weights are trained: leave it out, or --use_peft True")
     for name in ("target_modules", "lora_rank", "lora_alpha", "lora_dropout"):
-        if getattr(adapter, name) != defaults[name]:
+        if getattr(adapter, name) not in (defaults[name], 0):  # no dropout is true of full training, too
             raise ArgumentError(
                 f"--{name} belongs to an adapter and has no effect when all weights are trained: leave it out"
             )

@@ -64,7 +64,7 @@ class StageArguments(TrainingArguments):
     save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Has no use here: batches hold what is needed."}
+        default=False, metadata={"help": "Stays False: batches hold what is needed, nothing more."}
     )
 
     def __post_init__(self):
@@ -72,7 +72,12 @@ class StageArguments(TrainingArguments):
             raise ArgumentError("--output_dir: missing; give the folder that the run is written to")
         if self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        self.remove_unused_columns = False
+        if self.remove_unused_columns:
+            raise ArgumentError(
+                "--remove_unused_columns True: batches hold what is needed, nothing more; leave it out"
+            )
+        if str(self.resume_from_checkpoint).lower() in ("false", "no", "none", ""):
+            self.resume_from_checkpoint = None
         if isinstance(self.report_to, str):
             self.report_to = self.report_to.split(",")
         # transformers 5 takes the folder of TensorBoard's files from the environment alone.
@@ -143,6 +148,8 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         data = next((part for part in parts if isinstance(part, DataArguments)), None)
         _settle_what_to_do(args, data)
         _settle_precision(args, parts)
+        if args.dry_run and is_deepspeed_zero3_enabled():
+            raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
         _check_output_dir(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -162,6 +169,8 @@ def _settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None
     # transformers turns --do_eval on by itself where --eval_strategy asks for evaluation between training steps.
     if not args.do_train and (not args.do_eval or args.eval_strategy != IntervalStrategy.NO):
         args.do_train, args.do_eval = True, has_validation
+    if args.do_predict:
+        raise ArgumentError("--do_predict: no stage predicts; --do_eval evaluates on the validation records")
     if args.label_smoothing_factor:
         raise ArgumentError("--label_smoothing_factor: no stage smooths its labels; leave it out")
     if not args.average_tokens_across_devices:
@@ -202,13 +211,16 @@ def _settle_precision(args: StageArguments, parts: Sequence[Any]) -> None:
 def _check_output_dir(args: StageArguments) -> None:
     """Raises ArgumentError if the run would write over what is there."""
     folder = Path(args.output_dir)
-    if args.overwrite_output_dir or args.dry_run or args.resume_from_checkpoint or not args.do_train:
-        return
     if folder.is_file():
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
+    if args.overwrite_output_dir or args.dry_run or not args.do_train:
+        return
     manifest = read_manifest(folder)
     way_out = "--overwrite_output_dir replaces it, another --output_dir keeps it"
-    if manifest and manifest.get("status") == "finished":
+    finished = manifest is not None and manifest.get("status") == "finished"
+    if args.resume_from_checkpoint and (checkpoints(folder) or not finished):
+        return
+    if finished:
         raise ArgumentError(f"--output_dir {folder}: holds a finished {manifest.get('stage')} run; {way_out}")
     if checkpoints(folder):
         raise ArgumentError(
@@ -241,7 +253,7 @@ class Run:
         self.manifest: dict[str, Any] = {
             "stage": stage,
             "status": "running",
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).name, *_without_tokens(sys.argv[1:])],
             "flags": flags,
             "base_model": base,
             "lineage": [*(before or {}).get("lineage", []), {"stage": stage, "base_model": base}],
@@ -326,7 +338,7 @@ class Run:
             return
         resume = resume_point(args.output_dir, args.resume_from_checkpoint)
         if args.overwrite_output_dir and resume is None and is_main():
-            remove_checkpoints(args.output_dir)
+            remove_earlier_run(args.output_dir)
         self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"))
         self.write()
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -373,9 +385,9 @@ class Run:
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         model = trainer.model.to(args.device)
+        started = time.time()
         batch = next(iter(loader))
         count = trainer._get_num_items_in_batch([batch], args.device)
-        started = time.time()
         loss = trainer.compute_loss(model.train(), trainer._prepare_inputs(batch), num_items_in_batch=count)
         loss.backward()
         loss = float(loss.detach())  # waits for the device
@@ -401,10 +413,21 @@ class Run:
             logger.info(f"{key} = {value}")
 
 
-def remove_checkpoints(output_dir: str | Path) -> None:
-    """Removes the checkpoints of the run that --overwrite_output_dir replaces."""
-    for folder in checkpoints(output_dir):
-        shutil.rmtree(folder)
+# What a run writes; --overwrite_output_dir removes these and nothing else.
+WRITTEN = (
+    *("checkpoint-*", "eval_records", "logs", "rejected.jsonl", "*_results.json", "*_results.txt", "loss.png"),
+    *("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model*.safetensors*"),
+    *("run.json", "trainer_state.json", "training_args.bin", "ppo_state.pt"),
+)
+
+
+def remove_earlier_run(output_dir: str | Path) -> None:
+    """Removes what an earlier run wrote; other files stay."""
+    for path in (path for pattern in WRITTEN for path in Path(output_dir).glob(pattern)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _out_of_memory_advice(error: BaseException) -> str:
@@ -415,12 +438,24 @@ def _out_of_memory_advice(error: BaseException) -> str:
     )
 
 
+def _without_tokens(words: Sequence[str]) -> list[str]:
+    """A command line with the values of access tokens left out."""
+    kept, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if secret and not word.startswith("--"):
+            word = "…"
+        secret = name.startswith("--") and name.endswith(("token", "token_path"))
+        kept.append(f"{name}=…" if secret and equals else word)
+    return kept
+
+
 def _given_flags(parts: Sequence[Any], names: set[str]) -> dict[str, Any]:
     """The flags that the command line or its file gave, with their values; access tokens are left out."""
     flags: dict[str, Any] = {}
     for part in parts:
         for f in dataclasses.fields(part):
-            if f.name in names and not f.name.endswith("token"):
+            if (f.name in names or f"no_{f.name}" in names) and not f.name.endswith("token"):
                 value = getattr(part, f.name)
                 flags[f.name] = value if isinstance(value, int | float | bool | str | dict | list) else str(value)
     return flags

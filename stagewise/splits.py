@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,8 @@ class SplitReader:
         Raises:
             ArgumentError, RecordError: naming the flag, or the file and line.
         """
-        if self.rejected.exists():
-            self.rejected.unlink()
+        if os.environ.get("RANK", "0") == "0":  # the one process that writes it
+            self.rejected.unlink(missing_ok=True)
         splits = Splits()
         held_out: tuple[list[T], Account] | None = None
         # A split of the training records must be made even when only one side of it is used.
