@@ -16,7 +16,7 @@ Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL penalty).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,6 @@ from stagewise.arguments import (
     ModelArguments,
     PairArguments,
 )
-from stagewise.attention import packs_exactly
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import Conversation
 from stagewise.encoding import IGNORE_INDEX, Example
@@ -50,8 +49,7 @@ from stagewise.losses import (
 )
 from stagewise.metrics import perplexity, standard_error
 from stagewise.model import load_causal_lm, load_config, load_tokenizer
-from stagewise.packing import PaddedCollator, collate_packed
-from stagewise.policy import Batch, Policy
+from stagewise.policy import Batch, Policy, answer_batch
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
 from stagewise.rendering import choose_template
 from stagewise.reward import Scorer, load_scorer
@@ -137,13 +135,11 @@ class PPOTrainer(RolloutTrainer):
         scorer: Scorer,
         conversations: dict[str, dict[str, Conversation]],
         policy: Policy,
-        collate: Callable[[Sequence[Example]], Batch],
         **kwargs: Any,
     ):
         super().__init__(*args, kl_coef=ppo.init_kl_coef, **kwargs)
-        self.guard, self.ppo, self.sampling, self.scorer, self.collate = guard, ppo, sampling, scorer, collate
+        self.guard, self.ppo, self.sampling, self.scorer, self.policy = guard, ppo, sampling, scorer, policy
         self.max_target_length, self.conversations = max_target_length, conversations
-        self.policy = policy
         self.moved = torch.zeros((), device=self.args.device)  # nats from the rollout's policy, of an update's answers
 
     def rollout(self) -> list[Batch]:
@@ -251,11 +247,14 @@ class PPOTrainer(RolloutTrainer):
             return *self.policy.logps_and_values(self.model, batch), self.policy.reference_logps(batch)
 
     def batches_of(self, prompts: Sequence[Example], answers: Sequence[list[int]]) -> list[Batch]:
-        """Prompts with their answers, whose tokens are the labels, as minibatches on the device."""
-        pairs = [(prompt.input_ids, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        rows = [Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer) for ids, answer in pairs]
-        size = self.schedule.mini_batch_size
-        batches = [self.collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+        """Prompts with their answers as minibatches on the device."""
+        ids, size, pad_id = (
+            [prompt.input_ids for prompt in prompts],
+            self.schedule.mini_batch_size,
+            self.sampling.pad_id,
+        )
+        spans = [slice(first, first + size) for first in range(0, len(ids), size)]
+        batches = [answer_batch(ids[span], answers[span], pad_id) for span in spans]
         return [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
 
     def ended(self, answers: Sequence[list[int]]) -> torch.Tensor:
@@ -357,9 +356,6 @@ def main() -> None:
             longest=max(len(prompt.input_ids) for prompt in splits.train + splits.validation) + limits[1],
         )
         model = merge_predecessor(run, predecessor_args, load_causal_lm(model_args, tokenizer=tokenizer))
-        packed, reason = packs_exactly(model, tokenizer)
-        how = f"{'packed' if packed else 'padded'}: {reason}"
-        logger.info(f"rows: {how}")
         if adapter_args.trains_adapter:
             model, reference = attach_adapter(model, adapter_args, "CAUSAL_LM"), None
         else:
@@ -386,9 +382,8 @@ def main() -> None:
             scorer=scorer,
             conversations=conversations,
             policy=Policy(model, reference, ppo_args.temperature),
-            collate=(lambda rows: collate_packed([rows])) if packed else PaddedCollator(tokenizer.pad_token_id),
         )
-        run.note(template=template.name, rows=how, data=splits.as_dict())
+        run.note(template=template.name, data=splits.as_dict())
         run.attach(trainer, table, guard)
         trainer.add_callback(RolloutEnds(trainer))
         run.train(trainer, stop=template.stop)

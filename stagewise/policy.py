@@ -7,6 +7,8 @@ prompt and answer ─► base + adapter ─► last hidden states ─┬─► o
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -20,6 +22,24 @@ from stagewise.model import Float32Linear
 Batch = dict[str, torch.Tensor]
 
 
+def answer_batch(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int) -> Batch:
+    """Prompts with their answers, whose tokens are the labels: input_ids, labels, attention_mask of shape (B, T).
+
+    All answers begin at one column, so that the output head, the widest matrix, runs at answers alone:
+
+        . . p p p | a a a a
+        p p p p p | a a . .
+    """
+    before, after = (max(map(len, part)) for part in (prompts, answers))
+    ids, labels, mask = [], [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        left, right = before - len(prompt), after - len(answer)
+        ids.append([pad_id] * left + prompt + answer + [pad_id] * right)
+        labels.append([IGNORE_INDEX] * before + answer + [IGNORE_INDEX] * right)
+        mask.append([0] * left + [1] * (len(prompt) + len(answer)) + [0] * right)
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+
+
 class Policy:
     """What PPO asks of a causal language model, which gets a `value_head` for it.
 
@@ -31,7 +51,9 @@ class Policy:
 
     def __init__(self, model: nn.Module, reference: nn.Module | None, temperature: float):
         self.model, self.reference, self.temperature = model, reference, temperature
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.keep_logits = takes_kept_logits(model)
+        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self.hidden: torch.Tensor | None = None  # what an output head has just read
         weight = model.get_output_embeddings().weight
         model.value_head = Float32Linear(weight.shape[1], 1, device=weight.device)
@@ -51,20 +73,23 @@ class Policy:
 
         Args:
             model: the model, wrapped (DDP, DeepSpeed) or not, or the reference.
-            batch: packed or padded, labels on the answers' tokens.
+            batch: what `answer_batch` made, on the model's device.
             temperature: default: the policy's.
 
         Returns:
             (N,) and (N,) in float32, for the N tokens of the batch's answers, row after row.
         """
-        features = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
-        positions = learned_positions(batch["labels"])
-        targets = batch["labels"][:, positions + 1]
-        kept = {"logits_to_keep": positions} if self.keep_logits else {}
-        logits = model(**features, use_cache=False, **kept).logits
+        features = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        places = learned_positions(batch["labels"])
+        targets = batch["labels"][:, places + 1]
+        if self.takes_positions:
+            features["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+        if self.keep_logits:
+            features["logits_to_keep"] = places
+        logits = model(**features).logits
         hidden, self.hidden = self.hidden, None
-        if not kept:
-            logits, hidden = logits[:, positions], hidden[:, positions]
+        if not self.keep_logits:
+            logits, hidden = logits[:, places], hidden[:, places]
         temperature = temperature or self.temperature
         logps = -token_nll(logits if temperature == 1 else logits.float() / temperature, targets)
         answered = targets != IGNORE_INDEX

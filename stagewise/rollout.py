@@ -140,7 +140,7 @@ class RolloutTrainer(Trainer):
         """Called after each optimizer step; may empty `queue`."""
 
     def next_rows(self) -> list[int]:
-        """This process's prompts of the next rollout, by index.
+        """This process's prompts of the next rollout, by index; prompts of like lengths are in one minibatch.
 
         Minibatch k of all processes together is the same prompts, whatever the number of processes.
         """
@@ -151,6 +151,7 @@ class RolloutTrainer(Trainer):
             if not rows or place == 0:
                 order = np.random.default_rng([self.args.seed, PROMPTS, passes]).permutation(count)
             rows.append(int(order[place]))
+        rows.sort(key=lambda row: len(self.train_dataset[row].input_ids))
         starts = range(self.args.process_index * mini, size, mini * world)
         return [row for first in starts for row in rows[first : first + mini]]
 

@@ -201,7 +201,13 @@ def _settle_precision(args: StageArguments, parts: Sequence[Any]) -> None:
             "--torch_dtype float16 beside --bf16: the weights are loaded in bfloat16, as they are computed with"
         )
         model.torch_dtype = "bfloat16"
-    if model and adapter and not adapter.trains_adapter and model.torch_dtype == "float16":
+    if not (model and adapter) or adapter.trains_adapter:
+        return
+    if model.torch_dtype == "auto" and not args.deepspeed:
+        # A 16-bit weight does not move by an update below a few thousandths of itself; DeepSpeed keeps float32 copies.
+        logger.info("all weights are trained: they are loaded in float32 (--torch_dtype bfloat16 halves the memory)")
+        model.torch_dtype = "float32"
+    if model.torch_dtype == "float16":
         raise ArgumentError(
             "--torch_dtype float16: all weights are trained, and float16 cannot hold their gradients; "
             "use --torch_dtype float32 (with --fp16 or --bf16), or bfloat16"

@@ -21,7 +21,18 @@ LAYERS = [
         "results",
         "shards",
     },
-    {"model", "adapter", "checkpoint", "callbacks", "splits", "language_model", "pairs"},
+    {
+        "model",
+        "adapter",
+        "checkpoint",
+        "callbacks",
+        "splits",
+        "language_model",
+        "pairs",
+        "policy",
+        "reward",
+        "rollout",
+    },
     {"run", "predecessor"},
 ]
 WITHOUT_TORCH = {"conversation", "records", "rendering", "arguments"}

@@ -256,3 +256,50 @@ def test_what_cannot_be_honoured_is_named(stage, words, capsys, changes, message
         stage("supervised_finetuning", *words(**changes))
     assert ended.value.code in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_false_does_not_resume(stage, words, capsys):
+    stage("supervised_finetuning", *words(max_steps=1))
+    with pytest.raises(SystemExit):
+        stage("supervised_finetuning", *words(max_steps=2), "--resume_from_checkpoint", "False")
+    assert "holds a finished sft run" in capsys.readouterr().err
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again_by_resuming(stage, words, capsys):
+    stage("supervised_finetuning", *words(max_steps=1, save_strategy="no"))
+    with pytest.raises(SystemExit):
+        stage("supervised_finetuning", *words(max_steps=2), "--resume_from_checkpoint", "True")
+    assert "holds a finished sft run" in capsys.readouterr().err
+
+
+def test_replacing_a_run_leaves_nothing_of_it_but_what_is_not_its_own(stage, words):
+    out = stage("supervised_finetuning", *words(max_steps=1), "--save_eval_records")
+    (out / "notes.txt").write_text("mine")
+    full = words(max_steps=1, use_peft=False, lora_dropout=None)
+    stage("supervised_finetuning", *full, "--overwrite_output_dir")
+    names = {path.name for path in out.iterdir()}
+    assert "config.json" in names and "notes.txt" in names
+    assert not names & {"adapter_config.json", "adapter_model.safetensors", "eval_records"}
+
+
+def test_an_access_token_is_not_written_down(stage, words):
+    out = stage("supervised_finetuning", *words(max_steps=1), "--hf_hub_token", "hf_secret", "--learning-rate", "1e-3")
+    text = (out / "run.json").read_text()
+    assert "hf_secret" not in text
+    assert manifest(out)["flags"]["learning_rate"] == 1e-3
+
+
+def test_all_weights_are_trained_in_float32_unless_asked_otherwise(stage, words, tiny_checkpoint):
+    base = tiny_checkpoint("llama", dtype=torch.bfloat16)
+    changes = {"model_name_or_path": base, "use_peft": False, "lora_dropout": None, "max_steps": 1}
+    dtypes = {
+        asked: next(
+            iter(
+                adapter_weights(
+                    stage("supervised_finetuning", *words(out=asked, torch_dtype=asked, **changes))
+                ).values()
+            )
+        ).dtype
+        for asked in ("auto", "bfloat16")
+    }
+    assert dtypes == {"auto": torch.float32, "bfloat16": torch.bfloat16}

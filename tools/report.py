@@ -202,7 +202,7 @@ def number(value: float | None, signed: bool = False) -> str:
 def table(lines: Sequence[Line], minutes: dict[str, float]) -> str:
     """Lines as a Markdown table; a stage's minutes stand on its first line."""
     out = [
-        "| stage | metric | before | after | difference | standard error | minutes | asked | |",
+        "| stage | metric | before | after | difference | standard error | minutes | asked | verdict |",
         "|---|---|---:|---:|---:|---:|---:|---|---|",
     ]
     last = None
