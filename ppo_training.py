@@ -248,13 +248,9 @@ class PPOTrainer(RolloutTrainer):
 
     def batches_of(self, prompts: Sequence[Example], answers: Sequence[list[int]]) -> list[Batch]:
         """Prompts with their answers as minibatches on the device."""
-        ids, size, pad_id = (
-            [prompt.input_ids for prompt in prompts],
-            self.schedule.mini_batch_size,
-            self.sampling.pad_id,
-        )
+        ids, size = [prompt.input_ids for prompt in prompts], self.schedule.mini_batch_size
         spans = [slice(first, first + size) for first in range(0, len(ids), size)]
-        batches = [answer_batch(ids[span], answers[span], pad_id) for span in spans]
+        batches = [answer_batch(ids[span], answers[span], self.sampling.pad_id) for span in spans]
         return [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
 
     def ended(self, answers: Sequence[list[int]]) -> torch.Tensor:
@@ -318,6 +314,11 @@ def check_arguments(run: Run, ppo: PPOArguments) -> None:
         raise ArgumentError("--target_kl has no effect without --adap_kl_ctrl or --early_stopping: leave it out")
     if ppo.reward_baseline is None and ppo.batch_size * args.world_size == 1:
         raise ArgumentError("--batch_size 1: one score cannot be whitened; give more prompts, or --reward_baseline")
+    for name in ("auto_find_batch_size", "dataloader_drop_last", "dataloader_num_workers"):
+        if given.get(name):
+            raise ArgumentError(f"--{name} has no effect: the batches of a rollout are made here; leave it out")
+    if args.metric_for_best_model == "loss":  # the default of --load_best_model_at_end; validation has no loss here
+        args.metric_for_best_model, args.greater_is_better = "reward", True
     ppo.target_kl, ppo.mini_batch_size, args.per_device_train_batch_size = ppo.target_kl or 6.0, mini, mini
     args.ignore_data_skip = True  # a resumed run knows by itself which prompts are next
 

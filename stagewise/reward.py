@@ -85,13 +85,19 @@ class Scorer:
             if pad_id is not None:
                 batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, pad_id)
             scores[places] = self.model(**batch.to(self.model.device)).logits[:, self.label].float()
+        if not torch.isfinite(scores).all():
+            raise RewardError(
+                f"{FLAG}: gave a score that is NaN or infinite; load it with --torch_dtype bfloat16 or float32"
+            )
         return scores
 
     def encode(self, prompt: Conversation, prompt_ids: list[int], answer: list[int]) -> dict[str, list[int]]:
         """One answer as the reward model's input; an answer that was cut off is closed, as those it learned from."""
+        ends = (self.stop_id, self.policy_tokenizer.eos_token_id)
+        spoken = answer[:-1] if answer[-1] in ends else answer
         if self.same_tokens:
-            return {"input_ids": prompt_ids + answer + ([] if answer[-1] == self.stop_id else [self.stop_id])}
-        text = self.policy_tokenizer.decode(answer, skip_special_tokens=True).strip()
+            return {"input_ids": [*prompt_ids, *spoken, self.stop_id]}
+        text = self.policy_tokenizer.decode(spoken, skip_special_tokens=True).strip()
         limit = position_limit(self.model.config, self.tokenizer)
         if self.template is None:
             question = "\n".join(message.content for message in prompt.messages)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,11 +146,12 @@ class RolloutTrainer(Trainer):
         Minibatch k of all processes together is the same prompts, whatever the number of processes.
         """
         count, mini, world = len(self.train_dataset), self.schedule.mini_batch_size, self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         size, rows = self.schedule.batch_size * world, []
         for position in range(self.rollouts * size, (self.rollouts + 1) * size):
             passes, place = divmod(position, count)
             if not rows or place == 0:
-                order = np.random.default_rng([self.args.seed, PROMPTS, passes]).permutation(count)
+                order = np.random.default_rng([seed, PROMPTS, passes]).permutation(count)
             rows.append(int(order[place]))
         rows.sort(key=lambda row: len(self.train_dataset[row].input_ids))
         starts = range(self.args.process_index * mini, size, mini * world)
@@ -224,7 +226,10 @@ class RolloutBatches:
     def __iter__(self) -> Iterator[Batch]:
         trainer = self.trainer
         for _ in range(trainer.schedule.an_epoch - trainer.rollouts % trainer.schedule.an_epoch):
+            started = time.time()
             trainer.queue[:] = trainer.rollout()
+            if trainer.rollouts == 1:
+                logger.info(f"first rollout: {time.time() - started:.1f} s before its updates")
             while trainer.queue:
                 yield trainer.queue.pop(0)
 

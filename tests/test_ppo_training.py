@@ -416,6 +416,7 @@ def test_updates_see_the_advantages_of_their_own_rollout(stage, words, monkeypat
         ({"batch_size": 1, "mini_batch_size": 1}, "one score cannot be whitened; give more prompts, or --reward_b"),
         ({"temperature": 0}, "--temperature: expected more than 0, found 0.0"),
         ({"top_p": 1.2}, "--top_p: expected 0 to 1, found 1.2"),
+        ({"dataloader_num_workers": 2}, "--dataloader_num_workers has no effect"),
         ({"reward_label": 4}, "--reward_label 4: the reward model has 0"),
         ({"reward_model_name_or_path": "./none"}, "--reward_model_name_or_path ./none"),
     ],
@@ -433,6 +434,18 @@ def test_the_command_of_an_earlier_pipeline(stage, words):
     out = stage("ppo_training", *flags, "--do_train", "--early_stopping", "True")
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     assert state(out)["rollouts"] >= 2, "one update an epoch, four epochs a rollout"
+
+
+def test_the_best_checkpoint_is_the_one_of_the_highest_reward(stage, words):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    out = stage("ppo_training", *words("out", **best, learning_rate=0.05))
+    rewards = {log["step"]: log["eval_reward"] for log in history(out) if "eval_reward" in log and log["step"] < 12}
+    kept = json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"]
+    last = [log["eval_reward"] for log in history(out) if "eval_reward" in log and log["step"] == 12]
+    rewards[12] = last[0]
+    step = max(rewards, key=rewards.get)
+    assert kept.endswith(f"checkpoint-{step}")
+    assert last[1] == pytest.approx(rewards[step], rel=1e-5), "it is evaluated and saved at the end"
 
 
 def test_a_dry_run_takes_no_step(stage, words):

@@ -91,6 +91,21 @@ def test_the_policys_tokens_are_read_as_they_are_where_tokenizer_and_form_are_th
     torch.testing.assert_close(scorer(PROMPTS, prompts, answers), scores_of(folder, rows), rtol=1e-4, atol=1e-5)
 
 
+def test_an_answer_that_ended_otherwise_is_closed_by_the_end_marker(policy, tiny_checkpoint):
+    """A tokenizer's end token may not be what the chat form ends an answer with."""
+    scorer = load(tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT)), policy)
+    scorer.stop_id = 77
+    for answer in ([30, EOS_ID], [30, 77], [30]):
+        assert scorer.encode(PROMPTS[0], [5, 6], answer) == {"input_ids": [5, 6, 30, 77]}
+
+
+def test_a_score_that_is_no_number_ends_the_run(policy, tiny_checkpoint):
+    scorer = load(tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT)), policy)
+    torch.nn.init.constant_(scorer.model.score.weight, torch.inf)
+    with pytest.raises(RewardError, match="gave a score that is NaN or infinite; load it with --torch_dtype"):
+        scorer(PROMPTS, *policy[2:])
+
+
 def test_the_other_way_round_gives_the_same_scores(policy, tiny_checkpoint):
     """Decoded and encoded again, for texts that encode to the same tokens."""
     folder = tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT))

@@ -222,7 +222,7 @@ CHINESE: dict[str, str] = {
     "Hide NaN from the log (the run stops anyway).": "在日志中隐去 NaN(运行照样会停止)。",
     "Whole checkpoints that are kept.": "保留多少个完整的检查点。",
     "See torch's DDP.": "见 torch 的 DDP。",
-    "Has no use here: batches hold what is needed.": "在这里没有作用:批次里只有需要的内容。",
+    "Stays False: batches hold what is needed, nothing more.": "保持 False：批次里只有需要的内容，没有别的。",
     # MergeArguments
     "The adapter's directory.": "适配器的目录。",
     "Where the merged model is written.": "合并后的模型写入的目录。",
@@ -239,7 +239,7 @@ CHINESE: dict[str, str] = {
     "transformers 5 has one kind of tokenizer, the fast one": "transformers 5 只有一种分词器,即快速的那种",
     "weights are always saved as safetensors": "权重总是保存为 safetensors",
     "torch's own autocast is used": "使用 torch 自己的 autocast",
-    "tokens a second are always logged": "每秒 token 数总会记入日志",
+    "the samples and steps a second are always logged": "每秒样本数和步数总会记入日志",
     "weights are always loaded without a second copy": "加载权重时从不多留一份副本",
     # arguments.NOT_YET
     "all records are read into memory; lower --max_train_samples": "所有数据都读入内存;请调低 --max_train_samples",
