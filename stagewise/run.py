@@ -359,7 +359,7 @@ class Run:
         if args.do_eval:
             metrics["eval"] = trainer.evaluate()
         self._save(trainer, stop)
-        before = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_loss" in log]
+        before = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_runtime" in log]
         if before:
             metrics["eval_before"] = before[0]
         if is_main():
