@@ -60,20 +60,26 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
 
 
-def assert_same(found: Path, expected: Path, **tolerance) -> None:
+def assert_same(found: Path, expected: Path, *, apart: float = 0.0, **tolerance) -> None:
+    """All weights agree, but for a share `apart` of each tensor's elements.
+
+    Adam divides a gradient by its own size: where it is next to nothing, rounding decides the sign of the step.
+    """
     found, expected = adapter_weights(found), adapter_weights(expected)
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], **tolerance)
+        differing = ~torch.isclose(value, expected[name], **tolerance)
+        assert differing.float().mean() <= apart, (name, (value - expected[name]).abs().max())
 
 
 @pytest.mark.parametrize("stage_name", SCRIPTS)
 def test_two_processes_are_one_process_with_twice_the_batch(stage_name, stage, words, tmp_path):
     script = SCRIPTS[stage_name]
-    one = stage(script, *words(stage_name, "one", batch=2))
-    run(torchrun(script, *words(stage_name, "two", batch=1)))
-    # Adam divides by the gradient's own size, so that rounding shows where a gradient is next to nothing.
-    assert_same(tmp_path / "two", one, rtol=1e-3, atol=5e-5)
+    # Plain gradient descent: a loss that is wrong by a factor, which Adam would not see, shows.
+    descent = {"optim": "sgd", "learning_rate": 0.5}
+    one = stage(script, *words(stage_name, "one", batch=2, **descent))
+    run(torchrun(script, *words(stage_name, "two", batch=1, **descent)))
+    assert_same(tmp_path / "two", one, rtol=1e-4, atol=1e-5)
     first, second = manifest(one), manifest(tmp_path / "two")
     assert (first["processes"], second["processes"]) == (1, 2)
     for name, value in first["metrics"]["eval"].items():
@@ -89,7 +95,7 @@ def test_deepspeed_trains_saves_merges_and_resumes(stage_name, zero, stage, word
     flags = words(stage_name, "ds", deepspeed=ROOT / zero, save_steps=2)
     run(torchrun(script, *flags))
     out = tmp_path / "ds"
-    assert_same(out, plain, rtol=2e-3, atol=2e-4)
+    assert_same(out, plain, apart=0.02, rtol=2e-3, atol=2e-4)
     stage("merge_peft_adapter", "--lora_model", out, "--output_dir", tmp_path / "merged")
     assert manifest(tmp_path / "merged")["status"] == "finished"
     # as if it had been killed while it wrote its last checkpoint
@@ -110,17 +116,18 @@ def test_deepspeed_full_training_saves_the_whole_model(zero, stage, words, tmp_p
     flags = words("sft", "ds", use_peft=False, deepspeed=ROOT / zero)
     del flags[flags.index("--lora_dropout") : flags.index("--lora_dropout") + 2]
     run(torchrun("supervised_finetuning", *flags))
-    assert_same(tmp_path / "ds", plain, rtol=5e-3, atol=2e-3)
+    assert_same(tmp_path / "ds", plain, apart=0.02, rtol=5e-3, atol=2e-3)
 
 
 def test_two_machines_are_one_process_with_twice_the_batch(stage, words, tmp_path):
-    one = stage("supervised_finetuning", *words("sft", "one", batch=2))
+    descent = {"optim": "sgd", "learning_rate": 0.5}
+    one = stage("supervised_finetuning", *words("sft", "one", batch=2, **descent))
     port = free_port()
     machines = [
         subprocess.Popen(
             torchrun(
                 "supervised_finetuning",
-                *words("sft", "two", batch=1),
+                *words("sft", "two", batch=1, **descent),
                 launcher=(
                     *("--nproc_per_node", "1", "--nnodes", "2", "--node_rank", rank),
                     *("--master_addr", "127.0.0.1", "--master_port", port, "--local_addr", address),
