@@ -397,6 +397,7 @@ def test_a_base_with_bin_weights(tiny_checkpoint, tmp_path, log):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_becomes_a_16_bit_model(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: quantised bases are not tested here")
     shape = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
     build_tiny_model("llama", **shape).save_pretrained(tmp_path / "full")
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
