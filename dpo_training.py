@@ -13,7 +13,8 @@ frozen second copy with --use_peft False. --per_device_train_batch_size counts p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -163,7 +164,8 @@ def main() -> None:
             model = attach_adapter(model, adapter_args, "CAUSAL_LM")
         else:
             name = dpo_args.ref_model_name_or_path
-            other = replace(model_args, model_name_or_path=name) if name else model_args
+            other = copy(model_args)
+            other.model_name_or_path = name or model_args.model_name_or_path
             reference = load_causal_lm(other, tokenizer=tokenizer, for_training=False, deepspeed_zero3=run.zero3)
             reference = reference if name else merge_predecessor(run, predecessor_args, reference)
 

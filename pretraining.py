@@ -65,7 +65,9 @@ def main() -> None:
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
         model = load_causal_lm(model_args, tokenizer=tokenizer, deepspeed_zero3=run.zero3)
-        rows, collate, how = training_rows(splits.train, model, tokenizer, pt_args.block_size, rows_args.packing)
+        rows, collate, how = training_rows(
+            splits.train, model, tokenizer, pt_args.block_size, rows_args.packing, adapter_args.padded_because
+        )
         if adapter_args.trains_adapter:
             model = attach_adapter(model, adapter_args, "CAUSAL_LM")
 

@@ -27,13 +27,18 @@ def training_rows(
     tokenizer: PreTrainedTokenizerBase,
     capacity: int,
     packing: bool,
+    padded_because: str | None = None,
 ) -> tuple[Dataset | Sequence[Example], WithIndex, str]:
     """Packs examples into rows of at most `capacity` tokens where that is exact for the model, else leaves them alone.
+
+    `padded_because` says why the training method cannot have packed rows, or is None.
 
     Returns:
         the training set, the collator of both splits, and what was chosen, in words for the log and run.json.
     """
-    exact, reason = packs_exactly(model, tokenizer) if packing else (False, "--packing False")
+    exact, reason = False, "--packing False" if not packing else padded_because
+    if reason is None:
+        exact, reason = packs_exactly(model, tokenizer)
     if not exact:
         how = f"padded, one record a row: {reason}"
         logger.info(f"rows: {how}")

@@ -21,14 +21,23 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from stagewise.arguments import ArgumentError, DataArguments, check_shared, parse
+from stagewise.adapter import method_callbacks
+from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, check_shared, parse
 from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, Progress, WholeCheckpoints
 from stagewise.checkpoint import checkpoints, resume_point
 from stagewise.encoding import Example, PreferenceExample
 from stagewise.manifest import MANIFEST, device_name, given_flags, read_manifest, versions, without_tokens
+from stagewise.methods import check_methods
 from stagewise.model import finish_generation_config
 from stagewise.results import draw_curves, show_sample, write_results
-from stagewise.settings import StageArguments, device_words, settle_precision, settle_what_to_do
+from stagewise.rope import kept_rope
+from stagewise.settings import (
+    StageArguments,
+    device_words,
+    settle_long_context,
+    settle_precision,
+    settle_what_to_do,
+)
 from stagewise.validation import EvaluationTable
 
 
@@ -67,10 +76,15 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
 
     try:
         args, *parts = parse([StageArguments, *dataclass_types], argv, before=before)
+        for part in parts:
+            if isinstance(part, AdapterArguments):
+                part.given = frozenset(word[2:] for word in given if word.startswith("--"))
         check_shared(*parts)
         data = next((part for part in parts if isinstance(part, DataArguments)), None)
         settle_what_to_do(args, data)
         settle_precision(args, parts)
+        settle_long_context(stage, parts)
+        check_methods(stage, args, parts)
         if args.dry_run and is_deepspeed_zero3_enabled():
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
         _check_output_dir(args)
@@ -120,6 +134,7 @@ class Run:
         self.output_dir = Path(args.output_dir)
         self.started = time.time()
         self.preemption: Preemption | None = None
+        self.adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
         base = getattr(next((p for p in parts if hasattr(p, "model_name_or_path")), None), "model_name_or_path", None)
         before = read_manifest(base) if base and Path(base).is_dir() else None
         self.manifest: dict[str, Any] = {
@@ -188,11 +203,16 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         self.preemption = Preemption()
         keep, self.args.save_total_limit = self.args.save_total_limit, None
-        own: list[TrainerCallback] = [Progress(), guard, self.preemption, WholeCheckpoints(keep)]
+        own: list[TrainerCallback] = [Progress(), guard, self.preemption]
+        own += [*method_callbacks(trainer, self.adapter), WholeCheckpoints(keep)]
         if table is not None and self.args.save_eval_records:
             own.append(EvaluationRows(table))
         for callback in own:
             trainer.add_callback(callback)
+        config = trainer.model.config
+        self.note(attention=config.get_text_config()._attn_implementation)
+        if "rope_scaling" in self.manifest["flags"]:
+            self.note(rope=kept_rope(config))
 
     def train(self, trainer: Trainer, stop: str | None) -> None:
         """Evaluates, trains, saves and writes the results as the flags say; ends the program if it was preempted.

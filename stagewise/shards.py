@@ -111,6 +111,8 @@ def _needs_memory(config: PeftConfig, base: PretrainedConfig, weights: dict[str,
         return f"{config.peft_type.value} layers are merged by PEFT"
     special = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
     asked = [name for name in special if getattr(config, name, None)]
+    if config.init_lora_weights not in (True, False, "gaussian"):  # PiSSA and its kin begin by changing the base
+        asked.append(f"init_lora_weights {config.init_lora_weights}")
     if asked or config.bias != "none" or any(".base_layer." in name for name in weights):
         return f"adapters with {asked[0] if asked else 'trained biases or embeddings'} are merged by PEFT"
     return None

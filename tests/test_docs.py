@@ -16,7 +16,20 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [
     ("README.md", "README_zh.md"),
-    *((f"docs/{page}.md", f"docs/{page}_zh.md") for page in ("arguments", "data", "distributed", "output")),
+    *(
+        (f"docs/{page}.md", f"docs/{page}_zh.md")
+        for page in (
+            "arguments",
+            "data",
+            "distributed",
+            "long_context",
+            "memory",
+            "methods",
+            "output",
+            "quantisation",
+            "vocabulary",
+        )
+    ),
 ]
 ENGLISH = [english for english, _ in PAIRS]
 DOCUMENTS = [*ENGLISH, *(chinese for _, chinese in PAIRS), "CONTRIBUTING.md", "data/README.md"]
@@ -28,10 +41,27 @@ STARTED_BY = {
     "run_ppo.sh": "ppo_training",
     "run_dpo.sh": "dpo_training",
 }
-ARGPARSE = ("convert_dataset", "tools.fetch_small_model", "tools.report")  # scripts that have a plain argparse parser
+ARGPARSE = (
+    "convert_dataset",
+    "tools.build_tokenizer",
+    "tools.extend_vocabulary",
+    "tools.fetch_small_model",
+    "tools.report",
+)  # scripts that have a plain argparse parser
 WITHOUT_FLAGS = {"run_pipeline.sh", "tools.document_flags", "tools.check_environment"}
 # Files that a run, or its reader, makes.
-MADE = {"run.json", "run.yaml", "rejected.jsonl", "whole.json", "config.json", "alpaca.json", "faq.csv", "sft.jsonl"}
+MADE = {
+    "quantization.json",
+    "run.json",
+    "run.yaml",
+    "rejected.jsonl",
+    "whole.json",
+    "config.json",
+    "alpaca.json",
+    "faq.csv",
+    "sft.jsonl",
+    "tokenizer.json",
+}
 
 
 def read(name: str) -> str:
@@ -53,9 +83,14 @@ def prose(text: str) -> str:
 @cache
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every script that takes flags, by module name."""
-    from tools.document_flags import parsers as of_dataclasses
+    from transformers.hf_argparser import HfArgumentParser
 
-    return {**of_dataclasses(), **{name: argparse_of(name) for name in ARGPARSE}}
+    from tools.document_flags import parsers as of_dataclasses
+    from tools.quantize_model import QuantizeArguments
+
+    stages = of_dataclasses()
+    quantize = HfArgumentParser([QuantizeArguments], allow_abbrev=False)
+    return {**stages, "tools.quantize_model": quantize, **{name: argparse_of(name) for name in ARGPARSE}}
 
 
 def argparse_of(name: str) -> argparse.ArgumentParser:
@@ -105,6 +140,8 @@ def target(words: list[str]) -> tuple[str | None, list[str], list[str]]:
     """(script, words before it, words behind it) of a command that starts one of ours; script None for others."""
     for place, word in enumerate(words):
         name = Path(word).name
+        if word == "-m" and words[place + 1] == "tools.show_model":  # a stage's script and its flags
+            return words[place + 2].removesuffix(".py"), words[:place], [*words[place + 3 :], "--output_dir", "x"]
         if word == "-m" and words[place + 1].startswith("tools."):
             return words[place + 1], words[:place], words[place + 2 :]
         if (name.endswith(".py") or name.startswith("run_")) and (ROOT / name).is_file():
