@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import (
@@ -32,17 +32,19 @@ from stagewise.arguments import (
 )
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import parse_preference
-from stagewise.encoding import encode_preference
+from stagewise.encoding import AnyTemplate, encode_preference
 from stagewise.forward import learned_logits, takes_kept_logits
 from stagewise.losses import dpo_loss, sequence_logps
 from stagewise.metrics import pair_metrics
 from stagewise.model import find_source, load_causal_lm, load_config, load_tokenizer, refuse_adapter
+from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.pairs import PairTrainer
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
-from stagewise.rendering import choose_template
+from stagewise.readers import RECORD_FILES
 from stagewise.run import start
-from stagewise.splits import SplitReader
+from stagewise.settings import StageArguments
+from stagewise.splits import SplitReader, Splits
 from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
 from template import TEMPLATES
 
@@ -131,29 +133,47 @@ def check_reference(dpo: DPOArguments, model: ModelArguments, adapter: AdapterAr
         refuse_adapter(find_source(name, model, flag), flag)
 
 
+def read_data(
+    args: StageArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    chat_args: ChatArguments,
+    pair_args: PairArguments,
+    adapter_args: AdapterArguments,
+    predecessor_args: PredecessorArguments,
+) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
+    """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
+    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
+    tokenizer = load_tokenizer(model_args)
+    earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
+    template = choose_template(tokenizer, chat_args, TEMPLATES, earlier)
+    splits = SplitReader(data_args, model_args, args, RECORD_FILES).read(
+        parse_preference,
+        lambda preference: encode_preference(tokenizer, template, preference, **limits),
+        train=args.do_train,
+        validation=args.do_eval,
+        tokenizer=tokenizer,
+        template=template.jinja(),
+        limits=limits,
+    )
+    return splits, tokenizer, template
+
+
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     shared = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments, PredecessorArguments]
     run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, dpo_args = start(
         "dpo", [*shared, DPOArguments]
     )
-    args, limits = run.args, (pair_args.max_source_length, pair_args.max_target_length)
+    args = run.args
     with run:
         check_predecessor(run, predecessor_args, adapter_args)
         check_reference(dpo_args, model_args, adapter_args)
 
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
-        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
-        tokenizer = load_tokenizer(model_args)
-        template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
-        splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json")).read(
-            parse_preference,
-            lambda preference: encode_preference(tokenizer, template, preference, *limits),
-            train=args.do_train,
-            validation=args.do_eval,
-            tokenizer=tokenizer,
-            template=template.jinja(),
-            limits=limits,
+        splits, tokenizer, template = read_data(
+            args, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args
         )
         run.show_sample(tokenizer, splits.train or splits.validation)
 
@@ -187,7 +207,7 @@ def main() -> None:
         )
         run.note(template=template.name, data=splits.as_dict())
         run.attach(trainer, table, guard)
-        run.train(trainer, stop=template.stop)
+        run.train(trainer, stop=template.stops)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from loguru import logger
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import (
@@ -36,7 +37,7 @@ from stagewise.arguments import (
 )
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import Conversation
-from stagewise.encoding import IGNORE_INDEX, Example
+from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example
 from stagewise.generation import Sampling, random_numbers, ready_to_speak, repetition, sample_answers
 from stagewise.losses import (
     adapted_kl_coef,
@@ -49,13 +50,15 @@ from stagewise.losses import (
 )
 from stagewise.metrics import perplexity, standard_error
 from stagewise.model import load_causal_lm, load_config, load_tokenizer
+from stagewise.own_template import choose_template
 from stagewise.policy import Batch, Policy, answer_batch
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
-from stagewise.rendering import choose_template
+from stagewise.readers import RECORD_FILES
 from stagewise.reward import Scorer, load_scorer
 from stagewise.rollout import EVALUATION, ROLLOUT, RolloutEnds, RolloutTrainer, Schedule, read_prompts
 from stagewise.run import Run, start
-from stagewise.splits import SplitReader
+from stagewise.settings import StageArguments
+from stagewise.splits import SplitReader, Splits
 from stagewise.validation import EvaluationTable, ValidationSet
 from template import TEMPLATES
 
@@ -323,23 +326,40 @@ def check_arguments(run: Run, ppo: PPOArguments) -> None:
     args.ignore_data_skip = True  # a resumed run knows by itself which prompts are next
 
 
+def read_data(
+    args: StageArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    chat_args: ChatArguments,
+    pair_args: PairArguments,
+    adapter_args: AdapterArguments,
+    predecessor_args: PredecessorArguments,
+) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate, dict[str, dict[str, Conversation]]]:
+    """Encoded prompts, tokenizer, chat template and the conversations; `python -m tools.show_data` shows them."""
+    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    tokenizer = load_tokenizer(model_args)
+    earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
+    template = choose_template(tokenizer, chat_args, TEMPLATES, earlier)
+    reader = SplitReader(data_args, model_args, args, RECORD_FILES)
+    splits, conversations = read_prompts(reader, args, tokenizer, template, pair_args.max_source_length)
+    return splits, tokenizer, template, conversations
+
+
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     shared = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments, PredecessorArguments]
     run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, ppo_args = start(
         "ppo", [*shared, PPOArguments]
     )
-    args, limits = run.args, (pair_args.max_source_length, pair_args.max_target_length)
+    args = run.args
     with run:
         check_arguments(run, ppo_args)
         check_predecessor(run, predecessor_args, adapter_args)
 
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
-        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
-        tokenizer = load_tokenizer(model_args)
-        template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
-        reader = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json"))
-        splits, conversations = read_prompts(reader, args, tokenizer, template, limits[0])
+        splits, tokenizer, template, conversations = read_data(
+            args, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args
+        )
         schedule = Schedule.plan(
             args, ppo_args.batch_size, ppo_args.mini_batch_size, ppo_args.ppo_epochs, ppo_args.rollouts, splits.train
         )
@@ -354,7 +374,7 @@ def main() -> None:
             template=template,
             table=TEMPLATES,
             device=args.device,
-            longest=max(len(prompt.input_ids) for prompt in splits.train + splits.validation) + limits[1],
+            longest=max(part.lengths["max"] for part in splits.summary.values()) + pair_args.max_target_length,
         )
         model = merge_predecessor(run, predecessor_args, load_causal_lm(model_args, tokenizer=tokenizer))
         if adapter_args.trains_adapter:
@@ -363,7 +383,8 @@ def main() -> None:
             reference = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
 
         # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
-        stop_ids = {tokenizer.encode(template.stop, add_special_tokens=False)[-1], tokenizer.eos_token_id} - {None}
+        ends = [tokenizer.encode(stop, add_special_tokens=False) for stop in template.stops]
+        stop_ids = {*(ids[0] for ids in ends if len(ids) == 1), tokenizer.eos_token_id} - {None}
         validation, guard = ValidationSet(splits.validation), NonFiniteGuard()
         table = EvaluationTable(validation.wheres, COLUMNS, answer_metrics)
         trainer = PPOTrainer(
@@ -379,7 +400,7 @@ def main() -> None:
             sampling=Sampling(
                 ppo_args.temperature, ppo_args.top_p, ppo_args.top_k, tuple(sorted(stop_ids)), tokenizer.pad_token_id
             ),
-            max_target_length=limits[1],
+            max_target_length=pair_args.max_target_length,
             scorer=scorer,
             conversations=conversations,
             policy=Policy(model, reference, ppo_args.temperature),
@@ -387,7 +408,7 @@ def main() -> None:
         run.note(template=template.name, data=splits.as_dict())
         run.attach(trainer, table, guard)
         trainer.add_callback(RolloutEnds(trainer))
-        run.train(trainer, stop=template.stop)
+        run.train(trainer, stop=template.stops)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
+
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
 from stagewise.callbacks import NonFiniteGuard
@@ -23,8 +25,11 @@ from stagewise.encoding import encode_text
 from stagewise.language_model import LanguageModelTrainer, training_rows
 from stagewise.metrics import language_model_metrics
 from stagewise.model import load_causal_lm, load_config, load_tokenizer
+from stagewise.readers import TEXT_FILES
 from stagewise.run import start
-from stagewise.splits import SplitReader
+from stagewise.settings import StageArguments
+from stagewise.splits import SplitReader, Splits
+from stagewise.streamed_training import check_streaming
 from stagewise.validation import EvaluationTable, ValidationSet
 
 
@@ -42,6 +47,29 @@ class PTTrainer(LanguageModelTrainer):
         return loss
 
 
+def read_data(
+    args: StageArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    rows_args: LanguageModelArguments,
+    pt_args: PTArguments,
+) -> tuple[Splits, PreTrainedTokenizerBase]:
+    """Encoded blocks of text, and the tokenizer; `python -m tools.show_data` shows them."""
+    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    tokenizer = load_tokenizer(model_args)
+    splits = SplitReader(data_args, model_args, args, TEXT_FILES).read(
+        lambda record, where: (parse_text(record, where), where),
+        lambda document: encode_text(tokenizer, document[0], pt_args.block_size, document[1]),
+        train=args.do_train,
+        validation=args.do_eval,
+        stream=rows_args.shuffle_buffer if rows_args.streaming else None,
+        tokenizer=tokenizer,
+        template=None,
+        limits={"block_size": pt_args.block_size},
+    )
+    return splits, tokenizer
+
+
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     run, model_args, data_args, rows_args, adapter_args, pt_args = start(
@@ -50,17 +78,8 @@ def main() -> None:
     args = run.args
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
-        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
-        tokenizer = load_tokenizer(model_args)
-        splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".txt", ".jsonl", ".json")).read(
-            lambda record, where: (parse_text(record, where), where),
-            lambda document: encode_text(tokenizer, document[0], pt_args.block_size, document[1]),
-            train=args.do_train,
-            validation=args.do_eval,
-            tokenizer=tokenizer,
-            template=None,
-            block_size=pt_args.block_size,
-        )
+        check_streaming(args, data_args, rows_args)
+        splits, tokenizer = read_data(args, model_args, data_args, rows_args, pt_args)
         run.show_sample(tokenizer, splits.train or splits.validation)
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────

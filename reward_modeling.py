@@ -13,19 +13,23 @@ The score's head is trained in full and saved with the adapter; `merge_peft_adap
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import parse_preference
-from stagewise.encoding import encode_preference
+from stagewise.encoding import AnyTemplate, encode_preference
 from stagewise.losses import pairwise_loss
 from stagewise.metrics import pair_metrics
 from stagewise.model import load_config, load_reward_model, load_tokenizer
+from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.pairs import PairTrainer
-from stagewise.rendering import choose_template
+from stagewise.readers import RECORD_FILES
 from stagewise.run import start
-from stagewise.splits import SplitReader
+from stagewise.settings import StageArguments
+from stagewise.splits import SplitReader, Splits
 from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
 from template import TEMPLATES
 
@@ -45,26 +49,40 @@ class RewardTrainer(PairTrainer):
         return loss
 
 
+def read_data(
+    args: StageArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    chat_args: ChatArguments,
+    pair_args: PairArguments,
+    adapter_args: AdapterArguments,
+) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
+    """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
+    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
+    tokenizer = load_tokenizer(model_args)
+    template = choose_template(tokenizer, chat_args, TEMPLATES, adapter_args.peft_path)
+    splits = SplitReader(data_args, model_args, args, RECORD_FILES).read(
+        parse_preference,
+        lambda preference: encode_preference(tokenizer, template, preference, **limits),
+        train=args.do_train,
+        validation=args.do_eval,
+        tokenizer=tokenizer,
+        template=template.jinja(),
+        limits=limits,
+    )
+    return splits, tokenizer, template
+
+
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     run, model_args, data_args, chat_args, pair_args, adapter_args = start(
         "rm", [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments]
     )
-    args, limits = run.args, (pair_args.max_source_length, pair_args.max_target_length)
+    args = run.args
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
-        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
-        tokenizer = load_tokenizer(model_args)
-        template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
-        splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json")).read(
-            parse_preference,
-            lambda preference: encode_preference(tokenizer, template, preference, *limits),
-            train=args.do_train,
-            validation=args.do_eval,
-            tokenizer=tokenizer,
-            template=template.jinja(),
-            limits=limits,
-        )
+        splits, tokenizer, template = read_data(args, model_args, data_args, chat_args, pair_args, adapter_args)
         run.show_sample(tokenizer, splits.train or splits.validation)
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
@@ -89,7 +107,7 @@ def main() -> None:
         )
         run.note(template=template.name, data=splits.as_dict())
         run.attach(trainer, table, guard)
-        run.train(trainer, stop=template.stop)
+        run.train(trainer, stop=template.stops)
 
 
 if __name__ == "__main__":

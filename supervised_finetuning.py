@@ -15,9 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
+
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import (
     AdapterArguments,
+    ArgumentError,
     ChatArguments,
     DataArguments,
     LanguageModelArguments,
@@ -25,13 +28,16 @@ from stagewise.arguments import (
 )
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import parse_conversation
-from stagewise.encoding import encode_conversation
+from stagewise.encoding import AnyTemplate, ConversationEncoder
 from stagewise.language_model import LanguageModelTrainer, training_rows
 from stagewise.metrics import language_model_metrics
 from stagewise.model import load_causal_lm, load_config, load_tokenizer
-from stagewise.rendering import choose_template
+from stagewise.own_template import choose_template
+from stagewise.readers import RECORD_FILES
 from stagewise.run import start
-from stagewise.splits import SplitReader
+from stagewise.settings import StageArguments
+from stagewise.splits import SplitReader, Splits
+from stagewise.streamed_training import check_streaming
 from stagewise.validation import EvaluationTable, ValidationSet
 from template import TEMPLATES
 
@@ -40,6 +46,15 @@ from template import TEMPLATES
 class SFTArguments:
     model_max_length: int = field(default=2048, metadata={"help": "Tokens of a conversation, and of a packed row."})
     train_on_inputs: bool = field(default=False, metadata={"help": "Learn the whole conversation, prompts included."})
+    mask_history: bool = field(
+        default=False, metadata={"help": "Learn only what is said after the last question, not in earlier turns."}
+    )
+    use_firefly_loss: bool | None = field(
+        default=None, metadata={"help": "Another name for what is done anyway: every assistant turn is learned."}
+    )
+    truncation_side: str = field(
+        default="right", metadata={"help": "Where whole turns are dropped from what is too long: right or left."}
+    )
 
 
 class SFTTrainer(LanguageModelTrainer):
@@ -51,6 +66,48 @@ class SFTTrainer(LanguageModelTrainer):
         return loss
 
 
+def check_labels(sft: SFTArguments) -> None:
+    """Raises ArgumentError for flags about what is learned that contradict each other or what is done."""
+    if sft.use_firefly_loss is False:
+        raise ArgumentError(
+            "--use_firefly_loss False: every assistant turn of a conversation is learned in one pass, there is no "
+            "other loss; to learn the last turn alone, give --mask_history"
+        )
+    if sft.use_firefly_loss and sft.mask_history:
+        raise ArgumentError("--use_firefly_loss learns every turn, --mask_history the last one alone: give one")
+    if sft.use_firefly_loss and sft.train_on_inputs:
+        raise ArgumentError("--use_firefly_loss learns answers alone, --train_on_inputs the questions too: give one")
+
+
+def read_data(
+    args: StageArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    chat_args: ChatArguments,
+    rows_args: LanguageModelArguments,
+    adapter_args: AdapterArguments,
+    sft_args: SFTArguments,
+) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
+    """Encoded conversations, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
+    check_labels(sft_args)
+    labels = (sft_args.train_on_inputs, sft_args.mask_history, sft_args.truncation_side)
+    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    tokenizer = load_tokenizer(model_args)
+    template = choose_template(tokenizer, chat_args, TEMPLATES, adapter_args.peft_path)
+    splits = SplitReader(data_args, model_args, args, RECORD_FILES).read(
+        parse_conversation,
+        ConversationEncoder(tokenizer, template, sft_args.model_max_length, *labels),
+        train=args.do_train,
+        validation=args.do_eval,
+        stream=rows_args.shuffle_buffer if rows_args.streaming else None,
+        tokenizer=tokenizer,
+        template=template.jinja(),
+        limits={"model_max_length": sft_args.model_max_length},
+        labels=labels,
+    )
+    return splits, tokenizer, template
+
+
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     run, model_args, data_args, chat_args, rows_args, adapter_args, sft_args = start(
@@ -59,20 +116,9 @@ def main() -> None:
     args, limit = run.args, sft_args.model_max_length
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
-        load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
-        tokenizer = load_tokenizer(model_args)
-        template = choose_template(tokenizer, chat_args.template_name, TEMPLATES)
-        splits = SplitReader(data_args, model_args, args.output_dir, args.seed, (".jsonl", ".json")).read(
-            parse_conversation,
-            lambda conversation: encode_conversation(
-                tokenizer, template, conversation, limit, sft_args.train_on_inputs
-            ),
-            train=args.do_train,
-            validation=args.do_eval,
-            tokenizer=tokenizer,
-            template=template.jinja(),
-            limit=limit,
-            train_on_inputs=sft_args.train_on_inputs,
+        check_streaming(args, data_args, rows_args)
+        splits, tokenizer, template = read_data(
+            args, model_args, data_args, chat_args, rows_args, adapter_args, sft_args
         )
         run.show_sample(tokenizer, splits.train or splits.validation)
 
@@ -101,7 +147,7 @@ def main() -> None:
         )
         run.note(template=template.name, rows=how, data=splits.as_dict())
         run.attach(trainer, table, guard)
-        run.train(trainer, stop=template.stop)
+        run.train(trainer, stop=template.stops)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from loguru import logger
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 FALSE_WORDS = {"false", "no", "0", "none", "off"}
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "longrope")
@@ -100,8 +100,13 @@ class DataArguments:
     """Which records are trained on and which are held out."""
 
     train_file_dir: str | None = field(
-        default=None, metadata={"help": "File, or folder searched with its subfolders."}
+        default=None,
+        metadata={"help": "File, or folder searched with its subfolders; several joined by commas; or a .yaml list."},
     )
+    data_weights: str | None = field(
+        default=None, metadata={"help": "Shares of the sources of --train_file_dir, joined by commas: 0.7,0.3."}
+    )
+    deduplicate: bool = field(default=False, metadata={"help": "Leave out training records that were read before."})
     validation_file_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
     dataset_name: str | None = field(default=None, metadata={"help": "A `datasets` set: hub name or local folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that set."})
@@ -124,6 +129,13 @@ class ChatArguments:
     template_name: str | None = field(
         default=None, metadata={"help": "Chat template of template.py; default: the tokenizer's own, else vicuna."}
     )
+    force_template: bool = field(
+        default=False, metadata={"help": "Use --template_name although the model was trained in another template."}
+    )
+    enable_thinking: bool | None = field(
+        default=None,
+        metadata={"help": "Answers of a thinking model begin with its thoughts; False: with none. Default: its own."},
+    )
 
 
 @dataclass
@@ -144,6 +156,10 @@ class LanguageModelArguments:
     neft_alpha: float | None = field(
         default=None, metadata={"help": "NEFTune: noise on the embeddings, uniform within ±alpha / sqrt(L d)."}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the files while training, in constant memory; needs --max_steps."}
+    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Records that --streaming shuffles among."})
 
 
 @dataclass
@@ -245,15 +261,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 # Flags of later versions: given with a value that asks for them, they are refused by name.
 NOT_YET = {
-    "streaming": "all records are read into memory; lower --max_train_samples",
     "cpm_quantization_target": "train with --qlora; tools.quantize_model writes the CPM form of a finished model",
-    "use_firefly_loss": "leave it out: the loss is on every assistant turn already",
-    "mask_history": "leave it out: the loss is on every assistant turn",
-    "deduplicate": "leave it out, or remove duplicates from the files",
-    "data_weights": "leave it out: every record counts once",
-    "enable_thinking": "leave it out",
-    "force_template": "leave it out: --template_name alone sets the template",
-    "truncation_side": "leave it out: whole turns are dropped from the end",
 }
 
 # Names of earlier pipelines -> today's name; the value is taken over as it is.
@@ -314,7 +322,11 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         argv = _words_of_file(Path(argv[0])) + argv[1:]
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    # argparse's own usage names every flag: pages before the one line that says what is wrong
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, usage="%(prog)s [flags.yaml] --flag value …")
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # bool | None: alone it means True, as bool does
+            action.nargs, action.const = "?", True
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     argv = _today(argv, known)
     _refuse_unknown(argv, known)
@@ -417,6 +429,10 @@ def _refuse_unknown(argv: list[str], known: set[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name or "", known, n=1, cutoff=0.5)
             hint = f"; the nearest known flag is --{near[0]}" if near else ""
+            if name in {part.name for part in dataclasses.fields(LanguageModelArguments)}:
+                hint = "; only pretraining.py and supervised_finetuning.py have it"
+            if name in {part.name for part in dataclasses.fields(ChatArguments)}:
+                hint = "; the stages that read conversations have it"
             raise ArgumentError(f"--{name}: no such flag{hint}. --help lists all flags")
 
 

@@ -117,6 +117,19 @@ def fastest_exact(
     return FASTEST, f"{reason}; {order}, packed rows without a dense mask"
 
 
+def known_to_pack(config: PretrainedConfig) -> tuple[bool | None, str]:
+    """What `packs_exactly` says by the config alone, and why; None where a probe of the model has to find out."""
+    text = config.get_text_config()
+    rope = (rotations(text) or {}).get("rope_type", "default")
+    if rope in ROW_DEPENDENT_ROPE:
+        return False, f"{rope} position scaling depends on the row's length"
+    if getattr(text, "attention_chunk_size", None):
+        return False, "attention in chunks counts them from the row's start"
+    if config.model_type in PACKS_EXACTLY:
+        return True, f"{config.model_type} is a tested family"
+    return None, f"{config.model_type} is not a tested family"
+
+
 def packs_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:
     """Says whether rows of several documents give the logits that the documents give alone.
 
@@ -127,18 +140,13 @@ def packs_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Returns:
         (True or False, the reason in words for the log).
     """
-    text = model.config.get_text_config()
     if is_shifted(model):
         return False, "--shift_attn cuts a row into groups, which belong to one document"
-    rope = (rotations(text) or {}).get("rope_type", "default")
-    if rope in ROW_DEPENDENT_ROPE:
-        return False, f"{rope} position scaling depends on the row's length"
-    if getattr(text, "attention_chunk_size", None):
-        return False, "attention in chunks counts them from the row's start"
-    if model.config.model_type in PACKS_EXACTLY:
-        return True, f"{model.config.model_type} is a tested family"
+    exact, reason = known_to_pack(model.config)
+    if exact is not None:
+        return exact, reason
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return False, f"{model.config.model_type} is not a tested family and cannot be probed under ZeRO-3"
+        return False, f"{reason} and cannot be probed under ZeRO-3"
     try:
         difference = probe_packing(model, tokenizer)
     except TypeError as error:

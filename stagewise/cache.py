@@ -1,64 +1,118 @@
-"""Lists of token ids on disk, named by what they were made from: a second start of the same run reads them."""
+"""Encoded records on disk, named by everything they were made from: a second start maps them and parses nothing.
+
+cache_dir/encoded-5f0c…/about.json          the accounts, written last
+                        rejected.jsonl      what was left out, if anything was
+                        train/ids.npy …     see stagewise/examples.py
+"""
 
 import hashlib
+import inspect
 import json
 import os
-import zipfile
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from loguru import logger
 
-DATA_PATH = ("cache", "conversation", "encoding", "records", "rendering")
+from stagewise.examples import Examples, read_examples
+
+LIBRARIES = ("tokenizers", "transformers")
 
 
-def cache_path(cache_dir: str | Path, *, records: Sequence[Any], **settings: Any) -> Path:
-    """The cache file for `records` encoded under `settings`: tokenizer=…, template=…, and every limit by its name.
+def cache_path(
+    cache_dir: str | Path, *, files: Iterable[Path] = (), code: Iterable[Callable[..., Any]] = (), **settings: Any
+) -> Path:
+    """The cache entry for the records of `files` under `settings`: tokenizer=…, template=…, each limit by its name.
 
-    Its name is a hash of the records' contents, of everything the tokenizer does, of the template's text, of the
-    other settings as they print, and of the source code of the data path.
+    Its name is a hash of the files' names and bytes, of everything the tokenizer does, of the other settings as they
+    print, and of the source code of this package and of the modules where the functions `code` are.
     """
-    digest = hashlib.sha256()
-
-    for name in DATA_PATH:
-        _add(digest, (Path(__file__).parent / f"{name}.py").read_bytes())
+    digest = hashlib.blake2b(digest_size=16)
+    sources = set(Path(__file__).parent.glob("*.py"))
+    for function in map(_plain, code):
+        _add(digest, function.__qualname__.encode())
+        sources.add(Path(inspect.getfile(function)))
+    for source in sorted(sources):
+        _add(digest, source.read_bytes())
+    for library in LIBRARIES:
+        _add(digest, version(library).encode())
     for name, setting in sorted(settings.items()):
         _add(digest, name.encode())
         _add(digest, _content(setting))
-    for record in records:
-        _add(digest, _content(record))
-    return Path(cache_dir) / f"encoded-{digest.hexdigest()[:32]}.npz"
+    for path in files:
+        _add(digest, os.fsencode(path))
+        with open(path, "rb") as file:
+            _add(digest, hashlib.file_digest(file, "blake2b").digest())
+    return Path(cache_dir) / f"encoded-{digest.hexdigest()}"
 
 
-def write_cache(path: str | Path, rows: Sequence[Sequence[int]], about: dict[str, Any]) -> None:
-    """Write rows of token ids (or labels) of any lengths, and what there is to say about them, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.savez(
-            file,
-            tokens=np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]),
-            lengths=np.asarray([len(row) for row in rows], dtype=np.int64),
-            about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-        )
-    part.replace(path)
+def read_cache(path: Path, rejected: Path | None) -> tuple[dict[str, Examples], dict[str, Any]] | None:
+    """What write_cache left at `path`, its rejected.jsonl copied to `rejected`; None where there is nothing whole.
 
-
-def read_cache(path: str | Path) -> tuple[list[list[int]], dict[str, Any]] | None:
-    """The rows and the `about` that write_cache wrote, or None where there is no such file or it is damaged."""
-    if not Path(path).is_file():
+    Returns:
+        the examples of each split, mapped from their files, and the accounts as they were given.
+    """
+    if not path.is_dir():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            tokens, lengths, about = file["tokens"], file["lengths"], json.loads(file["about"].tobytes())
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        splits = {name: read_examples(path / name, kind) for name, kind in about["kinds"].items()}
+    except (OSError, ValueError, KeyError) as error:
         logger.info(f"the cache {path} can't be read ({error}) and is made again")
         return None
-    ends = np.cumsum(lengths)
-    return [tokens[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)], about
+    if rejected and (path / "rejected.jsonl").is_file() and os.environ.get("RANK", "0") == "0":
+        rejected.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path / "rejected.jsonl", rejected)
+    return splits, about["accounts"]
+
+
+@contextmanager
+def write_cache(path: Path) -> Iterator["CacheWriter"]:
+    """A new entry that appears at `path` when the block ends without an error, whole or not at all."""
+    part, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield CacheWriter(part)
+        # Another run may put the same entry there at the same time: then that one, which says the same, stays.
+        with suppress(FileNotFoundError):
+            path.rename(old)  # made again, or damaged
+        try:
+            part.rename(path)
+        except OSError:
+            if not (path / "about.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class CacheWriter:
+    """An entry in the making: each split is written into its `folder` while it is encoded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def folder(self, split: str) -> Path:
+        folder = self.path / split
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def finish(self, splits: dict[str, Examples], accounts: dict[str, Any], rejected: Path | None) -> None:
+        """Notes the accounts, and what `rejected` holds."""
+        if rejected is not None and rejected.is_file():
+            shutil.copyfile(rejected, self.path / "rejected.jsonl")
+        about = {"kinds": {name: examples.kind for name, examples in splits.items()}, "accounts": accounts}
+        (self.path / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _plain(function: Callable[..., Any]) -> Any:
+    """What has a source file: a function, or the class of an object that is called."""
+    return function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
 
 
 def _content(part: Any) -> bytes:

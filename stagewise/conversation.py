@@ -1,133 +1,123 @@
-"""Message, Conversation, Preference: one parser for every accepted form of record.
+"""Records → Conversation, Preference or text: one parser a stage, for every accepted form, told apart by its keys.
 
-Nothing is repaired here: a record is either taken as it stands or refused with a RecordError that names file and line.
+Nothing is repaired here: a record is either taken as it stands or refused with a RecordError that names file and line,
+what was found and, where the record is of another stage's form, which stage reads it.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-ROLES = {
-    **dict.fromkeys(("human", "user", "prompter", "question"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "chatbot", "model", "ai", "bard", "bing"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("function_call", "tool_call", "function-call", "tool-call"), "tool_call"),
-    **dict.fromkeys(("observation", "tool", "function", "function_response", "tool_response"), "observation"),
+from stagewise.turns import (
+    ANSWERS,
+    QUESTIONS,
+    ROLES,
+    Conversation,
+    Message,
+    Preference,
+    RecordError,
+    check_order,
+    found,
+    json_value,
+    optional_text,
+    read_turns,
+    text,
+    tools_of,
+)
+
+__all__ = ["ANSWERS", "QUESTIONS", "ROLES", "Conversation", "Message", "Preference", "RecordError"]
+
+# form of record → (what it is called, the scripts that read it)
+FORMS = {
+    "preference": ("a preference", "reward_modeling.py and dpo_training.py read it, and ppo_training.py its prompt"),
+    "conversation": ("a conversation", "supervised_finetuning.py and ppo_training.py read it"),
+    "alpaca": ("an instruction", "supervised_finetuning.py and ppo_training.py read it"),
+    "qa": ("a question", "supervised_finetuning.py and ppo_training.py read it"),
+    "text": ("a text", "pretraining.py reads it"),
 }
-ANSWERS = ("assistant", "tool_call")  # what the model says
-QUESTIONS = ("user", "observation")  # what it is told
-# The roles that may stand before each role; None is the start of the conversation.
-BEFORE = {
-    "user": (None, "assistant"),
-    "assistant": ("user", "observation"),
-    "tool_call": ("user", "observation", "assistant", "tool_call"),
-    "observation": ("tool_call", "observation"),
-}
-CONVERT = "turn it into conversations first: python convert_dataset.py --data_type {kind} --in_file … --out_file …"
+CONVERSATIONS = (
+    '"conversations" (from/value), "messages" (role/content), "instruction" with "output", or "question" with "answer"'
+)
+PREFERENCES = "conversations/chosen/rejected, question/response_chosen/response_rejected or instruction/output=[…, …]"
 
 
-class RecordError(ValueError):
-    """A record that can't be used: `where` is "file:line", `reason` the short slug it is counted under."""
-
-    def __init__(self, where: str, reason: str, message: str):
-        super().__init__(f"{where}: {message}")
-        self.where, self.reason, self.message = where, reason, message
-
-    def __reduce__(self):  # exceptions with several arguments don't cross processes by themselves
-        return type(self), (self.where, self.reason, self.message)
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn; `role` is user, assistant, tool_call or observation. A tool_call's content is a JSON object."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns in order; `system` None means the template's default, `tools` is a JSON list as text."""
-
-    messages: tuple[Message, ...]
-    system: str | None = None
-    tools: str | None = None
-    where: str = "?"
-
-
-@dataclass(frozen=True)
-class Preference:
-    """A prompt, which ends with what the model is told, and two answers to it."""
-
-    prompt: Conversation
-    chosen: str
-    rejected: str
-    where: str = "?"
+def form_of(record: dict[str, Any]) -> str | None:
+    """Which form a record has, by its keys: a key of FORMS, or None."""
+    if any(_has(record, key) for key in ("chosen", "rejected", "response_chosen", "response_rejected")):
+        return "preference"
+    if _has(record, "conversations") or _has(record, "messages"):
+        return "conversation"
+    if _has(record, "instruction"):
+        return "preference" if isinstance(record.get("output"), (list, tuple)) else "alpaca"
+    if _has(record, "question"):
+        return "qa"
+    return "text" if _has(record, "text") else None
 
 
 def parse_conversation(record: dict[str, Any], where: str) -> Conversation:
-    """ShareGPT `conversations` (from/value) or OpenAI `messages` (role/content), with `system` and `tools`.
+    """ShareGPT `conversations`, OpenAI `messages`, instruction/input/output/history or question/answer.
 
-    Raises RecordError for anything else: unknown roles, empty turns, two questions in a row, text that isn't text.
+    Each with `system` and `tools` if wanted. Raises RecordError for anything else: unknown roles, empty turns, two
+    questions in a row, text that isn't text, no answer at all.
     """
-    turns = _turns(record, where)
-    messages: list[Message] = []
-    system = _optional_text(record.get("system"), "system", where)
-    for number, turn in enumerate(turns, 1):
-        for role, content in _messages(turn, number, where):
-            if role != "system":
-                messages.append(Message(role, content))
-            elif number > 1:
-                raise RecordError(where, "system turn in the middle", f"turn {number} is a system turn; it may only "
-                                  "be the first")  # fmt: skip
-            elif system is not None and content.strip() and content != system:
-                raise RecordError(where, "two system prompts", 'the "system" field and the system turn differ')
-            elif content.strip():
-                system = content
-    _check_order(messages, where)
-    return Conversation(tuple(messages), system, _tools(record, where), where)
+    conversation = _conversation(record, where)
+    roles = [message.role for message in conversation.messages]
+    # What an instruction or a question asks is answered in the record itself, whatever its history holds.
+    if not any(role in ANSWERS for role in (roles if form_of(record) == "conversation" else roles[-1:])):
+        raise RecordError(where, "no answer", 'no turn is from the assistant, there is no "output" or "answer"')
+    return conversation
+
+
+def parse_prompt(record: dict[str, Any], where: str) -> Conversation:
+    """What the assistant is to answer: a conversation without its last answer, or the prompt of a preference."""
+    if form_of(record) == "preference":
+        return parse_preference(record, where).prompt
+    return prompt_of(_conversation(record, where))
 
 
 def parse_preference(record: dict[str, Any], where: str) -> Preference:
-    """The three forms of a preference: conversations/chosen/rejected, question/response_chosen/response_rejected,
-    instruction/input/output=[chosen, rejected]; the last two with `system` and `history` if wanted.
+    """conversations/chosen/rejected, question/response_chosen/response_rejected or instruction/output=[…, …].
 
-    An answer is a string, a message, or a list of one assistant message. Raises RecordError.
+    The last two with `system` and `history` if wanted. An answer is a text, a message, or a list of messages that
+    begins with the assistant; two whole conversations are split where they stop being alike. Raises RecordError.
     """
-    if _has(record, "conversations") or _has(record, "messages"):
-        prompt = parse_conversation(record, where)
-        answers = [record.get("chosen"), record.get("rejected")]
-    elif _has(record, "question"):
-        prompt = _instruction_prompt(record, record["question"], where)
-        answers = [record.get("response_chosen"), record.get("response_rejected")]
-    elif _has(record, "instruction"):
-        prompt = _instruction_prompt(record, instruction_text(record, where), where)
-        answers = record.get("output")
-        if not isinstance(answers, list) or len(answers) != 2:
-            raise RecordError(where, "no pair of answers", '"output" must be a list [chosen, rejected] in a '
-                              f"preference record, found {_found(answers)}")  # fmt: skip
-    else:
-        raise RecordError(where, "no preference", "expected conversations/chosen/rejected, question/response_chosen/"
-                          "response_rejected or instruction/output=[chosen, rejected], found the keys "
-                          + _keys(record))  # fmt: skip
-    if prompt.messages[-1].role not in QUESTIONS:
+    cell = record.get("output")  # of a table: the two answers as JSON text
+    if form_of(record) != "preference" and not (isinstance(cell, str) and cell.lstrip().startswith("[")):
+        raise _unfit(record, where, "no preference", PREFERENCES)
+    context, system, answers = _asked(record, where)
+    sides, systems = [], [system]
+    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+        messages, own_system = _answer(answer, side, where)
+        sides.append(messages)
+        systems.append(own_system)
+    whole = [side[0].role in QUESTIONS for side in sides]
+    if any(whole):
+        context, sides = _split(context, sides, whole, where)
+    given = {own for own in systems if own is not None}
+    if len(given) > 1:
+        raise RecordError(where, "two system prompts", "the record holds system prompts that differ")
+    if not context:
+        raise RecordError(where, "no prompt", 'the answers need "conversations", "question" or "instruction" before '
+                          f"them, found the keys {_keys(record)}")  # fmt: skip
+    if context[-1].role not in QUESTIONS:
         raise RecordError(where, "prompt ends with an answer", "the conversation of a preference must end with what "
-                          f"both answers reply to, it ends with {prompt.messages[-1].role}")  # fmt: skip
-    chosen, rejected = (_answer(a, side, where) for a, side in zip(answers, ("chosen", "rejected"), strict=True))
-    if chosen == rejected:
+                          f"both answers reply to, it ends with {context[-1].role}")  # fmt: skip
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        _check_answer(context, side, name, where)
+    if sides[0] == sides[1]:
         raise RecordError(where, "answers alike", "the chosen and the rejected answer are the same text")
-    return Preference(prompt, chosen, rejected, where)
+    prompt = Conversation(tuple(context), next(iter(given), None), tools_of(record, where), where)
+    return Preference(prompt, tuple(sides[0]), tuple(sides[1]), where)
 
 
 def parse_text(record: dict[str, Any], where: str) -> str:
     """The text of a pretraining record {"text": …}, whitespace kept. Raises RecordError where there is none."""
     if not _has(record, "text"):
-        raise RecordError(where, "no text", f'expected {{"text": …}}, found the keys {_keys(record)}')
-    text = _text(record["text"], "text", where)
-    if not text.strip():
+        raise _unfit(record, where, "no text", '{"text": …}')
+    value = text(record["text"], "text", where)
+    if not value.strip():
         raise RecordError(where, "empty text", "the text is empty")
-    return text
+    return value
 
 
 def prompt_of(conversation: Conversation) -> Conversation:
@@ -138,200 +128,165 @@ def prompt_of(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=messages)
 
 
-def instruction_text(record: dict[str, Any], where: str) -> str:
-    """An alpaca record's question: `instruction`, and `input` below it where there is one."""
-    instruction = _text(record.get("instruction"), "instruction", where)
-    extra = _optional_text(record.get("input"), "input", where)
-    return instruction if extra is None else f"{instruction}\n{extra}"
-
-
 def parse_history(history: Any, where: str) -> tuple[Message, ...]:
-    """Earlier exchanges, as [[question, answer], …] or flat [question, answer, …]."""
+    """Earlier exchanges, as [[question, answer], …] or flat [question, answer, …], or the same as JSON text."""
     if history is None or history == "":
         return ()
-    if isinstance(history, str) or not isinstance(history, Iterable):
-        raise RecordError(where, "broken history", f'"history" must be a list, found {_found(history)}')
-    flat = [text for item in history for text in (item if isinstance(item, (list, tuple)) else [item])]
+    if isinstance(history, str):  # a cell of a table
+        history = json_value(history, '"history"', where, "broken history")
+    if isinstance(history, (str, dict)) or not isinstance(history, Iterable):
+        raise RecordError(where, "broken history", f'"history" must be a list, found {found(history)}')
+    flat = [part for item in history for part in (item if isinstance(item, (list, tuple)) else [item])]
     pairs = all(isinstance(item, (list, tuple)) and len(item) == 2 for item in history)
     if not pairs and (len(flat) % 2 or any(isinstance(item, (list, tuple)) for item in history)):
         raise RecordError(where, "broken history", '"history" must be pairs [question, answer] or a flat list of '
                           "questions and answers in turn")  # fmt: skip
     roles = ("user", "assistant") * (len(flat) // 2)
-    messages = tuple(Message(role, _text(text, "history", where)) for role, text in zip(roles, flat, strict=True))
-    return messages
+    return tuple(Message(role, text(part, "history", where)) for role, part in zip(roles, flat, strict=True))
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _turns(record: dict[str, Any], where: str) -> list[Any]:
+def _conversation(record: dict[str, Any], where: str) -> Conversation:
+    """A conversation in any form; it may hold no answer."""
+    form = form_of(record)
+    if form not in PARTS:
+        raise _unfit(record, where, "no conversation", CONVERSATIONS)
+    messages, first = PARTS[form](record, where)
+    system = optional_text(record.get("system"), "system", where)
+    if first is not None and system is not None and first != system:
+        raise RecordError(where, "two system prompts", 'the "system" field and the system turn differ')
+    check_order(messages, where)
+    return Conversation(tuple(messages), first if system is None else system, tools_of(record, where), where)
+
+
+def _turns(record: dict[str, Any], where: str) -> tuple[list[Message], str | None]:
     keys = [key for key in ("conversations", "messages") if _has(record, key)]
     if len(keys) == 2:
         raise RecordError(where, "two conversations", 'the record has both "conversations" and "messages"; leave one')
-    if not keys:
-        kind = "alpaca" if _has(record, "instruction") else "qa" if _has(record, "question") else None
-        if kind:
-            raise RecordError(where, f"{kind} record", f"found the keys {_keys(record)}; " + CONVERT.format(kind=kind))
-        raise RecordError(where, "no conversation", 'expected "conversations" (from/value) or "messages" '
-                          f"(role/content), found the keys {_keys(record)}")  # fmt: skip
-    turns = record[keys[0]]
-    if not isinstance(turns, list) or not turns:
-        raise RecordError(where, "no turns", f'"{keys[0]}" must be a list of turns, found {_found(turns)}')
-    return turns
+    return read_turns(record[keys[0]], keys[0], where)
 
 
-def _messages(turn: Any, number: int, where: str) -> list[tuple[str, str]]:
-    """One turn as (role, content): several where an assistant speaks and calls tools in the same turn."""
-    if not isinstance(turn, dict):
-        raise RecordError(where, "broken turn", f"turn {number} must be an object, found {_found(turn)}")
-    name = turn.get("from", turn.get("role"))
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-    if role is None:
-        raise RecordError(where, "unknown role", f"turn {number} is from {name!r}; known roles: {', '.join(ROLES)}")
-    if turn.get("reasoning_content") or turn.get("thinking"):
-        raise RecordError(where, "separate reasoning", f"turn {number} holds its reasoning in a field of its own, "
-                          "which is not trained on; put it into the content as <think>…</think>")  # fmt: skip
-    if any(turn.get(key) in (0, False) and turn.get(key) is not None for key in ("weight", "train", "loss")):
-        raise RecordError(where, "unlearned turn", f"turn {number} asks not to be learned (weight 0); every assistant "
-                          "turn is learned here: end the conversation before it or leave the mark out")  # fmt: skip
-    content = turn["value"] if "value" in turn else turn.get("content")
-    calls = _tool_calls(turn, number, where)
-    if calls and (content is None or content == ""):
-        return calls
-    content = _text(_joined_parts(content, number, where), f"turn {number}", where)
-    if not content.strip() and role not in ("observation", "system"):
-        raise RecordError(where, "empty turn", f"turn {number} ({role}) is empty")
-    if role == "tool_call":
-        return _calls_from_text(content, number, where)
-    return [(role, content), *calls]
+def _alpaca(record: dict[str, Any], where: str) -> tuple[list[Message], None]:
+    """history, and `input` below `instruction`, answered by `output`."""
+    parts = [optional_text(record.get(key), key, where) for key in ("instruction", "input")]
+    return _exchange(record, "\n".join(part for part in parts if part is not None), "output", where), None
 
 
-def _joined_parts(content: Any, number: int, where: str) -> Any:
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise RecordError(where, "not text", f"turn {number} holds a part of type {kind!r}; only text is trained")
-    return "".join(part["text"] for part in content)
+def _qa(record: dict[str, Any], where: str) -> tuple[list[Message], None]:
+    return _exchange(record, record["question"], "answer", where), None
 
 
-def _tool_calls(turn: dict[str, Any], number: int, where: str) -> list[tuple[str, str]]:
-    """OpenAI `tool_calls` (and the older `function_call`) as tool_call messages."""
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    found = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RecordError(where, "broken tool call", f"turn {number}: a tool call needs a name and arguments, "
-                              f"found {_found(call)}")  # fmt: skip
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = _json(arguments or "{}", f"turn {number}: the arguments of {function['name']}", where)
-        call = {"name": function["name"], "arguments": arguments}
-        found.append(("tool_call", json.dumps(call, ensure_ascii=False)))
-    return found
+PARTS: dict[str, Callable[[dict[str, Any], str], tuple[list[Message], str | None]]] = {
+    "conversation": _turns,
+    "alpaca": _alpaca,
+    "qa": _qa,
+}
 
 
-def _calls_from_text(content: str, number: int, where: str) -> list[tuple[str, str]]:
-    """ShareGPT's function_call: one JSON object {"name", "arguments"}, or a list of them for calls in parallel."""
-    calls = _json(content, f"turn {number} (function_call)", where)
-    if isinstance(calls, list) and calls:
-        return _tool_calls({"tool_calls": calls}, number, where)
-    if not isinstance(calls, dict) or not isinstance(calls.get("name"), str):
-        raise RecordError(where, "broken tool call", f"turn {number}: expected {{\"name\": …, \"arguments\": …}}, "
-                          f"found {_found(calls)}")  # fmt: skip
-    return [("tool_call", content)]
-
-
-def _check_order(messages: list[Message], where: str) -> None:
-    if not messages:
-        raise RecordError(where, "no turns", "the conversation holds no turn besides the system prompt")
-    before = None
-    for number, message in enumerate(messages, 1):
-        if before == message.role and message.role in ("user", "assistant"):
-            raise RecordError(where, f"two {message.role} turns in a row", f"turns {number - 1} and {number} are both "
-                              f"from the {message.role}")  # fmt: skip
-        if before not in BEFORE[message.role]:
-            after = f"after {before}" if before else "at the start"
-            raise RecordError(where, f"{message.role} {after}", f"turn {number} ({message.role}) can't stand {after}")
-        before = message.role
-
-
-def _tools(record: dict[str, Any], where: str) -> str | None:
-    tools = record.get("tools") or record.get("functions")
-    if not tools:
-        return None
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        tools = _json(tools, '"tools"', where)
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError(where, "broken tools", f'"tools" must be a list of objects, found {_found(tools)}')
-    for tool in tools:
-        if not isinstance(tool.get("function", tool).get("name"), str):
-            raise RecordError(where, "broken tools", f"a tool has no name: {_found(tool)}")
-    return json.dumps(tools, ensure_ascii=False) if tools else None
-
-
-def _instruction_prompt(record: dict[str, Any], question: Any, where: str) -> Conversation:
-    messages = (*parse_history(record.get("history"), where), Message("user", _text(question, "question", where)))
+def _exchange(record: dict[str, Any], question: Any, answer: str | None, where: str) -> list[Message]:
+    """The history, the question, and the answer where the record has that key."""
+    messages = [*parse_history(record.get("history"), where), Message("user", text(question, "question", where))]
+    if answer is not None and record.get(answer) not in (None, ""):
+        messages.append(Message("assistant", text(record[answer], answer, where)))
     for number, message in enumerate(messages, 1):
         if not message.content.strip():
             raise RecordError(where, "empty turn", f"turn {number} ({message.role}) is empty")
-    system = _optional_text(record.get("system"), "system", where)
-    return Conversation(messages, system, _tools(record, where), where)
+    return messages
 
 
-def _answer(answer: Any, side: str, where: str) -> str:
-    if isinstance(answer, list):
-        if len(answer) != 1:
-            raise RecordError(where, "broken answer", f'"{side}" must hold one assistant message, found {len(answer)} '
-                              "turns; put the earlier turns into the conversation")  # fmt: skip
+def _asked(record: dict[str, Any], where: str) -> tuple[list[Message], str | None, list[Any]]:
+    """What stands before the answers of a preference (nothing, where they are whole conversations), and they."""
+    system = optional_text(record.get("system"), "system", where)
+    if _has(record, "conversations") or _has(record, "messages"):
+        messages, first = _turns(record, where)
+        if first is not None and system is not None and first != system:
+            raise RecordError(where, "two system prompts", 'the "system" field and the system turn differ')
+        check_order(messages, where)
+        return messages, first if system is None else system, [record.get("chosen"), record.get("rejected")]
+    if _has(record, "question"):
+        names = ("response_chosen", "response_rejected") if _has(record, "response_chosen") else ("chosen", "rejected")
+        return _exchange(record, record["question"], None, where), system, [record.get(name) for name in names]
+    if _has(record, "instruction"):
+        messages = _alpaca({**record, "output": None}, where)[0]
+        if not _has(record, "output"):
+            return messages, system, [record.get("chosen"), record.get("rejected")]
+        answers = record["output"]
+        if isinstance(answers, str) and answers.lstrip().startswith("["):  # a cell of a table
+            answers = json_value(answers, '"output"', where, "no pair of answers")
+        if not isinstance(answers, (list, tuple)) or len(answers) != 2:
+            raise RecordError(where, "no pair of answers", '"output" must be a list [chosen, rejected] in a '
+                              f"preference record, found {found(answers)}")  # fmt: skip
+        return messages, system, list(answers)
+    answers = [record.get("chosen"), record.get("rejected")]
+    if isinstance(record.get("prompt"), str):
+        return _exchange(record, record["prompt"], None, where), system, answers
+    return [], system, answers
+
+
+def _answer(answer: Any, side: str, where: str) -> tuple[list[Message], str | None]:
+    """One side as messages, and its system turn: an answer, or a whole conversation, which starts with a question."""
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
         answer = answer[0]
-    if isinstance(answer, dict):
-        found = _messages(answer, 1, where)
-        if [role for role, _ in found] != ["assistant"]:
-            raise RecordError(where, "broken answer", f'"{side}" must be from the assistant, found {found[0][0]}')
-        answer = found[0][1]
-    text = _text(answer, side, where)
-    if not text.strip():
+    if isinstance(answer, (list, dict)):
+        messages, system = read_turns([answer] if isinstance(answer, dict) else answer, side, where)
+        if not messages:
+            raise RecordError(where, "broken answer", f'"{side}" holds nothing but a system turn')
+        return messages, system
+    if answer is None:
+        raise RecordError(where, "no answer", f'there is no "{side}" answer')
+    if not text(answer, side, where).strip():
         raise RecordError(where, "empty answer", f'"{side}" is empty')
-    return text
+    return [Message("assistant", answer)], None
+
+
+def _split(
+    context: list[Message], sides: list[list[Message]], whole: list[bool], where: str
+) -> tuple[list[Message], list[list[Message]]]:
+    """The common beginning of two whole conversations, up to its last question, and what each says behind it."""
+    if not all(whole):
+        raise RecordError(where, "broken answer", "one answer is a whole conversation, the other is not")
+    shared = 0
+    for one, other in zip(*sides, strict=False):
+        if (one.role, one.content) != (other.role, other.content):
+            break
+        shared += 1
+    while shared and (sides[0][shared - 1].role not in QUESTIONS or shared in map(len, sides)):
+        shared -= 1
+    prompt = sides[0][:shared]
+    if not prompt:
+        raise RecordError(where, "no prompt", "the chosen and the rejected conversation do not begin with the same "
+                          "question")  # fmt: skip
+    if context and context != prompt[: len(context)]:
+        raise RecordError(where, "broken answer", "the chosen and rejected conversations do not begin with the "
+                          "record's own conversation")  # fmt: skip
+    return prompt, [side[shared:] for side in sides]
+
+
+def _check_answer(context: Sequence[Message], answer: Sequence[Message], side: str, where: str) -> None:
+    if not answer or answer[0].role not in ANSWERS or answer[-1].role not in ANSWERS:
+        ends = f"{answer[0].role} … {answer[-1].role}" if answer else "nothing"
+        raise RecordError(where, "broken answer", f'"{side}" must begin and end with the assistant, found {ends}')
+    if not any(message.learn for message in answer if message.role in ANSWERS):
+        raise RecordError(where, "nothing learned", f'every turn of "{side}" has the weight 0')
+    check_order([*context, *answer], where)
 
 
 def _has(record: dict[str, Any], key: str) -> bool:
     return record.get(key) is not None
 
 
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(where, "not text", f"{name} must be text, found {_found(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of an escaped emoji, which no tokenizer takes
-        raise RecordError(where, "broken character", f"{name} holds half of a surrogate pair at character "
-                          f"{error.start}: {value[error.start]!r}") from error  # fmt: skip
-    return value
-
-
-def _optional_text(value: Any, name: str, where: str) -> str | None:
-    if value is None:
-        return None
-    return _text(value, name, where) if _text(value, name, where).strip() else None
-
-
-def _json(text: str, name: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecordError(where, "broken tool JSON", f"{name} is not JSON: {error}") from error
-
-
-def _found(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{type(value).__name__} {shown[:60]}{'…' if len(shown) > 60 else ''}"
-
-
 def _keys(record: dict[str, Any]) -> str:
     return ", ".join(map(str, record)) or "none"
+
+
+def _unfit(record: dict[str, Any], where: str, reason: str, wanted: str) -> RecordError:
+    """The error for a record of another stage's form, or of none."""
+    form = form_of(record)
+    if form is not None:
+        name, readers = FORMS[form]
+        return RecordError(where, f"{form} record", f"found {name} (the keys {_keys(record)}): {readers}; this stage "
+                           f"reads {wanted}")  # fmt: skip
+    return RecordError(where, reason, f"expected {wanted}, found the keys {_keys(record)}; python convert_dataset.py "
+                       "turns other forms into these")  # fmt: skip

@@ -3,55 +3,143 @@
 Each segment is encoded alone, so that the ids of a prompt are a prefix of the ids of the whole with any tokenizer.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_all_start_methods, get_context
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from loguru import logger
-from tqdm import tqdm
+from typing import Any
 
 from stagewise.arguments import ArgumentError
-from stagewise.cache import read_cache, write_cache
-from stagewise.conversation import Conversation, Message, Preference, RecordError
-from stagewise.records import Account, check_on_bad_record, write_rejected
-from stagewise.rendering import Segment, Template, TokenizerTemplate, adds_bos
-
-IGNORE_INDEX = -100
-AnyTemplate = Template | TokenizerTemplate
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids and labels of one length; a label is the token's own id, or −100 where nothing is learned."""
-
-    input_ids: list[int]
-    labels: list[int]
-    where: str = "?"
-
-
-@dataclass(frozen=True)
-class PreferenceExample:
-    """Two examples that begin with the same prompt tokens; the answers' tokens are labelled."""
-
-    chosen: Example
-    rejected: Example
-    where: str = "?"
+from stagewise.conversation import Conversation, Preference, RecordError
+from stagewise.examples import IGNORE_INDEX as IGNORE_INDEX
+from stagewise.examples import Example, PreferenceExample, Row
+from stagewise.own_template import AnyTemplate as AnyTemplate
+from stagewise.rendering import Segment, adds_bos
+from stagewise.tokenization import Piece, PieceEncoder, piece_encoder
+from stagewise.truncation import SIDES, Turns, drop_first_exchanges, turns_of, whole_turns, without_history
 
 
 def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
     """(ids, labels) of the segments, each encoded alone; nothing is added that the segments don't say."""
-    encoded = _encode_each(tokenizer, segments)
-    ids = [token for piece in encoded for token in piece]
-    labels = [
-        token if segment.learn else IGNORE_INDEX
-        for segment, piece in zip(segments, encoded, strict=True)
-        for token in piece
-    ]
-    return ids, labels
+    pieces = piece_encoder(tokenizer).row([segment.text for segment in segments])
+    example = _row(pieces, [segment.learn for segment in segments], "?").example()
+    return example.input_ids, example.labels
+
+
+@dataclass
+class ConversationEncoder:
+    """Conversations → examples of at most `max_length` tokens; `many` at once are encoded fastest.
+
+    Args:
+        tokenizer, template: the template bound to the tokenizer.
+        max_length: tokens of an example.
+        train_on_inputs: learn the whole conversation, but for messages with weight 0.
+        mask_history: learn only what is said after the last question, of what is kept.
+        truncation_side: what is too long loses whole turns from its end ("right") or whole exchanges from its start
+            ("left"; the system prompt stays). An exchange that is too long alone is cut at the limit.
+
+    Raises:
+        ArgumentError: for settings that contradict each other.
+    """
+
+    tokenizer: Any
+    template: AnyTemplate
+    max_length: int
+    train_on_inputs: bool = False
+    mask_history: bool = False
+    truncation_side: str = "right"
+
+    def __post_init__(self) -> None:
+        if self.truncation_side not in SIDES:
+            raise ArgumentError(f"--truncation_side: expected right or left, found {self.truncation_side!r}")
+        if self.train_on_inputs and self.mask_history:
+            raise ArgumentError("--train_on_inputs learns everything, --mask_history the last turn alone: give one")
+        self._encoder = PieceEncoder(self.tokenizer)
+        self.in_thread = self._encoder.in_thread  # to be called first in each thread that encodes
+        self._letters = 3.0  # a token, of what was encoded last: only how much is encoded at a time hangs on it
+
+    def __call__(self, conversation: Conversation) -> tuple[Example, bool]:
+        """The conversation as an example, and whether it was cut. Raises RecordError where nothing is learned."""
+        (found,) = self.many([conversation])
+        if isinstance(found, RecordError):
+            raise found
+        return found[0].example(), found[1]
+
+    def many(self, conversations: Sequence[Conversation]) -> list[tuple[Row, bool] | RecordError]:
+        """The same for many conversations, as numbers; a RecordError stands in the place of its conversation."""
+        found: list[Any] = [self._begin(conversation) for conversation in conversations]
+        self._encode([work for work in found if isinstance(work, _Work)])
+        return [work if isinstance(work, RecordError) else self._end(work) for work in found]
+
+    def _begin(self, conversation: Conversation) -> "_Work | RecordError":
+        try:
+            turns = turns_of(self.template.segments, conversation, self.train_on_inputs)
+        except RecordError as error:
+            return error
+        if any(turns.answers) and any(turns.learned):
+            first = turns.answers.index(True)
+            question = sum(map(self._encoder.at_least, turns.texts[:first]))
+            if self.truncation_side == "right" and question >= self.max_length and not any(turns.learned[:first]):
+                return self._nothing_left(conversation.where, turns.learned[: first + 1])
+            return _Work(conversation, turns, [])
+        why = "every answer has weight 0" if any(turns.answers) else "the conversation holds no answer to learn from"
+        return RecordError(conversation.where, "nothing learned", why)
+
+    def _encode(self, works: list["_Work"]) -> None:
+        """Encodes each conversation, but hardly more of it than the limit lets in."""
+        while works:
+            pieces, shares = [], []
+            for work in works:
+                new = work.next_pieces((self.max_length - work.tokens) * self._letters)
+                shares.append(len(new))
+                pieces += new
+            encoded = iter(self._encoder(pieces))
+            tokens = 0
+            for work, share in zip(works, shares, strict=True):
+                for _ in range(share):
+                    tokens += work.take(next(encoded))
+            self._letters = max(1.0, sum(len(piece.text) for piece in pieces) / max(tokens, 1))
+            works = [work for work in works if not work.is_enough(self.max_length, self._encoder.at_least)]
+
+    def _end(self, work: "_Work") -> tuple[Row, bool] | RecordError:
+        shortened = False
+        if self.truncation_side == "left" and work.answered(self.max_length) > self.max_length:
+            try:
+                work, shortened = self._shortened(work.conversation), True
+            except RecordError as error:
+                return error
+        turns, where = work.turns, work.conversation.where
+        keep, length = whole_turns(turns.answers, map(len, work.ids), self.max_length)
+        learned = turns.learned[:keep]
+        if self.mask_history:
+            try:
+                learned = without_history(self.template.segments, work.conversation, turns, keep)
+            except RecordError as error:
+                return error
+        row = _row(work.ids[:keep], learned, where, self.max_length)
+        if not any(end > max(start, 1) for start, end in zip(row.spans[::2], row.spans[1::2], strict=True)):
+            return self._nothing_left(where, learned)
+        lost = any(turns.answers[keep:]) or (self.train_on_inputs and keep < len(turns.texts))
+        return row, shortened or length > self.max_length or lost
+
+    def _nothing_left(self, where: str, learned: Sequence[bool]) -> RecordError:
+        why = "the first question alone fills" if any(learned) else "nothing that is learned stays within"
+        return RecordError(where, "nothing learned", f"{why} the limit of {self.max_length} tokens, no token of an "
+                           "answer is left; raise --model_max_length")  # fmt: skip
+
+    def _shortened(self, conversation: Conversation) -> "_Work":
+        """The conversation without its first exchanges, encoded."""
+        known: dict[Piece, array] = {}
+
+        def encoded(part: Conversation) -> _Work:
+            work = _Work(part, turns_of(self.template.segments, part, self.train_on_inputs), [])
+            pieces = work.next_pieces(float("inf"))
+            new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+            known.update(zip(new, self._encoder(new), strict=True))
+            for piece in pieces:
+                work.take(known[piece])
+            return work
+
+        return encoded(drop_first_exchanges(conversation, lambda part: encoded(part).answered() <= self.max_length))
 
 
 def encode_conversation(
@@ -59,28 +147,17 @@ def encode_conversation(
     template: AnyTemplate,
     conversation: Conversation,
     max_length: int,
+    *,
     train_on_inputs: bool = False,
+    mask_history: bool = False,
+    truncation_side: str = "right",
 ) -> tuple[Example, bool]:
-    """The conversation as an Example of at most `max_length` tokens, and whether it was cut.
+    """One conversation as an example of at most `max_length` tokens, and whether it was cut: see ConversationEncoder.
 
-    What is too long loses whole turns from its end; the first turn, when too long alone, is cut at the limit.
     Raises RecordError where nothing would be learned.
     """
-    segments = template.segments(conversation)
-    if not any(segment.learn for segment in segments):
-        raise RecordError(conversation.where, "nothing learned", "the conversation holds no answer to learn from")
-    encoded = _encode_each(tokenizer, segments)
-    keep, length = _whole_turns(segments, encoded, max_length)
-    ids, labels = [], []
-    for segment, piece in zip(segments[:keep], encoded[:keep], strict=True):
-        ids += piece
-        labels += piece if segment.learn or train_on_inputs else [IGNORE_INDEX] * len(piece)
-    ids, labels = ids[:max_length], labels[:max_length]
-    if all(label == IGNORE_INDEX for label in labels[1:]):
-        raise RecordError(conversation.where, "nothing learned", f"the first question alone fills the limit of "
-                          f"{max_length} tokens, no token of an answer is left; raise --model_max_length")  # fmt: skip
-    cut = length > max_length or any(segment.learn or train_on_inputs for segment in segments[keep:])
-    return Example(ids, labels, conversation.where), cut
+    settings = (train_on_inputs, mask_history, truncation_side)
+    return ConversationEncoder(tokenizer, template, max_length, *settings)(conversation)
 
 
 def encode_prompt(
@@ -90,7 +167,7 @@ def encode_prompt(
 
     Raises RecordError where the last question alone is longer than `max_source_length`.
     """
-    return _fitting_prompt(tokenizer, template, conversation, max_source_length)[0]
+    return fitting_prompt(tokenizer, template, conversation, max_source_length)[0]
 
 
 def encode_preference(
@@ -98,24 +175,30 @@ def encode_preference(
 ) -> tuple[PreferenceExample, bool]:
     """Both answers after the same prompt, each answer (with its end marker) at most `max_target_length` tokens.
 
+    An answer of several turns that is too long loses whole turns from its end; only its first turn may be cut.
     Returns whether an answer was cut or an exchange of the prompt dropped. Raises RecordError where both answers
-    encode alike, or the last question is too long.
+    encode alike, one has nothing to learn, or the last question is too long.
     """
     where = preference.where
-    prompt_ids, prompt = _fitting_prompt(tokenizer, template, preference.prompt, max_source_length)
+    prompt_ids, prompt = fitting_prompt(tokenizer, template, preference.prompt, max_source_length)
     cut = prompt.messages != preference.prompt.messages
+    first = len(template.segments(prompt, generation=True))
     rows = []
     for answer in (preference.chosen, preference.rejected):
-        whole = replace(prompt, messages=(*prompt.messages, Message("assistant", answer)))
-        segments = template.segments(whole)
-        last = max(number for number, segment in enumerate(segments) if segment.learn)
-        encoded = _encode_each(tokenizer, segments[: last + 1])
-        if [token for piece in encoded[:-1] for token in piece] != prompt_ids:
+        whole = replace(prompt, messages=(*prompt.messages, *answer))
+        turns = turns_of(template.segments, whole)
+        last = max(number for number, answers in enumerate(turns.answers) if answers) + 1
+        ids = piece_encoder(tokenizer).row(turns.texts[:last])
+        if _joined(ids[:first]).tolist() != prompt_ids:
             raise RecordError(where, "inexact cut", "the prompt's tokens change when an answer follows")
-        answer_ids = encoded[-1][:max_target_length]
-        cut = cut or len(encoded[-1]) > max_target_length
-        labels = [IGNORE_INDEX] * len(prompt_ids) + answer_ids
-        rows.append(Example(prompt_ids + answer_ids, labels, where))
+        answers = turns.answers[first:last]
+        keep, length = whole_turns(answers, map(len, ids[first:]), max_target_length)
+        cut = cut or length > max_target_length or first + keep < last
+        learned = [False] * first + turns.learned[first : first + keep]
+        row = _row(ids[: first + keep], learned, where, len(prompt_ids) + max_target_length)
+        if not row.spans:
+            raise RecordError(where, "nothing learned", "every turn of an answer has weight 0")
+        rows.append(row.example())
     if rows[0].input_ids == rows[1].input_ids:
         raise RecordError(where, "answers alike", f"both answers are the same {max_target_length} or fewer tokens; "
                           "raise --max_target_length if they differ later")  # fmt: skip
@@ -131,7 +214,7 @@ def encode_text(tokenizer: Any, text: str, block_size: int, where: str = "?") ->
     if tokenizer.eos_token_id is None:
         raise ArgumentError("the tokenizer has no eos token to end a document with; set one in tokenizer_config.json")
     start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = start + piece_encoder(tokenizer).encode([text])[0].tolist() + [tokenizer.eos_token_id]
     if block_size < 2:
         raise ArgumentError(f"--block_size: a block needs at least 2 tokens, found {block_size}")
     starts = range(0, max(len(ids) - 1, 1), block_size - 1)
@@ -139,98 +222,74 @@ def encode_text(tokenizer: Any, text: str, block_size: int, where: str = "?") ->
     return [Example(block, list(block), where) for block in blocks]
 
 
-def encode_all(
-    records: Sequence[Any],
-    encode: Callable[[Any], Any],
-    *,
-    account: Account,
-    on_bad_record: str = "error",
-    rejected_path: str | Path | None = None,
-    num_workers: int | None = None,
-    cache_file: str | Path | None = None,
-    overwrite_cache: bool = False,
-    description: str = "Encoding",
-) -> list[Any]:
-    """`encode(record)` of every record, with a progress bar on the main process, by `num_workers` processes.
-
-    `encode` may return an Example, a PreferenceExample, a list of ids, any of these with a flag "cut" behind it, or
-    a list of Examples, which are laid out flat. Records that raise RecordError leave `account.kept`, as in
-    load_records. With `cache_file` (cache.cache_path names it by content) a second start reads the results.
-    """
-    check_on_bad_record(on_bad_record)
-    if cache_file is not None and not overwrite_cache:
-        cached = read_cache(cache_file)
-        if cached is not None:
-            results = _unflattened(*cached)
-            _settle(account, cached[1]["cut"], cached[1]["left_out"])
-            logger.info(f"{description}: {len(results)} read from {cache_file} (--overwrite_cache recomputes)")
-            return results
-    results, cut, left_out = [], 0, {}
-    bar = tqdm(total=len(records), desc=description, disable=os.environ.get("RANK", "0") != "0", leave=False)
-    with bar:
-        for record, outcome in zip(records, _outcomes(records, encode, num_workers), strict=True):
-            bar.update()
-            if isinstance(outcome, RecordError):
-                if on_bad_record == "error":
-                    raise outcome
-                left_out[outcome.reason] = left_out.get(outcome.reason, 0) + 1
-                write_rejected(rejected_path, outcome, repr(record))
-                continue
-            results += outcome.examples
-            cut += outcome.cut
-    _settle(account, cut, left_out)
-    if not results:
-        raise ArgumentError(f"{description}: none of the {len(records)} records is left: {left_out}")
-    if cache_file is not None and os.environ.get("RANK", "0") == "0":
-        write_cache(cache_file, *_flattened(results, {"cut": cut, "left_out": left_out}))
-    return results
-
-
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _encode_each(tokenizer: Any, segments: Sequence[Segment]) -> list[list[int]]:
-    """The ids of each segment, encoded alone, but as the middle of a text.
+@dataclass
+class _Work:
+    """A conversation that is being encoded: the ids of its first segments, as far as they are known."""
 
-    Tokenizers treat the start of a text in their own ways (SentencePiece puts a space before it), and some special
-    tokens swallow the white space behind them. So each segment but the first is given with something in front that
-    is taken off again: the special token that the segment before ends with, or, where a start is treated, a newline.
-    """
+    conversation: Conversation
+    turns: Turns
+    ids: list[array]
+    tokens: int = 0
+    said: bool = False  # whether the first answer is encoded
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    def next_pieces(self, letters: float) -> list[Piece]:
+        """The segments that come next: up to the next answer, and more that are no longer than `letters` in all."""
+        texts, answers, start = self.turns.texts, self.turns.answers, len(self.ids)
+        end, least = start, next((n for n in range(start, len(texts)) if answers[n]), len(texts) - 1)
+        while end < len(texts) and (end <= least or letters >= len(texts[end])):
+            letters -= len(texts[end])
+            end += 1
+        return [Piece(texts[n], texts[n - 1] if n else None) for n in range(start, end)]
 
-    newline, after_newline, alone = encode(["\n", "\na", "a"])
-    start_is_treated = after_newline != newline + alone and after_newline[: len(newline)] == newline
-    special = sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
-    texts = [segment.text for segment in segments]
-    fronts = ["\n" if start_is_treated and number else "" for number in range(len(texts))]
-    for number, text in enumerate(texts[:-1], 1):
-        if text.endswith(tuple(special)):
-            fronts[number] = next(token for token in special if text.endswith(token))
-    front_ids = dict(zip(kinds := sorted({*fronts} - {""}), encode(kinds), strict=True)) | {"": []}
-    encoded = encode([front + text for front, text in zip(fronts, texts, strict=True)])
-    for number, (front, ids) in enumerate(zip(fronts, encoded, strict=True)):
-        size = len(front_ids[front])
-        encoded[number] = ids[size:] if ids[:size] == front_ids[front] else encode([texts[number]])[0]
-    return encoded
+    def answered(self, limit: int = 0) -> int:
+        """Tokens up to the last answer; where that is not encoded, more than `limit`, which it can't stay within."""
+        last = max(number for number, answer in enumerate(self.turns.answers) if answer)
+        return sum(map(len, self.ids[: last + 1])) if last < len(self.ids) else limit + 1
 
+    def take(self, ids: array) -> int:
+        self.said = self.said or self.turns.answers[len(self.ids)]
+        self.ids.append(ids)
+        self.tokens += len(ids)
+        return len(ids)
 
-def _whole_turns(segments: Sequence[Segment], encoded: list[list[int]], max_length: int) -> tuple[int, int]:
-    """How many segments fit, ending with an answer unless all fit, at least the first answer; and their length."""
-    keep = length = total = 0
-    for number, (segment, piece) in enumerate(zip(segments, encoded, strict=True), 1):
-        total += len(piece)
-        if (segment.learn or number == len(segments)) and (total <= max_length or (segment.learn and not keep)):
-            keep, length = number, total
-        if total > max_length and keep:
-            break
-    return keep, length
+    def is_enough(self, limit: int, at_least: Callable[[str], int]) -> bool:
+        """Whether all is encoded, or nothing more can stay: the first answer is there, and the next is beyond."""
+        texts, done = self.turns.texts, len(self.ids)
+        if done == len(texts) or not self.said or self.tokens > limit:
+            return done == len(texts) or self.said
+        end = next((n + 1 for n in range(done, len(texts)) if self.turns.answers[n]), len(texts))
+        return self.tokens + sum(map(at_least, texts[done:end])) > limit
 
 
-def _fitting_prompt(
+def _joined(pieces: Iterable[array]) -> array:
+    ids = array("i")
+    for piece in pieces:
+        ids += piece
+    return ids
+
+
+def _row(pieces: Sequence[array], learned: Sequence[bool], where: str, limit: int | None = None) -> Row:
+    """The pieces behind each other, cut at `limit` tokens, and the spans of those that are learned."""
+    ids, spans = array("i"), array("i")
+    for piece, learn in zip(pieces, learned, strict=True):
+        start = len(ids)
+        ids += piece
+        if learn and len(ids) > start:
+            spans.extend((start, len(ids)))
+    if limit is not None and len(ids) > limit:
+        del ids[limit:]
+        pairs = zip(spans[::2], spans[1::2], strict=True)
+        spans = array("i", [min(edge, limit) for pair in pairs if pair[0] < limit for edge in pair])
+    return Row(ids, spans, where)
+
+
+def fitting_prompt(
     tokenizer: Any, template: AnyTemplate, conversation: Conversation, limit: int
 ) -> tuple[list[int], Conversation]:
+    """What encode_prompt says, and the conversation with the exchanges that it kept."""
     messages = conversation.messages
     while True:
         prompt = replace(conversation, messages=messages)
@@ -242,71 +301,3 @@ def _fitting_prompt(
             raise RecordError(conversation.where, "prompt too long", f"the last question alone has {len(ids)} tokens, "
                               f"the limit is {limit}; raise --max_source_length")  # fmt: skip
         messages = messages[later[0] :]
-
-
-class _Outcome(NamedTuple):
-    examples: list[Any]
-    cut: int
-
-
-def _outcome(record: Any, encode: Callable[[Any], Any]) -> _Outcome | RecordError:
-    """The result of one record in one shape; a RecordError is a result as well, for the caller to count."""
-    try:
-        result = encode(record)
-    except RecordError as error:
-        return error
-    result, cut = result if isinstance(result, tuple) else (result, False)
-    several = isinstance(result, list) and bool(result) and isinstance(result[0], Example)
-    return _Outcome(result if several else [result], int(cut))
-
-
-_WORKER_ENCODE: list[Callable[[Any], Any]] = []  # set once in each worker: a tokenizer is large to send each time
-
-
-def _start_worker(encode: Callable[[Any], Any]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _WORKER_ENCODE[:] = [encode]
-
-
-def _worker_outcome(record: Any) -> _Outcome | RecordError:
-    return _outcome(record, _WORKER_ENCODE[0])
-
-
-def _outcomes(
-    records: Sequence[Any], encode: Callable[[Any], Any], num_workers: int | None
-) -> Iterator[_Outcome | RecordError]:
-    workers = min(num_workers or 1, len(records))
-    if workers <= 1:
-        yield from (_outcome(record, encode) for record in records)
-        return
-    # Forked workers start at once and take any `encode`; elsewhere it must be picklable.
-    context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (encode,)) as pool:
-        yield from pool.map(_worker_outcome, records, chunksize=max(1, min(256, len(records) // (4 * workers))))
-
-
-def _settle(account: Account, cut: int, left_out: dict[str, int]) -> None:
-    account.cut += cut
-    for reason, count in left_out.items():
-        account.left_out[reason] = account.left_out.get(reason, 0) + count
-        account.kept -= count
-
-
-def _flattened(results: list[Any], account: dict[str, Any]) -> tuple[list[list[int]], dict[str, Any]]:
-    """Results as plain rows of numbers and what is needed to make them again."""
-    kind = type(results[0])
-    if kind is list:
-        return results, {"kind": "ids", **account}
-    examples = results if kind is Example else [side for pair in results for side in (pair.chosen, pair.rejected)]
-    rows = [row for example in examples for row in (example.input_ids, example.labels)]
-    return rows, {"kind": kind.__name__, "wheres": [result.where for result in results], **account}
-
-
-def _unflattened(rows: list[list[int]], about: dict[str, Any]) -> list[Any]:
-    if about["kind"] == "ids":
-        return rows
-    wheres = about["wheres"]
-    if about["kind"] == "Example":
-        return [Example(*pair, where) for *pair, where in zip(rows[::2], rows[1::2], wheres, strict=True)]
-    columns = zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], wheres, strict=True)
-    return [PreferenceExample(Example(a, b, where), Example(c, d, where), where) for a, b, c, d, where in columns]

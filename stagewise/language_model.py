@@ -18,11 +18,13 @@ from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, tak
 from stagewise.losses import token_nll
 from stagewise.packing import PackedRows, PaddedCollator, collate_packed
 from stagewise.sampling import GroupsByLength
+from stagewise.streamed_training import TakesStreams
+from stagewise.streaming import RecordStream
 from stagewise.validation import WithIndex
 
 
 def training_rows(
-    examples: Sequence[Example],
+    examples: Sequence[Example] | RecordStream,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     capacity: int,
@@ -31,7 +33,8 @@ def training_rows(
 ) -> tuple[Dataset | Sequence[Example], WithIndex, str]:
     """Packs examples into rows of at most `capacity` tokens where that is exact for the model, else leaves them alone.
 
-    `padded_because` says why the training method cannot have packed rows, or is None.
+    A stream is told which of the two it shall do while training runs. `padded_because` says why the training method
+    cannot have packed rows, or is None.
 
     Returns:
         the training set, the collator of both splits, and what was chosen, in words for the log and run.json.
@@ -39,22 +42,29 @@ def training_rows(
     exact, reason = False, "--packing False" if not packing else padded_because
     if reason is None:
         exact, reason = packs_exactly(model, tokenizer)
-    if not exact:
-        how = f"padded, one record a row: {reason}"
+    collate = (
+        WithIndex(collate_packed, rows=True)
+        if exact
+        else WithIndex(PaddedCollator(tokenizer.pad_token_id), rows=False)
+    )
+    how = f"packed: {reason}" if exact else f"padded, one record a row: {reason}"
+    if isinstance(examples, RecordStream):
+        examples.pack_to(capacity if exact else None)
+        how += "; read while training runs"
+    if not exact or isinstance(examples, RecordStream):
         logger.info(f"rows: {how}")
-        return examples, WithIndex(PaddedCollator(tokenizer.pad_token_id), rows=False), how
+        return examples, collate, how
     rows = PackedRows(examples, capacity)
     tokens = sum(rows.lengths)
-    how = f"packed: {reason}"
     if len(rows):
         logger.info(
             f"rows: {how}; {len(examples)} records in {len(rows)} rows of at most {capacity} tokens, "
             f"{tokens / len(rows):.0f} on average"
         )
-    return rows, WithIndex(collate_packed, rows=True), how
+    return rows, collate, how
 
 
-class LanguageModelTrainer(GroupsByLength, Trainer):
+class LanguageModelTrainer(TakesStreams, GroupsByLength, Trainer):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 
     loss_is_scaled_for_ga = True

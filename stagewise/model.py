@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -431,13 +432,15 @@ def _listed(names: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------- generation config
 
 
-def finish_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> None:
+def finish_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str] | None
+) -> None:
     """Makes the model's generation_config end at the template's end marker, in place; it can then be saved.
 
     Args:
         model: a model, also with an adapter around it.
         tokenizer: gives the end and pad ids; pad may equal end.
-        stop: the template's end marker; None: the tokenizer's end token alone.
+        stop: the template's end marker, or all of them; None: the tokenizer's end token alone.
 
     Raises:
         ModelError: if there is nothing to end at.
@@ -445,14 +448,14 @@ def finish_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokeni
     config = model.generation_config
     ends: list[int] = []
     config.stop_strings = None
-    if stop:
-        marker = tokenizer(stop, add_special_tokens=False).input_ids
+    for text in [stop] if isinstance(stop, str) else stop or []:
+        marker = tokenizer(text, add_special_tokens=False).input_ids
         if len(marker) == 1:
             ends.append(marker[0])
         else:
-            config.stop_strings = [stop]
+            config.stop_strings = [*(config.stop_strings or []), text]
             logger.info(
-                f"generation: the end marker {stop!r} is {len(marker)} tokens here; it is kept as a stop string"
+                f"generation: the end marker {text!r} is {len(marker)} tokens here; it is kept as a stop string"
             )
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from stagewise.encoding import IGNORE_INDEX, Example, PreferenceExample
+from stagewise.examples import Examples
 
 Batch = dict[str, torch.Tensor]
 
@@ -54,17 +55,23 @@ class PackedRows(Dataset):
     """Examples packed into rows of at most `capacity` tokens; item i is the list of examples of row i."""
 
     def __init__(self, examples: Sequence[Example], capacity: int):
-        self.rows = [
-            [examples[index] for index in row]
-            for row in pack([len(example.input_ids) for example in examples], capacity)
-        ]
-        self.lengths = [sum(len(example.input_ids) for example in row) for row in self.rows]
+        self.examples, self.capacity = examples, capacity
+        sizes = token_counts(examples)
+        self.rows = pack(sizes, capacity)  # of indices: an example is made when its row is asked for
+        self.lengths = [sum(sizes[index] for index in row) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Example]:
-        return self.rows[index]
+        return [self.examples[number] for number in self.rows[index]]
+
+
+def token_counts(examples: Sequence[Example]) -> list[int]:
+    """(N,) tokens of each example."""
+    if isinstance(examples, Examples):
+        return examples.tokens[:, 0].tolist()
+    return [len(example.input_ids) for example in examples]
 
 
 def collate_packed(rows: Sequence[Sequence[Example]]) -> Batch:

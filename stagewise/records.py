@@ -1,29 +1,35 @@
 """Files or `datasets` sets → parsed records, plus an account of every record that was left out."""
 
-import itertools
+import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from loguru import logger
 
 from stagewise.arguments import ArgumentError
+from stagewise.blocks import suffixes_of
 from stagewise.conversation import RecordError
+from stagewise.json_values import Line
+from stagewise.readers import file_names, read_file
+from stagewise.tables import present
 
 T = TypeVar("T")
-UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".parquet", ".arrow", ".csv", ".tsv", ".xlsx")
-_SPACE = re.compile(r"[ \t\r\n]*")
+UNREAD = (".bz2", ".xz", ".zip", ".tar", ".7z", ".arrow", ".xlsx", ".xls")
 
 
 @dataclass
 class Account:
     """What became of the records: `read` = `kept` + the sum of `left_out` (reason → count).
 
-    `cut` counts kept records that were shortened to a length limit.
+    `cut` counts kept records that were shortened to a length limit. `sources` says the same of each of several
+    sources. `again` gives the text of a record by its place, as it was read.
     """
 
     read: int = 0
@@ -31,102 +37,76 @@ class Account:
     cut: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    again: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
-    def leave_out(self, reason: str) -> None:
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For run.json; `Account(**…)` makes it again."""
+        found = {name: value for name, value in vars(self).items() if name != "again"}
+        return found if self.sources else {name: value for name, value in found.items() if name != "sources"}
 
 
-class Line(NamedTuple):
-    """One record as it was read: `value` is the record, or the RecordError that says why there is none."""
+class Again:
+    """Reads files or a set a second time, for the text of records that were refused after they were parsed.
 
-    where: str
-    raw: str
-    value: dict[str, Any] | RecordError
+    Args:
+        lines: what a file or set is called in messages → a function that gives its lines from the start. Asked in the
+            order of the records, each is read once.
+    """
+
+    def __init__(self, lines: Mapping[str, Callable[[], Iterator[Line]]]):
+        self.lines, self._open = lines, {}
+
+    def __call__(self, where: str) -> str:
+        """The record's text, as it was read. Raises KeyError where there is none of that name."""
+        name = where
+        while name not in self.lines:
+            name, colon, _ = name.rpartition(":")
+            if not colon:
+                raise KeyError(where)
+        for _ in range(2):  # the second time from the start
+            for line in self._open.setdefault(name, self.lines[name]()):
+                if line.where == where:
+                    return line.as_read()
+            del self._open[name]
+        raise KeyError(where)
 
 
 def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[Path]:
-    """Every file under `folder` (nested, sorted) whose name ends with one of `suffixes`; a single file is taken too.
+    """Every file under `folder` (nested, sorted) in a form of `suffixes`, packed or not; a single file is taken too.
 
-    Raises ValueError, naming `flag`, where nothing is found or a data file is in a form that is not read.
+    Raises ArgumentError, naming `flag`, where nothing is found or a data file is in a form that is not read.
     """
     top = Path(folder)
-    wanted = " or ".join(suffixes)
+    wanted = ", ".join(suffixes)
     if top.is_file():
-        if top.suffix.lower() not in suffixes:
-            raise ArgumentError(f"{flag}: {top} is not a {wanted} file")
+        if suffixes_of(top)[0] not in suffixes:
+            raise ArgumentError(f"{flag}: {top} is not a {wanted} file, nor one of them packed as .gz or .zst")
         return [top]
     if not top.is_dir():
         raise ArgumentError(f"{flag}: there is no folder or file {str(folder)!r}")
-    found, others = [], []
+    files, others = [], []
     for path in _walk(top):
-        suffix = path.suffix.lower()
+        suffix, packed = suffixes_of(path)
         if suffix in suffixes:
-            found.append(path)
+            files.append(path)
         elif suffix in UNREAD:
             raise ArgumentError(
-                f"{flag}: {path} is a {suffix} file, which is not read; unpack it or convert it to .jsonl "
-                "(csv: python convert_dataset.py), or move it away"
+                f"{flag}: {path} is a {suffix}{packed} file, which is not read; unpack it, save it as .jsonl, .csv or "
+                ".parquet, or move it away"
             )
         else:
             others.append(path.name)
-    if not found:
+    if not files:
         only = f", only {', '.join(others[:5])}" if others else ""
         raise ArgumentError(f"{flag}: no {wanted} file under {top}{only}")
     if others:
-        logger.info(f"{flag}: {len(others)} files that are not {wanted} are not read: {', '.join(others[:5])}")
-    return sorted(found)
-
-
-def read_files(files: Sequence[Path]) -> Iterator[Line]:
-    """The records of .jsonl, .json (a list, one object, or lines) and .txt (one file is one document) files, in order.
-
-    A line that can't be read is yielded with its RecordError, so that the caller may count it and go on.
-    """
-    top = os.path.commonpath([path.resolve().parent for path in files]) if files else ""
-    for path in files:
-        name = str(path.resolve().relative_to(top))
-        suffix = path.suffix.lower()
-        if suffix == ".txt":
-            yield _document(path, name)
-        elif suffix == ".json":
-            yield from read_json(path, name)
-        else:
-            yield from read_lines(path, name)
-
-
-def read_lines(path: Path, name: str) -> Iterator[Line]:
-    """One JSON object a line, streamed; blank lines and a byte-order mark are skipped."""
-    with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            where = f"{name}:{number}"
-            if number == 1:
-                if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    error = RecordError(where, "wrong encoding", "the file is UTF-16; save it as UTF-8")
-                    yield Line(where, "", error)
-                    return
-                data = data.removeprefix(b"\xef\xbb\xbf")
-            if data.strip():
-                yield _parsed(where, data)
-
-
-def read_json(path: Path, name: str) -> Iterator[Line]:
-    """A .json file: a list of records ("name:12#3" is the third, it begins in line 12), one record, or one a line."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield Line(name, data[:1000].decode("utf-8", "backslashreplace"), _wrong_encoding(name, data, error))
-        return
-    if text.lstrip().startswith("["):
-        yield from _list_items(text, name)
-        return
-    whole = _parsed(f"{name}:1", data)
-    lines = [] if isinstance(whole.value, dict) else list(read_lines(path, name))
-    # A broken record of many lines is one error, not one a line: lines count only where the first is a record.
-    yield from lines if lines and isinstance(lines[0].value, dict) else [whole._replace(raw=whole.raw[:100_000])]
+        logger.info(f"{flag}: files that are not {wanted} are not read ({len(others)}): {', '.join(others[:5])}")
+    return sorted(files)
 
 
 def dataset_splits(name: str, config: str | None = None, **options: Any) -> list[str]:
@@ -134,7 +114,12 @@ def dataset_splits(name: str, config: str | None = None, **options: Any) -> list
     return list(_load_dataset(name, config, options))
 
 
-def read_dataset(name: str, config: str | None = None, split: str = "train", **options: Any) -> Iterator[Line]:
+def dataset_fingerprints(name: str, config: str | None = None, **options: Any) -> dict[str, str]:
+    """What tells the contents of each split of a `datasets` set from others; see read_dataset."""
+    return {split: rows._fingerprint for split, rows in _load_dataset(name, config, options).items()}
+
+
+def read_dataset(name: str, config: str | None = None, split: str = "train", **options: Any) -> "DatasetLines":
     """The records of a `datasets` set: a Hub name, a local folder, or one that save_to_disk wrote.
 
     `options` (cache_dir, token, revision) go to `datasets.load_dataset`. Raises ValueError for an unknown split.
@@ -142,49 +127,132 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", **o
     splits = _load_dataset(name, config, options)
     if split not in splits:
         raise ArgumentError(f"--dataset_name: {name} has no split {split!r}, only {', '.join(splits)}")
-    return _dataset_lines(splits[split], f"{name}[{split}]")
+    return DatasetLines(splits[split], f"{name}[{split}]")
+
+
+@dataclass
+class DatasetLines:
+    """The rows of a set as records; may be gone through more than once."""
+
+    rows: Iterable[dict[str, Any]]
+    name: str
+
+    def __iter__(self) -> Iterator[Line]:
+        for number, row in enumerate(self.rows, 1):
+            yield Line(f"{self.name}:{number}", "", present(row))
+
+
+class Records(Generic[T]):
+    """The parsed records of files or a set, made while they are gone through, so that none has to stay in memory.
+
+    Going through them fills `account`; `pick` reads some of them a second time.
+
+    Args:
+        source: a list of files, or a set as read_dataset gives it.
+        parse: record, where → parsed record; raises RecordError.
+        on_bad_record: "error" raises the first RecordError; "skip" counts it and appends {"where", "reason",
+            "message", "raw"} to `rejected_path`.
+        max_samples: counts kept records; −1 takes all.
+        names: what the files are called in messages; default: file_names.
+        seen: what was read before (see content_key): records that are in it are left out as "duplicate", others added.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Path] | DatasetLines,
+        parse: Callable[[dict[str, Any], str], T],
+        *,
+        on_bad_record: str = "error",
+        rejected_path: str | Path | None = None,
+        max_samples: int = -1,
+        names: Sequence[str] | None = None,
+        seen: set[bytes] | None = None,
+    ):
+        check_on_bad_record(on_bad_record)
+        self.parse, self.skip, self.rejected_path = parse, on_bad_record == "skip", rejected_path
+        self.max_samples, self.seen = max_samples, seen
+        self.places = array("q")  # of the kept records among all that are read
+        self.account = Account()
+        if isinstance(source, DatasetLines):
+            self._lines = {source.name: source.__iter__}
+        else:
+            pairs = list(zip(source, names or file_names(source), strict=True))
+            self.account.files = [str(path) for path in source]
+            self._lines = {name: partial(read_file, path, name) for path, name in pairs}
+        self.account.again = Again(self._lines)
+
+    def __iter__(self) -> Iterator[T]:
+        account, kept = self.account, 0
+        for place, line in enumerate(self.lines()):
+            if 0 <= self.max_samples <= kept:
+                break
+            account.read += 1
+            try:
+                if isinstance(line.value, RecordError):
+                    raise line.value
+                record = self.parse(line.value, line.where)
+            except RecordError as error:
+                if not self.skip:
+                    raise
+                account.leave_out(error.reason)
+                write_rejected(self.rejected_path, error, line.as_read())
+                continue
+            if self.seen is not None:
+                key = content_key(record)
+                if key in self.seen:
+                    account.leave_out("duplicate")
+                    continue
+                self.seen.add(key)
+            self.places.append(place)
+            kept += 1
+            yield record
+        account.kept += kept
+        if account.left_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in account.left_out.items())
+            logger.info(f"{sum(account.left_out.values())} of {account.read} records left out: {reasons}")
+
+    def pick(self, chosen: Iterable[int]) -> Iterator[T]:
+        """The kept records of these numbers, which must rise, read again."""
+        lines, at = self.lines(), 0
+        for number in chosen:
+            place = self.places[number]
+            line = next(islice(lines, place - at, None))
+            at = place + 1
+            yield self.parse(line.value, line.where)
+
+    def lines(self) -> Iterator[Line]:
+        """Every line of the source, as it is read."""
+        return chain.from_iterable(start() for start in self._lines.values())
 
 
 def load_records(
-    source: Sequence[Path] | Iterable[Line],
-    parse: Callable[[dict[str, Any], str], T],
-    *,
-    on_bad_record: str = "error",
-    rejected_path: str | Path | None = None,
-    max_samples: int = -1,
+    source: Sequence[Path] | DatasetLines, parse: Callable[[dict[str, Any], str], T], **options: Any
 ) -> tuple[list[T], Account]:
-    """Every record of `source` through `parse(record, where)`, and the account of them.
+    """Every record of `source` at once, and the account of them; `options` are those of Records.
 
-    `source` is a list of files, or lines as read_dataset gives them. `on_bad_record` "error" raises the first
-    RecordError; "skip" counts it and appends {"where", "reason", "raw"} to `rejected_path`. `max_samples` counts
-    kept records, −1 takes all. Raises ValueError where no record is left.
+    Raises RecordError, and ArgumentError where no record is left.
     """
-    check_on_bad_record(on_bad_record)
-    account = Account()
-    if isinstance(source, (list, tuple)) and all(isinstance(item, Path) for item in source):
-        account.files = [str(path) for path in source]
-        source = read_files(source)
-    kept: list[T] = []
-    for line in source:
-        if 0 <= max_samples <= len(kept):
-            break
-        account.read += 1
-        try:
-            if isinstance(line.value, RecordError):
-                raise line.value
-            kept.append(parse(line.value, line.where))
-            account.kept += 1
-        except RecordError as error:
-            if on_bad_record == "error":
-                raise
-            account.leave_out(error.reason)
-            write_rejected(rejected_path, error, line.raw)
-    if not kept and max_samples != 0:
-        files, why = ", ".join(account.files) or "the set", account.left_out or "the files are empty"
-        raise ArgumentError(f"no record is left of the {account.read} read from {files}: {why}")
-    if account.left_out:
-        logger.info(f"{sum(account.left_out.values())} of {account.read} records left out: {account.left_out}")
-    return kept, account
+    records = Records(source, parse, **options)
+    kept = list(records)
+    if not kept and records.max_samples != 0:
+        raise nothing_left(records.account)
+    return kept, records.account
+
+
+def nothing_left(account: Account) -> ArgumentError:
+    """The error for an account without a kept record."""
+    files, why = ", ".join(account.files) or "the set", account.left_out or "the files are empty"
+    return ArgumentError(f"no record is left of the {account.read} read from {files}: {why}")
+
+
+def content_key(record: Any) -> bytes:
+    """What is alike for two parsed records that differ only in their places: a hash of every text in them."""
+    digest = hashlib.blake2b(digest_size=16)
+    # A pretraining record is (text, where).
+    for part in _texts(record[0] if isinstance(record, tuple) else record):
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
 
 
 def check_on_bad_record(value: str) -> None:
@@ -218,87 +286,31 @@ def _walk(top: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
-def _document(path: Path, name: str) -> Line:
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Line(name, data.decode("utf-8", "backslashreplace"), _wrong_encoding(name, data, error))
-    return Line(name, text, {"text": text.replace("\r\n", "\n")})
-
-
-def _list_items(text: str, name: str) -> Iterator[Line]:
-    """The records of a JSON list, one by one; what stands before a break (a file cut short) can still be read."""
-    constants: list[str] = []
-    decoder = json.JSONDecoder(parse_constant=constants.append)
-    position, line, counted = text.index("[") + 1, 1, 0
-    for number in itertools.count(1):
-        position = _SPACE.match(text, position).end()
-        if number == 1 and text[position : position + 1] == "]":
-            return
-        line, counted = line + text.count("\n", counted, position), position
-        where = f"{name}:{line}#{number}"
-        try:
-            constants.clear()
-            value, end = decoder.raw_decode(text, position)
-            raw, position = text[position:end], _SPACE.match(text, end).end()
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("expecting ',' or ']'", text, position)
-        except (ValueError, RecursionError) as error:
-            message = f"not JSON: {error}; nothing behind it in this file can be read"
-            yield Line(where, text[counted : counted + 1000], RecordError(where, "broken JSON", message))
-            return
-        if constants:
-            error = RecordError(where, "broken JSON", f"not JSON: {constants[0]} is not a JSON value; write null")
-            yield Line(where, raw, error)
-        else:
-            yield Line(where, raw, value if isinstance(value, dict) else _not_an_object(where, value))
-        if text[position] == "]":
-            return
-        position += 1
-
-
-def _parsed(where: str, data: bytes) -> Line:
-    try:
-        raw = data.decode("utf-8").strip("\r\n")
-    except UnicodeDecodeError as error:
-        return Line(where, data.decode("utf-8", "backslashreplace"), _wrong_encoding(where, data, error))
-    try:
-        value = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-        return Line(where, raw, RecordError(where, "broken JSON", f"not JSON: {error}"))
-    if not isinstance(value, dict):
-        return Line(where, raw, _not_an_object(where, value))
-    return Line(where, raw, value)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value; write null or leave the key out")
-
-
-def _not_an_object(where: str, value: Any) -> RecordError:
-    return RecordError(where, "not an object", f"a record must be a JSON object, found {type(value).__name__}")
-
-
-def _wrong_encoding(where: str, data: bytes, error: UnicodeDecodeError) -> RecordError:
-    byte = data[error.start]
-    return RecordError(where, "wrong encoding", f"byte 0x{byte:02x} at position {error.start + 1} is not UTF-8; save "
-                       "the file as UTF-8 (iconv -f GB18030 -t UTF-8, for instance)")  # fmt: skip
+def _texts(value: Any) -> Iterator[str]:
+    """Every text of a parsed record, with the shape of what holds it; places aside."""
+    value = vars(value) if is_dataclass(value) else value
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if name != "where":
+                yield name
+                yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)} parts"
+        for part in value:
+            yield from _texts(part)
+    else:
+        yield from (value,) if isinstance(value, str) else ("no text", repr(value))  # None is not "None"
 
 
 def _load_dataset(name: str, config: str | None, options: dict[str, Any]) -> dict[str, Any]:
     import datasets  # seconds to import, needed only here
 
     folder = Path(name)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        loaded = datasets.load_from_disk(name)
-    else:
-        loaded = datasets.load_dataset(name, config, **options)
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise ArgumentError(f"--dataset_name: `datasets` can't load {name!r}: {error.__cause__ or error}") from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
-
-
-def _dataset_lines(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Line]:
-    for number, row in enumerate(rows, 1):
-        # A set's rows all have every key, with null where a record had none.
-        record = {key: value for key, value in row.items() if value is not None}
-        yield Line(f"{name}:{number}", json.dumps(record, ensure_ascii=False, default=str), record)

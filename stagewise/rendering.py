@@ -6,19 +6,20 @@ context  "USER: How are you? ASSISTANT:"
 learned  " Fine.</s>"
 """
 
-import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-import jinja2
-from loguru import logger
-
+from stagewise import thinking
 from stagewise.arguments import ArgumentError
-from stagewise.conversation import ANSWERS, QUESTIONS, Conversation, Message, RecordError
+from stagewise.conversation import QUESTIONS, Conversation, RecordError
+from stagewise.pieces import as_jinja, fill, quoted
+from stagewise.tool_forms import DEFAULT, ToolForm, Turn, openai_tools, turns
 
-WAY_OUT = "choose a form of this project with --template_name (vicuna, for instance)"
+PLAIN_FORMS = (
+    "choose a form of plain text that ends with the tokenizer's own eos token (vicuna, llama2, alpaca), or add the "
+    "token to the tokenizer"
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,14 @@ class Segment:
 class Template:
     """A chat form as a few named pieces, in the order in which they appear.
 
-    In a piece, {content} stands for the message, {bos} and {eos} for the tokenizer's tokens. A `user` piece with
-    {system} takes the system piece into the first user turn (llama2); otherwise it stands before it.
-    `lead` is what a prompt ends with, `answer` and `end` are learned, `after` is not.
+        start system user lead answer end after user lead answer end after …
+
+    `start` stands once, at the beginning. The system piece stands before the first user piece, or inside it where
+    `user` holds {system} (llama2). `lead` is what a prompt ends with; `answer` and `end` are learned, `after` is not.
+    Where `user` begins with `end` (glm4: an answer ends with the tag of the next speaker), that is said once.
+
+    In a piece, {content} stands for the message, {bos} and {eos} for the tokenizer's tokens; in `user`, {round} for
+    the number of the exchange, counted from 1, {round0} from 0.
     """
 
     name: str
@@ -44,209 +50,232 @@ class Template:
     answer: str = "{content}"
     end: str = "{eos}"
     after: str = ""
+    start: str = ""
     system: str = "{content}"
     default_system: str = ""
+    always_system: bool = False  # the system piece stands there, empty, where nobody says anything (starchat)
+    tokens: tuple[str, ...] = ()  # what the family's tokenizers have as special tokens, besides the end marker
+    tools: ToolForm | None = DEFAULT  # how tools are listed, called and answered; None: not at all
+    thinking: bool = False  # an answer to the last question begins with a block of thoughts, as Qwen3's do
+    enable_thinking: bool | None = None  # False: that block is empty and belongs to the prompt
     bos: str = ""
     eos: str = "</s>"
     own_bos: bool = False  # the tokenizer puts one before every text
 
     @property
     def stop(self) -> str:
-        """The end marker, one token of the tokenizer that the template was bound to."""
+        """The end marker that generation stops at, one token of the tokenizer that the template was bound to."""
         return self._filled(self.end).strip()
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """All end markers: calls of tools may have one of their own."""
+        own = self.tools.end if self.tools else None
+        return (self.stop, own) if own else (self.stop,)
+
     def bind(self, tokenizer: Any) -> "Template":
-        """The template with the tokenizer's own bos and eos. Raises ArgumentError where it has no end marker."""
+        """The template with the tokenizer's own bos and eos.
+
+        Raises ArgumentError where the tokenizer lacks the end marker or another special token of the form.
+        """
         if "{eos}" in self.end and tokenizer.eos_token is None:
             raise ArgumentError(f"--template_name {self.name}: the tokenizer has no eos token to end an answer with")
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         bound = replace(self, bos=bos, eos=eos, own_bos=adds_bos(tokenizer))
-        if len(tokenizer.encode(bound.stop, add_special_tokens=False)) != 1:
+        if not _is_token(tokenizer, bound.stop):
             raise ArgumentError(
                 f"--template_name {self.name}: answers end with {bound.stop!r}, which is not one token of this "
-                "tokenizer, so that generation could not stop at it; choose a form that ends with the tokenizer's own "
-                "eos token (vicuna, llama2, alpaca), or add the token to the tokenizer"
+                f"tokenizer, so that generation could not stop at it; {PLAIN_FORMS}"
             )
+        for token in self.tokens:
+            if not _is_token(tokenizer, token):
+                raise ArgumentError(f"--template_name {self.name}: the form has a token {token!r}, which this "
+                                    f"tokenizer does not have; {PLAIN_FORMS}")  # fmt: skip
         return bound
 
     def segments(self, conversation: Conversation, *, generation: bool = False) -> list[Segment]:
         """The conversation in this form; with `generation` it ends where the assistant is to speak.
 
-        Raises RecordError for conversations with tools, which this form has no place for.
+        Raises RecordError for tools where the form has none, and for thoughts where they are switched off.
         """
-        _check_end(conversation, generation)
-        used = sorted({message.role for message in conversation.messages} - {"user", "assistant"})
-        if conversation.tools or used:
+        check_end(conversation, generation)
+        said, tools = turns(conversation.messages), openai_tools(conversation.tools)
+        if self.tools is None and (tools or any(turn.calls or turn.observations for turn in said)):
             raise RecordError(conversation.where, "tools not shown", f"the template {self.name!r} has no form for "
-                              f"tools ({', '.join(used) or 'tools'}); use a model whose own chat template "
-                              "shows tools, without --template_name")  # fmt: skip
-        system = self.default_system if conversation.system is None else conversation.system
-        system = _fill(self._filled(self.system), content=system) if system else ""
-        segments = _Joined()
-        segments.add(self._start() + ("" if "{system}" in self.user else system), learn=False)
-        for number, message in enumerate(conversation.messages):
-            if message.role == "user":
-                inside = system if number == 0 else ""
-                segments.add(_fill(self._filled(self.user), system=inside, content=message.content), learn=False)
+                              "tools; choose another with --template_name")  # fmt: skip
+        system = self._system_text(conversation, tools)
+        segments = Joined()
+        segments.add(self._front(bool(system)) + ("" if self._system_inside else system))
+        asked, lead = 0, self._filled(self.lead)
+        questions = [number for number, turn in enumerate(said) if turn.role == "user"]
+        for number, turn in enumerate(said):
+            if turn.role == "assistant":
+                segments.add(lead)
+                after_question = not questions or number > questions[-1]
+                context, answer = self._answer(turn, after_question, number == len(said) - 1, conversation.where)
+                segments.add(context)
+                segments.answer(answer, learn=turn.learn)
+                segments.add(self._filled(self.after))
+                continue
+            if turn.role == "user":
+                segments.add(self._asked(turn.words, asked, system, tools))
+                asked += 1
             else:
-                segments.add(self._filled(self.lead), learn=False)
-                segments.add(_fill(self._filled(self.answer + self.end), content=message.content), learn=True)
-                segments.add(self._filled(self.after), learn=False)
+                segments.add(self._observed(turn, asked - 1))
+            lead = self._lead(turn.role == "observation")
         if generation:
-            segments.add(self._filled(self.lead), learn=False)
+            segments.add(lead + (thinking.EMPTY if self.enable_thinking is False else ""))
         return segments.done
 
     def jinja(self) -> str:
         """The same form as a plain Jinja chat template, in one line, its texts written out."""
-        content = 'message["content"]'
-        user = _jinja(self._filled(self.user), system='(system_text if loop.first else "")', content=content)
-        answer = _jinja(self._filled(self.lead + self.answer + self.end + self.after), content=content)
-        system = _jinja(self._filled(self.system), content="system")
-        unknown = _quoted(f"the template {self.name} has no form for the role ")
-        before = "" if "{system}" in self.user else "{{ system_text }}"
+        unknown = quoted(f"the template {self.name} has no form for the role ")
+        tool = f'{{% elif message["role"] == "tool" %}}{self._observed_jinja()}' if self.tools else ""
+        told = 'turns and turns[-1]["role"] == "tool"'
         return (
-            '{% if messages and messages[0]["role"] == "system" %}'
+            (thinking.default_jinja(self.enable_thinking) if self.thinking else "")
+            + '{% if messages and messages[0]["role"] == "system" %}'
             '{% set system = messages[0]["content"] %}{% set turns = messages[1:] %}'
-            f"{{% else %}}{{% set system = {_quoted(self.default_system)} %}}{{% set turns = messages %}}{{% endif %}}"
-            f'{{% set system_text = ({system}) if system else "" %}}'
-            f"{{{{ {_quoted(self._start())} }}}}{before}"
-            "{% for message in turns %}"
-            f'{{% if message["role"] == "user" %}}{{{{ {user} }}}}'
-            f'{{% elif message["role"] == "assistant" %}}{{{{ {answer} }}}}'
+            f"{{% else %}}{{% set system = {quoted(self.default_system)} %}}{{% set turns = messages %}}{{% endif %}}"
+            + self._opening_jinja()
+            + (thinking.LAST_QUESTION if self.thinking else "")
+            + "{% for message in turns %}"
+            f'{{% if message["role"] == "user" %}}{self._user_jinja()}'
+            f'{{% elif message["role"] == "assistant" %}}{self._answer_jinja()}{tool}'
             f'{{% else %}}{{{{ raise_exception({unknown} + message["role"]) }}}}{{% endif %}}'
             "{% endfor %}"
-            f"{{% if add_generation_prompt %}}{{{{ {_quoted(self._filled(self.lead))} }}}}{{% endif %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {self._lead_jinja(told)} }}}}"
+            f"{thinking.PROMPT if self.thinking else ''}{{% endif %}}"
         )
 
-    def _start(self) -> str:
-        return self.bos if self.own_bos and "{bos}" not in self.system + self.user else ""
+    # what `segments` and `jinja` both say
+
+    @property
+    def _system_inside(self) -> bool:
+        return "{system}" in self.user
+
+    def _system_text(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> str:
+        system = self.default_system if conversation.system is None else conversation.system
+        before = ""
+        if tools and self.tools:
+            own = fill(self.tools.own_system, tools=self.tools.listing(tools))
+            before = fill(self._filled(self.system), content=own) if own else ""
+            system = self.tools.say_system(tools, system)
+        return before + (fill(self._filled(self.system), content=system) if system or self.always_system else "")
+
+    def _front(self, system: bool) -> str:
+        """What a text begins with: `start`, and before it the tokenizer's bos where the form doesn't say it itself."""
+        first = self.start or (self.system if system and not self._system_inside else self.user)
+        return (self.bos if self.own_bos and not first.startswith("{bos}") else "") + self._filled(self.start)
+
+    def _user(self, first: bool) -> str:
+        return self.user if first or self.after else self.user.removeprefix(self.end)
+
+    def _lead(self, after_observation: bool) -> str:
+        own = after_observation and self.tools and self.tools.lead is not None
+        return self._filled(self.tools.lead if own else self.lead)
+
+    def _asked(self, words: str, asked: int, system: str, tools: list[dict[str, Any]] | None) -> str:
+        """A user turn, `asked` others before it; the first holds what the form says of tools there."""
+        before = ""
+        if tools and self.tools and asked == 0:
+            listing = self.tools.listing(tools)
+            before = fill(self.tools.before_user, tools=listing)
+            words = fill(self.tools.in_user, tools=listing) + words
+        values = {"system": "" if asked else system, "round0": str(asked), "round": str(asked + 1)}
+        return before + fill(self._filled(self._user(asked == 0)), content=words, **values)
+
+    def _observed(self, turn: Turn, asked: int) -> str:
+        """What tools said, as a turn of its own form or in a user turn."""
+        text = self.tools.say_observations(turn.observations)
+        if self.tools.own_turn:
+            return text
+        values = {"system": "", "round0": str(asked), "round": str(asked + 1)}
+        return fill(self._filled(self._user(False)), content=text, **values)
+
+    def _answer(self, turn: Turn, after_question: bool, last: bool, where: str) -> tuple[str, str]:
+        """What stands before the assistant speaks, besides `lead`, and what it says."""
+        words, context, thought = turn.words, "", ""
+        if self.thinking:
+            thoughts, words = thinking.split_thoughts(words)
+            if thoughts and self.enable_thinking is False:
+                raise RecordError(where, "thoughts switched off", thinking.SWITCHED_OFF)
+            if after_question and (last or thoughts):
+                thought = thinking.block(thoughts)
+            if self.enable_thinking is False:
+                context, thought = thought, ""
+        calls = self.tools.say_calls(turn.calls) if turn.calls else ""
+        joint = self.tools.after_words if words and calls else ""
+        if self.tools is None or self.tools.as_words:
+            said = fill(self._filled(self.answer), content=thought + words + joint + calls)
+        else:
+            alone = fill(self._filled(self.answer), content=thought + words)
+            said = (alone if words or not calls else "") + joint + calls
+        end = self.tools.end if calls and self.tools.end is not None else self.end
+        return context, said + self._filled(end)
+
+    def _opening_jinja(self) -> str:
+        system = as_jinja(self._filled(self.system), content="system")
+        system = f"({system})" if self.always_system else f'(({system}) if system else "")'
+        tools, before = "", ""
+        if self.tools:
+            own = f"{{% set system = {self.tools.jinja_system()} %}}"
+            if self.tools.own_system:
+                text = as_jinja(fill(self._filled(self.system), content=self.tools.own_system), tools="listing")
+                own += f"{{% set tools_text = {text} %}}"
+                before = '(tools_text or "") + '
+            tools = f"{{% if tools %}}{self.tools.jinja_listing()}{own}{{% endif %}}"
+        front, alone = quoted(self._front(True)), quoted(self._front(False))
+        front = front if front == alone else f"{front} if system_text else {alone}"
+        shown = "" if self._system_inside else "{{ system_text }}"
+        return f"{tools}{{% set system_text = {before}{system} %}}{{{{ {front} }}}}{shown}"
+
+    def _user_jinja(self) -> str:
+        content, before = 'message["content"]', ""
+        if self.tools and self.tools.in_user:
+            listed = as_jinja(self.tools.in_user, tools="listing")
+            content = f'(({listed}) if tools and loop.first else "") + {content}'
+        if self.tools and self.tools.before_user:
+            listed = as_jinja(self.tools.before_user, tools="listing")
+            before = f"{{% if tools and loop.first %}}{{{{ {listed} }}}}{{% endif %}}"
+        values = {"content": content, "system": '(system_text if loop.first else "")', **_rounds("loop.index0", 0)}
+        first, later = (as_jinja(self._filled(self._user(is_first)), **values) for is_first in (True, False))
+        return f"{before}{{{{ {first if first == later else f'({first}) if loop.first else ({later})'} }}}}"
+
+    def _observed_jinja(self) -> str:
+        if self.tools.own_turn:
+            return self.tools.jinja_observation()
+        values = {"system": '""', **_rounds("loop.index0", -1)}
+        before, after = self._filled(self._user(False)).split("{content}")
+        return self.tools.jinja_observation(as_jinja(before, **values), as_jinja(after, **values))
+
+    def _answer_jinja(self) -> str:
+        told = 'not loop.first and turns[loop.index0 - 1]["role"] == "tool"'
+        thought = "thought + " if self.thinking else ""
+        answer, end = self._filled(self.answer), quoted(self._filled(self.end))
+        calls = self.tools.jinja_calls() if self.tools else ""
+        if self.tools is None:
+            said = as_jinja(answer, content=f"{thought}words")
+        else:
+            joint = f'({quoted(self.tools.after_words)} if words and calls else "")'
+            if self.tools.as_words:
+                said = as_jinja(answer, content=f"{thought}words + {joint} + calls")
+            else:
+                alone = as_jinja(answer, content=f"{thought}words")
+                said = f'(({alone}) if words or not calls else "") + {joint} + calls'
+            if self.tools.end is not None:
+                end = f"({quoted(self._filled(self.tools.end))} if calls else {end})"
+        return (
+            f'{{% set words = message["content"] or "" %}}{thinking.SPLIT if self.thinking else ""}{calls}'
+            f"{{{{ {self._lead_jinja(told)} + {said} + {end} + {quoted(self._filled(self.after))} }}}}"
+        )
+
+    def _lead_jinja(self, told: str) -> str:
+        lead, after = quoted(self._lead(False)), quoted(self._lead(True))
+        return lead if lead == after else f"({after} if {told} else {lead})"
 
     def _filled(self, piece: str) -> str:
-        return _fill(piece, bos=self.bos, eos=self.eos)
-
-
-class CutError(ArgumentError):
-    """A tokenizer's chat template that can't be cut exactly into learned and unlearned text."""
-
-
-class TokenizerTemplate:
-    """A tokenizer's own chat template, cut by rendering turn by turn.
-
-    What stands between a prompt and the prompt with its answer is the answer. It must be the beginning of what the
-    whole conversation renders to: anything else raises, here for the template (CutError), in `segments` for a record
-    (RecordError).
-    """
-
-    def __init__(self, tokenizer: Any, chat_template: str, name: str = "the tokenizer's own"):
-        self.name = name
-        self._tokenizer = tokenizer
-        # {% generation %} marks fail in every server but transformers; {% if true %} keeps their white space.
-        chat_template = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1if true", chat_template)
-        chat_template = re.sub(r"(\{%[-+]?\s*)endgeneration(?=\s*[-+]?%\})", r"\1endif", chat_template)
-        self._text = chat_template
-        self._tail, self.stop = self._probe()
-        rendered = self._render([{"role": "user", "content": "Hi"}], None, True, "the template")
-        if adds_bos(tokenizer) and not rendered.startswith(tokenizer.bos_token):
-            # In front of every text the model was trained on; the form alone leaves it out.
-            self._text = f"{{{{ {_quoted(tokenizer.bos_token)} }}}}" + chat_template
-
-    def segments(self, conversation: Conversation, *, generation: bool = False) -> list[Segment]:
-        """The conversation as the template renders it; with `generation` it ends where the assistant is to speak.
-
-        Raises RecordError where this conversation can't be cut exactly or its tools don't appear in the text.
-        """
-        _check_end(conversation, generation)
-        where = conversation.where
-        messages = _openai_messages(conversation)
-        tools = _openai_tools(conversation.tools)
-        whole = self._render(messages, tools, generation, where)
-        self._check_tools(whole, messages, tools, where)
-        segments = _Joined()
-        cursor = 0
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:number], tools, True, where)
-            spoken = self._render(messages[: number + 1], tools, False, where)
-            end = len(spoken) - len(self._tail) + self._tail.index(self.stop) + len(self.stop)
-            if not (spoken.startswith(prompt) and whole.startswith(spoken[:end]) and spoken.endswith(self._tail)):
-                raise RecordError(where, "inexact cut", f"{self.name} chat template does not keep turn {number + 1} "
-                                  f"as it was said, so that what is learned can't be told; {WAY_OUT}")  # fmt: skip
-            answer = spoken[len(prompt) : end]
-            if not _says(answer, message):
-                raise RecordError(where, "words changed", f"{self.name} chat template changes the words of turn "
-                                  f"{number + 1}; {WAY_OUT}")  # fmt: skip
-            segments.add(whole[cursor : len(prompt)], learn=False)
-            segments.add(answer, learn=True)
-            cursor = end
-        segments.add(whole[cursor:], learn=False)
-        return segments.done
-
-    def jinja(self) -> str:
-        """The chat template that was cut, without {% generation %}."""
-        return self._text
-
-    def _render(self, messages: list[dict[str, Any]], tools: Any, generation: bool, where: str) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self._text, add_generation_prompt=generation, tokenize=False
-            )
-        except jinja2.TemplateError as error:
-            raise RecordError(where, "refused by the chat template", f"{self.name} chat template refuses the "
-                              f"conversation: {error}; {WAY_OUT}") from error  # fmt: skip
-
-    def _probe(self) -> tuple[str, str]:
-        """What follows an answer, and the end marker in it; found on two exchanges, which must cut exactly."""
-        said = ("First one?", "Answer 1st.", "And then?", "2nd it is.")
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
-        try:
-            texts = [self._render(messages[:n], None, n % 2 == 1, "a first try") for n in range(1, 5)]
-        except RecordError as error:
-            raise CutError(error.message) from error
-        tails = [texts[number].rpartition(said[number])[2] for number in (1, 3)]
-        markers = [token for token in self._tokenizer.get_added_vocab() if token.strip() and token in tails[0]]
-        if tails[0] != tails[1] or not markers:
-            raise CutError(f"{self.name} chat template ends an answer with {tails[0]!r}, where no token of the "
-                           f"tokenizer marks the end; {WAY_OUT}")  # fmt: skip
-        stop = min(markers, key=lambda token: (tails[0].index(token), -len(token)))
-        # Behind the marker the last answer may differ from the others (Phi-3 closes the text there).
-        ends = [text.rfind(stop) + len(stop) if number % 2 else len(text) for number, text in enumerate(texts)]
-        if any(not texts[n + 1].startswith(texts[n][: ends[n]]) for n in range(3)):
-            raise CutError(f"{self.name} chat template rewrites earlier turns; {WAY_OUT}")
-        return tails[0], stop
-
-    def _check_tools(self, whole: str, messages: list[dict[str, Any]], tools: Any, where: str) -> None:
-        called = [call for message in messages for call in message.get("tool_calls", [])]
-        names = [tool["function"]["name"] for tool in [*(tools or []), *called]]
-        results = [message["content"] for message in messages if message["role"] == "tool"]
-        missing = [text for text in (*names, *results) if text.strip() not in whole]
-        if missing:
-            raise RecordError(where, "tools not shown", f"{self.name} chat template leaves out the tool text "
-                              f"{missing[0][:60]!r}; use a model whose chat template shows tools")  # fmt: skip
-
-
-def choose_template(
-    tokenizer: Any, template_name: str | None, table: Mapping[str, Template]
-) -> Template | TokenizerTemplate:
-    """The form to train and serve in: `template_name` from `table`, else the tokenizer's own, else vicuna.
-
-    The choice is written into `tokenizer.chat_template`, so that what is saved and served is what was trained.
-    Families whose template rewrites earlier turns (Qwen3) get TRL's training template. Raises ArgumentError for
-    an unknown name, and where no exact cut exists.
-    """
-    if template_name:
-        if template_name not in table:
-            raise ArgumentError(f"--template_name: unknown template {template_name!r}; known: {', '.join(table)}")
-        template = table[template_name].bind(tokenizer)
-        logger.info(f"template: {template_name} (--template_name)")
-    elif tokenizer.chat_template:
-        template = _own_template(tokenizer)
-        logger.info(f"template: {template.name}; answers end with {template.stop}")
-    else:
-        template = table["vicuna"].bind(tokenizer)
-        logger.info("template: vicuna, because the tokenizer has none (another: --template_name)")
-    tokenizer.chat_template = template.jinja()
-    return template
+        return _with_tokens(piece, self.bos, self.eos)
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -257,89 +286,46 @@ def adds_bos(tokenizer: Any) -> bool:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-class _Joined:
-    """Collects segments; neighbouring context becomes one segment, answers never join."""
+class Joined:
+    """Collects segments; neighbouring context becomes one segment, an answer, learned or not, stays one of its own."""
 
     def __init__(self) -> None:
         self.done: list[Segment] = []
+        self._open = False  # the last segment is context, which more context joins
 
-    def add(self, text: str, *, learn: bool) -> None:
-        if text and not learn and self.done and not self.done[-1].learn:
+    def add(self, text: str, *, learn: bool = False) -> None:
+        """Context, or what is learned."""
+        if learn:
+            self.answer(text, learn=True)
+        elif text and self._open:
             self.done[-1] = Segment(self.done[-1].text + text, False)
         elif text:
+            self.done.append(Segment(text, False))
+            self._open = True
+
+    def answer(self, text: str, *, learn: bool) -> None:
+        """What the assistant says: the same segment, so the same token ids, whether it is learned or not."""
+        if text:
             self.done.append(Segment(text, learn))
+            self._open = False
 
 
-def _own_template(tokenizer: Any) -> TokenizerTemplate:
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        if "default" not in own:
-            raise ArgumentError(f"the tokenizer's chat templates {sorted(own)} have no default; {WAY_OUT}")
-        own = own["default"]
-    try:
-        return TokenizerTemplate(tokenizer, own)
-    except CutError as error:
-        from trl.chat_template_utils import get_training_chat_template
-
-        try:
-            training = get_training_chat_template(tokenizer)
-        except ValueError:
-            raise error from None
-        if training is None:
-            raise
-        return TokenizerTemplate(tokenizer, training, "TRL's training form of the tokenizer's")
+@lru_cache(maxsize=1024)  # the same few pieces for every turn
+def _with_tokens(piece: str, bos: str, eos: str) -> str:
+    return fill(piece, bos=bos, eos=eos)
 
 
-def _check_end(conversation: Conversation, generation: bool) -> None:
+def _is_token(tokenizer: Any, text: str) -> bool:
+    return len(tokenizer.encode(text, add_special_tokens=False)) == 1
+
+
+def check_end(conversation: Conversation, generation: bool) -> None:
     if generation and conversation.messages[-1].role not in QUESTIONS:
         raise RecordError(conversation.where, "prompt ends with an answer", "a prompt must end with a user turn or an "
                           "observation")  # fmt: skip
 
 
-def _openai_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """Turns as chat templates take them; words and tool calls of one turn are one message."""
-    messages: list[dict[str, Any]] = []
-    if conversation.system is not None:
-        messages.append({"role": "system", "content": conversation.system})
-    before: Message | None = None
-    for message in conversation.messages:
-        if message.role == "tool_call":
-            call = json.loads(message.content)
-            function = {"name": call["name"], "arguments": call.get("arguments", {})}
-            if before is None or before.role not in ANSWERS:
-                messages.append({"role": "assistant", "content": ""})
-            messages[-1].setdefault("tool_calls", []).append({"type": "function", "function": function})
-        else:
-            role = "tool" if message.role == "observation" else message.role
-            messages.append({"role": role, "content": message.content})
-        before = message
-    return messages
-
-
-def _openai_tools(tools: str | None) -> list[dict[str, Any]] | None:
-    if tools is None:
-        return None
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in json.loads(tools)]
-
-
-def _says(answer: str, message: dict[str, Any]) -> bool:
-    """Whether the words of a message stand in the text; a family may trim them or set its thoughts apart."""
-    words = [part.strip() for part in re.split(r"</?think>", message["content"])]
-    names = [call["function"]["name"] for call in message.get("tool_calls", [])]
-    return all(part in answer for part in [*words, *names])
-
-
-def _fill(piece: str, **values: str) -> str:
-    """{name} → value, in one pass, so that a value that itself holds a {name} stays as it is."""
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), piece)
-
-
-def _jinja(piece: str, **expressions: str) -> str:
-    """A piece as a Jinja expression that joins its texts and the given expressions."""
-    parts = re.split(r"\{(\w+)\}", piece)
-    texts = [_quoted(text) if number % 2 == 0 else expressions[text] for number, text in enumerate(parts)]
-    return " + ".join(text for text in texts if text != '""') or '""'
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _rounds(place: str, less: int) -> dict[str, str]:
+    """The number of the exchange in Jinja: the questions before a place."""
+    count = f'turns[:{place}] | selectattr("role", "equalto", "user") | list | length'
+    return {"round0": f"({count} + {less}) | string", "round": f"({count} + {less + 1}) | string"}

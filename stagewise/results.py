@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
@@ -39,15 +40,35 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
-    """Prints one training example, learned tokens green (between «» where there is no colour), context grey."""
-    colour = sys.stderr.isatty()
+def has_colour(stream: TextIO) -> bool:
+    """Whether to write colours to a stream: to a terminal, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, colour: bool, longest: int | None = None) -> str:
+    """An example's text with what is learned in green, context grey; without colour, learned text between «».
+
+    `longest`: of a stretch of more characters, learned or not, both ends are shown and the middle is left out.
+    """
     on, off, grey = ("\033[32m", "\033[0m", "\033[90m") if colour else ("«", "»", "")
-    pieces, start = [], 0
-    learned = [label != IGNORE_INDEX for label in example.labels]
+    pieces, start, before = [], 0, ""
+    learned = [bool(label != IGNORE_INDEX) for label in example.labels]
     for end in range(1, len(learned) + 1):
-        if end == len(learned) or learned[end] != learned[start]:
-            text = tokenizer.decode(example.input_ids[start:end])
-            pieces.append(f"{on}{text}{off}" if learned[start] else f"{grey}{text}{off if colour else ''}")
-            start = end
-    logger.opt(raw=True).info(f"one training sample ({example.where}), learned tokens marked:\n{''.join(pieces)}\n\n")
+        if end < len(learned) and learned[end] == learned[start]:
+            continue
+        # Decoded as what the whole gains, since SentencePiece drops the space at the start of what is decoded alone.
+        whole = tokenizer.decode(example.input_ids[:end])
+        alone = not whole.startswith(before)
+        piece = tokenizer.decode(example.input_ids[start:end]) if alone else whole[len(before) :]
+        if longest and len(piece) > longest + 40:  # what stands in for the middle takes some room as well
+            half = longest // 2
+            piece = f"{piece[:half]} [… {len(piece) - 2 * half:,} characters …] {piece[-half:]}"
+        pieces.append(f"{on}{piece}{off}" if learned[start] else f"{grey}{piece}{off if colour else ''}")
+        start, before = end, whole
+    return "".join(pieces)
+
+
+def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+    """Logs one training example as `marked` makes it."""
+    text = marked(tokenizer, example, colour=has_colour(sys.stderr))
+    logger.opt(raw=True).info(f"one training sample ({example.where}), learned tokens marked:\n{text}\n\n")

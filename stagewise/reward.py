@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 
 from stagewise.adapter import load_adapter
 from stagewise.adapter_files import read_adapter_config
-from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.conversation import Conversation, Message, RecordError
 from stagewise.encoding import AnyTemplate, encode_segments
@@ -33,7 +33,8 @@ from stagewise.model import (
     load_reward_model,
     load_tokenizer,
 )
-from stagewise.rendering import Template, choose_template
+from stagewise.own_template import choose_template
+from stagewise.rendering import Template
 from stagewise.rope import context_of
 
 FLAG = "--reward_model_name_or_path"
@@ -162,7 +163,7 @@ def load_scorer(
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     try:
         model, rm_tokenizer, label = (_adapter if is_adapter else _classifier)(own, label)
-        own_template = choose_template(rm_tokenizer, None, table) if rm_tokenizer.chat_template else None
+        own_template = choose_template(rm_tokenizer, ChatArguments(), table) if rm_tokenizer.chat_template else None
     except ValueError as error:
         raise error if isinstance(error, RewardError) else RewardError(f"{FLAG} {name}: {error}") from error
     same = own_template is not None and own_template.jinja() == template.jinja() and _alike(rm_tokenizer, tokenizer)

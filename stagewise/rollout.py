@@ -25,8 +25,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from stagewise.arguments import ArgumentError
-from stagewise.conversation import Conversation, parse_conversation, prompt_of
-from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, encode_prompt
+from stagewise.conversation import Conversation, parse_prompt
+from stagewise.data_summary import Step, measure, rollout_contents
+from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, fitting_prompt
 from stagewise.policy import Batch
 from stagewise.splits import SplitReader, Splits
 
@@ -100,16 +101,16 @@ def read_prompts(
     asked: dict[str, list[Conversation]] = {}
 
     def parse(record: dict[str, Any], where: str) -> Conversation:
-        prompt = prompt_of(parse_conversation(record, where))
+        prompt = parse_prompt(record, where)
         asked.setdefault(where, []).append(prompt)
         return prompt
 
-    def encode(prompt: Conversation) -> Example:
-        ids = encode_prompt(tokenizer, template, prompt, limit)
-        return Example(ids, [IGNORE_INDEX] * len(ids), prompt.where)
+    def encode(prompt: Conversation) -> tuple[Example, bool]:
+        ids, fitting = fitting_prompt(tokenizer, template, prompt, limit)
+        return Example(ids, [IGNORE_INDEX] * len(ids), prompt.where), fitting.messages != prompt.messages
 
-    kept = {"tokenizer": tokenizer, "template": template.jinja(), "limit": limit}
-    splits = reader.read(parse, encode, train=args.do_train, validation=args.do_eval, **kept)
+    kept = {"tokenizer": tokenizer, "template": template.jinja(), "limits": {"max_source_length": limit}}
+    splits = reader.read(parse, encode, train=args.do_train, validation=args.do_eval, parse_always=True, **kept)
     # Both splits may have a file of one name; training records are read first.
     first, last = ({where: prompts[n] for where, prompts in asked.items()} for n in (0, -1))
     return splits, {"train": first, "validation": last}
@@ -139,6 +140,11 @@ class RolloutTrainer(Trainer):
 
     def end_update(self) -> None:
         """Called after each optimizer step; may empty `queue`."""
+
+    def step_contents(self) -> Step:
+        """What the prompts of a rollout are."""
+        plan, args = self.schedule, self.args
+        return rollout_contents(measure(self.train_dataset), plan.batch_size, args.world_size, plan.last)
 
     def next_rows(self) -> list[int]:
         """This process's prompts of the next rollout, by index; prompts of like lengths are in one minibatch.

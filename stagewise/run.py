@@ -45,7 +45,8 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
+    """The log on stderr: of the first process all, of the others errors."""
     logger.remove()
     level = "INFO" if is_main() else "ERROR"
     logger.add(sys.stderr, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>")
@@ -67,7 +68,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot
         be honoured, before any weights are read.
     """
-    _set_up_logging()
+    set_up_logging()
     given: list[str] = []
 
     def before(words: list[str]) -> list[str]:
@@ -214,14 +215,17 @@ class Run:
         if "rope_scaling" in self.manifest["flags"]:
             self.note(rope=kept_rope(config))
 
-    def train(self, trainer: Trainer, stop: str | None) -> None:
+    def train(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """Evaluates, trains, saves and writes the results as the flags say; ends the program if it was preempted.
 
         Args:
             trainer: the stage's trainer, with its callbacks attached.
-            stop: the template's end marker, at which the saved model's generation ends; None for plain text.
+            stop: the template's end markers, at which the saved model's generation ends; None for plain text.
         """
         args = self.args
+        if args.do_train and (step := trainer.step_contents()):
+            logger.info(step.line())
+            self.manifest["data"]["summary"]["step"] = step.as_dict()
         if args.dry_run:
             self._dry_run(trainer)
             return
@@ -258,7 +262,7 @@ class Run:
         self.write()
         logger.info(f"finished in {self.manifest['seconds']:.0f} s; {self.output_dir}/{MANIFEST} holds the account")
 
-    def _save(self, trainer: Trainer, stop: str | None) -> None:
+    def _save(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """The adapter or the model, the tokenizer with its chat template, and where generation ends."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(model, "generation_config") or hasattr(model, "get_base_model"):
@@ -273,8 +277,10 @@ class Run:
         """One batch forward and backward, and what the run will take by it; no step is taken."""
         args = self.args
         loader = trainer.get_train_dataloader()
-        updates = math.ceil(len(loader) / args.gradient_accumulation_steps)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+        steps = args.max_steps
+        if steps <= 0:  # a stream has no length, and --max_steps
+            updates = math.ceil(len(loader) / args.gradient_accumulation_steps)
+            steps = math.ceil(args.num_train_epochs * updates)
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         model = trainer.model.to(args.device)
         started = time.time()
@@ -305,9 +311,10 @@ class Run:
             logger.info(f"{key} = {value}")
 
 
-# What a run writes; --overwrite_output_dir removes these and nothing else.
+# What a run writes; --overwrite_output_dir removes these and nothing else. rejected.jsonl is not among them: when this
+# happens the data has been read, and the file is this run's.
 WRITTEN = (
-    *("checkpoint-*", "eval_records", "logs", "rejected.jsonl", "*_results.json", "*_results.txt", "loss.png"),
+    *("checkpoint-*", "eval_records", "logs", "rejected-*.jsonl", "*_results.json", "*_results.txt", "loss.png"),
     *("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model*.safetensors*"),
     *("run.json", "trainer_state.json", "training_args.bin", "ppo_state.pt"),
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from loguru import logger
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from stagewise.data_summary import Step, StepSize, measure, packed_step, padded_step
 from stagewise.packing import PackedRows
 from stagewise.validation import padded_length
 
@@ -35,6 +38,13 @@ class LengthGroups(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.step_rows, generator=generator))
 
 
+def outlive_termination(worker: int, before: Callable[[int], None] | None = None) -> None:
+    """Lets a worker live on when SIGTERM is sent to all: the process that trains still ends its step and saves."""
+    if before is not None:
+        before(worker)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class GroupsByLength:
     """For a Trainer whose rows are examples or pairs: --train_sampling_strategy group_by_length takes effect.
 
@@ -52,6 +62,21 @@ class GroupsByLength:
         seed = args.seed if args.data_seed is None else args.data_seed
         step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return LengthGroups([padded_length(row) for row in rows], step_rows, seed)
+
+    def get_train_dataloader(self):
+        """transformers' own, but a signal to all processes does not end the workers of --dataloader_num_workers."""
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_num_workers:
+            own = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper iterates over the one inside
+            own.worker_init_fn = partial(outlive_termination, before=own.worker_init_fn)
+        return loader
+
+    def step_contents(self) -> Step:
+        """What an optimizer step will hold."""
+        rows, size = self.train_dataset, StepSize.of(self.args, self.args.world_size)
+        if not isinstance(rows, PackedRows):
+            return padded_step(measure(rows), size)
+        return packed_step(measure(rows.examples), len(rows), rows.capacity, size)
 
     def _get_eval_sampler(self, eval_dataset):
         """In order: a ValidationSet is sorted by length."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +14,22 @@ from typing import Any, TypeVar
 from loguru import logger
 
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
-from stagewise.cache import cache_path
-from stagewise.encoding import encode_all
-from stagewise.records import Account, Line, dataset_splits, find_files, load_records, read_dataset
+from stagewise.cache import CacheWriter, cache_path, read_cache, write_cache
+from stagewise.data_summary import Summary, measure, summarise
+from stagewise.examples import Examples
+from stagewise.preparation import encode_all
+from stagewise.records import (
+    Account,
+    Records,
+    dataset_fingerprints,
+    dataset_splits,
+    read_dataset,
+)
+from stagewise.sources import Drawn, InOrder, Source, count_shares, find_sources, load_sources
+from stagewise.streaming import stream_of
 
 T = TypeVar("T")
+FIRST, FIRST_TOKENS = 1000, 1 << 20  # records of a stream that are summed up before training, and their tokens
 VALIDATION_NAMES = ("validation", "valid", "dev", "eval", "test")
 
 
@@ -27,9 +40,11 @@ class Splits:
     train: list[Any] = field(default_factory=list)
     validation: list[Any] = field(default_factory=list)
     accounts: dict[str, Account] = field(default_factory=dict)
+    summary: dict[str, Summary] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: account.as_dict() for name, account in self.accounts.items()}
+        accounts = {name: account.as_dict() for name, account in self.accounts.items()}
+        return {**accounts, "summary": {name: summary.as_dict() for name, summary in self.summary.items()}}
 
 
 class SplitReader:
@@ -38,16 +53,19 @@ class SplitReader:
     Args:
         data: the data flags.
         model: the model flags, for the hub's token and the cache folder.
-        output_dir: where rejected.jsonl is written (--on_bad_record skip).
-        seed: of the shuffle behind --validation_split_percentage.
+        args: the stage's own: `output_dir`, where rejected.jsonl is written (--on_bad_record skip) unless `dry_run`
+            (eval_rejected.jsonl by a run that only evaluates, which leaves the training run's alone); `seed`, of the
+            shuffle behind --validation_split_percentage; `data_seed`, of the draw of --data_weights.
         suffixes: endings of the files that this stage reads.
     """
 
-    def __init__(
-        self, data: DataArguments, model: ModelArguments, output_dir: str, seed: int, suffixes: Sequence[str]
-    ):
-        self.data, self.model, self.seed, self.suffixes = data, model, seed, suffixes
-        self.rejected = Path(output_dir) / "rejected.jsonl"
+    def __init__(self, data: DataArguments, model: ModelArguments, args: Any, suffixes: Sequence[str]):
+        self.data, self.model, self.suffixes = data, model, suffixes
+        self.seed, self.data_seed = args.seed, args.seed if args.data_seed is None else args.data_seed
+        name = "rejected.jsonl" if args.do_train else "eval_rejected.jsonl"
+        self.rejected = None if args.dry_run else Path(args.output_dir) / name
+        if data.overwrite_cache and not model.cache_dir:
+            logger.info("--overwrite_cache: without --cache_dir nothing is cached that it could overwrite")
 
     def read(
         self,
@@ -56,6 +74,9 @@ class SplitReader:
         *,
         train: bool,
         validation: bool,
+        limits: Mapping[str, int] | None = None,
+        parse_always: bool = False,
+        stream: int | None = None,
         **key: Any,
     ) -> Splits:
         """Records → parsed → encoded examples.
@@ -65,57 +86,144 @@ class SplitReader:
             encode: parsed record → an example, (example, cut) or a list of examples; raises RecordError.
             train: whether training records are needed.
             validation: the same for validation records.
+            limits: the token limits that `encode` keeps to, by the names of their flags.
+            parse_always: call `parse` also where the cache has the examples, because it keeps something for itself.
+            stream: read training records while training runs, shuffled among so many of them (--streaming).
             key: what `encode` depends on beside the records (tokenizer, template, limits …), for the cache.
 
         Raises:
             ArgumentError, RecordError: naming the flag, or the file and line.
         """
-        if os.environ.get("RANK", "0") == "0":  # the one process that writes it
+        if self.rejected and os.environ.get("RANK", "0") == "0":  # the one process that writes it
             self.rejected.unlink(missing_ok=True)
+        limits = dict(limits or {})
+        streamed = self._stream(parse, encode, stream) if train and stream is not None else None
+        train = train and streamed is None
+        entry = None
+        if train or validation:
+            entry = self._cache_entry(parse, encode, {**key, "limits": limits, "splits": (train, validation)})
+        splits = self._cached(entry)
+        if splits is None:
+            keeps = entry is not None and self.rejected is not None and os.environ.get("RANK", "0") == "0"
+            with write_cache(entry) if keeps else nullcontext() as writer:
+                splits = self._prepare(parse, encode, train, validation, writer)
+                if writer:
+                    made = {name: getattr(splits, name) for name in splits.accounts}
+                    accounts = {name: account.as_dict() for name, account in splits.accounts.items()}
+                    writer.finish(made, accounts, self.rejected)
+        elif parse_always:
+            for split in self._needed(train, validation):
+                deque(self._load(split, parse, rejected=None)[0], maxlen=0)
+        self._say(splits, limits)
+        if streamed is not None:
+            splits.train, splits.accounts["train"] = streamed, streamed.account
+            self._say_first(splits, limits)
+        return splits
+
+    def _stream(self, parse: Callable[[dict[str, Any], str], T], encode: Callable[[T], Any], buffer: int):
+        skip = self.data.on_bad_record == "skip"
+        sources, limit = self._sources("train"), self.data.max_train_samples
+        return stream_of(sources, limit, parse, encode, buffer=buffer, skip=skip, rejected=self.rejected)
+
+    def _prepare(
+        self,
+        parse: Callable[[dict[str, Any], str], T],
+        encode: Callable[[T], Any],
+        train: bool,
+        validation: bool,
+        writer: CacheWriter | None,
+    ) -> Splits:
         splits = Splits()
-        held_out: tuple[list[T], Account] | None = None
-        # A split of the training records must be made even when only one side of it is used.
-        if train or (validation and not self._has_own_validation()):
-            records, account = self._load("train", parse)
+        held_out: tuple[Drawn[T], Account] | None = None
+        if "train" in self._needed(train, validation):
+            records, account = self._load("train", parse, self.rejected)
             if validation and not self._has_own_validation():
                 records, held_out = self._hold_out(records, account)
             if train:
                 splits.accounts["train"] = account
-                splits.train = self._encode("train", records, account, encode, key)
+                splits.train = self._encode("train", records, account, encode, writer)
         if validation:
-            records, account = held_out or self._load("validation", parse)
+            records, account = held_out or self._load("validation", parse, self.rejected)
             splits.accounts["validation"] = account
-            splits.validation = self._encode("validation", records, account, encode, key)
-        self._say(splits)
+            splits.validation = self._encode("validation", records, account, encode, writer)
         return splits
+
+    def _needed(self, train: bool, validation: bool) -> list[str]:
+        """Whose records are read: those of training also where a share of them is held out for validation alone."""
+        own = self._has_own_validation()
+        return ["train"] * (train or (validation and not own)) + ["validation"] * (validation and own)
+
+    def _cache_entry(self, parse: Callable[..., Any], encode: Callable[..., Any], key: dict[str, Any]) -> Path | None:
+        """Where --cache_dir keeps what these flags make of these files, if it does."""
+        if not self.model.cache_dir:
+            return None
+        data = self.data
+        own = ("overwrite_cache", "preprocessing_num_workers")
+        flags = {name: value for name, value in vars(data).items() if name not in own}
+        names = self._needed(*key["splits"])
+        key["sources"] = sources = [self._sources(name) for name in names]
+        key["data_seed"] = self.data_seed
+        files = [path for split in sources for source in split for path in source.files]
+        if data.dataset_name:
+            options = {"cache_dir": self.model.cache_dir, "token": self.model.hf_hub_token}
+            key["dataset"] = dataset_fingerprints(data.dataset_name, data.dataset_config_name, **options)
+        code = [parse, encode, type(self)]
+        return cache_path(self.model.cache_dir, files=files, code=code, flags=flags, seed=self.seed, **key)
+
+    def _cached(self, entry: Path | None) -> Splits | None:
+        """What an earlier start encoded."""
+        if entry is None or self.data.overwrite_cache:
+            return None
+        found = read_cache(entry, self.rejected)
+        if found is None:
+            return None
+        examples, accounts = found
+        logger.info(f"read from {entry} (--overwrite_cache encodes again)")
+        return Splits(**examples, accounts={name: Account(**account) for name, account in accounts.items()})
 
     def _has_own_validation(self) -> bool:
         return self.data.validation_split_percentage is None
 
-    def _load(self, split: str, parse: Callable[[dict[str, Any], str], T]) -> tuple[list[T], Account]:
+    def _load(
+        self, split: str, parse: Callable[[dict[str, Any], str], T], rejected: Path | None
+    ) -> tuple[InOrder[T] | Drawn[T], Account]:
         data = self.data
-        folder = data.train_file_dir if split == "train" else data.validation_file_dir
         limit = data.max_train_samples if split == "train" else data.max_eval_samples
         if split == "train" and data.validation_split_percentage is not None:
             limit = -1  # the limit counts what is left after the split
-        if folder:
-            source: Iterable[Line] | list[Path] = find_files(folder, self.suffixes, f"--{split}_file_dir")
-        else:
-            options = {"cache_dir": self.model.cache_dir, "token": self.model.hf_hub_token}
-            names = dataset_splits(data.dataset_name, data.dataset_config_name, **options)
-            name = split if split == "train" else next((n for n in VALIDATION_NAMES if n in names), None)
-            if name is None:
-                raise ArgumentError(
-                    f"--dataset_name {data.dataset_name}: has no validation split, only {', '.join(names)}; "
-                    "give --validation_split_percentage or --validation_file_dir"
-                )
-            source = read_dataset(data.dataset_name, data.dataset_config_name, name, **options)
-        return load_records(
-            source, parse, on_bad_record=data.on_bad_record, rejected_path=self.rejected, max_samples=limit
-        )
+        seen: set[bytes] | None = set() if split == "train" and data.deduplicate else None
+        options = {"on_bad_record": data.on_bad_record, "rejected_path": rejected, "seen": seen}
+        if sources := self._sources(split):
+            return load_sources(sources, parse, limit, self.data_seed, **options)
+        hub = {"cache_dir": self.model.cache_dir, "token": self.model.hf_hub_token}
+        names = dataset_splits(data.dataset_name, data.dataset_config_name, **hub)
+        name = split if split == "train" else next((n for n in VALIDATION_NAMES if n in names), None)
+        if name is None:
+            raise ArgumentError(
+                f"--dataset_name {data.dataset_name}: has no validation split, only {', '.join(names)}; "
+                "give --validation_split_percentage or --validation_file_dir"
+            )
+        source = read_dataset(data.dataset_name, data.dataset_config_name, name, **hub)
+        records = Records(source, parse, max_samples=limit, **options)
+        return InOrder([records], records.account), records.account
 
-    def _hold_out(self, records: list[T], account: Account) -> tuple[list[T], tuple[list[T], Account]]:
+    def _sources(self, split: str) -> list[Source]:
+        """What --train_file_dir or --validation_file_dir names."""
+        data = self.data
+        if split == "train":
+            given, weights = data.train_file_dir, data.data_weights
+            if weights is not None and not given:
+                raise ArgumentError("--data_weights: weighs the sources of --train_file_dir, which is not given")
+        else:
+            given, weights = data.validation_file_dir, None
+        sources = find_sources(given, weights, self.suffixes, f"--{split}_file_dir") if given else []
+        if split == "validation" and any(source.weight is not None for source in sources):
+            raise ArgumentError(f"--validation_file_dir {given}: all validation records count alike; leave out weight")
+        return sources
+
+    def _hold_out(self, loaded: InOrder[T] | Drawn[T], account: Account) -> tuple[Drawn[T], tuple[Drawn[T], Account]]:
         """Training records without the held-out share, and that share with an account of its own."""
+        records = loaded.counted()
         order = list(range(len(records)))
         random.Random(self.seed).shuffle(order)
         count = round(len(records) * self.data.validation_split_percentage / 100)
@@ -124,37 +232,46 @@ class SplitReader:
                 f"--validation_split_percentage {self.data.validation_split_percentage}: of {len(records)} records "
                 f"{count} would be held out; give another share"
             )
-        held = [records[i] for i in sorted(order[:count])][: self._limit(self.data.max_eval_samples)]
-        rest = [records[i] for i in sorted(order[count:])][: self._limit(self.data.max_train_samples)]
+        held = records.only(sorted(order[:count])[: self._limit(self.data.max_eval_samples)])
+        rest = records.only(sorted(order[count:])[: self._limit(self.data.max_train_samples)])
         # Each record read belongs to one of the two: trained on, held out, or beyond --max_train_samples.
         account.left_out["held out for validation"] = count
         if len(records) - count > len(rest):
             account.left_out["beyond --max_train_samples"] = len(records) - count - len(rest)
         account.kept = len(rest)
-        own = Account(read=count, kept=len(held), files=account.files)
+        sources = [dict(source) for source in account.sources]
+        own = Account(read=count, kept=len(held), files=account.files, sources=sources, again=account.again)
         if count > len(held):
             own.left_out["beyond --max_eval_samples"] = count - len(held)
         return rest, (held, own)
 
-    def _encode(self, split: str, records: list[T], account: Account, encode: Callable[[T], Any], key: dict[str, Any]):
-        cache_file = cache_path(self.model.cache_dir, records=records, **key) if self.model.cache_dir else None
-        return encode_all(
+    def _encode(
+        self,
+        split: str,
+        records: InOrder[T] | Drawn[T],
+        account: Account,
+        encode: Callable[[T], Any],
+        writer: CacheWriter | None,
+    ) -> Examples:
+        examples = encode_all(
             records,
             encode,
             account=account,
             on_bad_record=self.data.on_bad_record,
             rejected_path=self.rejected,
             num_workers=self.data.preprocessing_num_workers,
-            cache_file=cache_file,
-            overwrite_cache=self.data.overwrite_cache,
+            folder=writer and writer.folder(split),
+            raw=account.again,
             description=f"encode {split}",
         )
+        count_shares(account.sources, examples)
+        return examples
 
     @staticmethod
     def _limit(samples: int) -> int | None:
         return None if samples == -1 else samples
 
-    def _say(self, splits: Splits) -> None:
+    def _say(self, splits: Splits, limits: dict[str, int]) -> None:
         folders = [f and Path(f).resolve() for f in (self.data.train_file_dir, self.data.validation_file_dir)]
         if folders[0] and folders[0] == folders[1] and splits.train and splits.validation:
             logger.warning("--validation_file_dir is --train_file_dir: validation numbers are of trained records")
@@ -164,3 +281,18 @@ class SplitReader:
                 f"{name}: {account.read} records read, {account.kept} kept, {left_out} left out, "
                 f"{account.cut} cut short"
             )
+            if examples := getattr(splits, name):
+                splits.summary[name] = summarise(measure(examples), account.kept, account.cut, limits)
+                for line in splits.summary[name].lines():
+                    logger.info(f"{name}: {line}")
+
+    def _say_first(self, splits: Splits, limits: dict[str, int]) -> None:
+        """Of a stream the first records are looked at before training begins."""
+        examples, account, _ = splits.train.first(FIRST, FIRST_TOKENS)
+        if examples:
+            splits.train.measures = measure(examples)
+            splits.summary["train"] = found = summarise(
+                splits.train.measures, account.kept, account.cut, limits, streamed=True
+            )
+            for line in found.lines():
+                logger.info(f"train, the first records: {line}")

@@ -7,9 +7,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"conversation", "arguments"},
-    {"records", "rendering", "cache", "encoding"},
+    {"turns", "conversation", "blocks", "arguments"},
     {
+        "json_values",
+        "tables",
+        "readers",
+        "records",
+        "sources",
+        "rendering",
+        "own_template",
+        "cutting",
+        "skeleton",
+        "tool_forms",
+        "pieces",
+        "thinking",
+        "cache",
+        "encoding",
+        "examples",
+        "tokenization",
+        "truncation",
+        "preparation",
+    },
+    {
+        "data_summary",
         "packing",
         "losses",
         "metrics",
@@ -25,6 +45,10 @@ LAYERS = [
         "sampling",
         "generation",
         "results",
+        "scanning",
+        "lanes",
+        "stream_account",
+        "streaming",
         "shards",
     },
     {
@@ -41,6 +65,7 @@ LAYERS = [
         "checkpoint",
         "callbacks",
         "splits",
+        "streamed_training",
         "language_model",
         "pairs",
         "policy",
@@ -51,7 +76,24 @@ LAYERS = [
     },
     {"run", "predecessor"},
 ]
-WITHOUT_TORCH = {"conversation", "records", "rendering", "arguments"}
+WITHOUT_TORCH = {
+    "turns",
+    "conversation",
+    "blocks",
+    "json_values",
+    "tables",
+    "readers",
+    "records",
+    "sources",
+    "rendering",
+    "own_template",
+    "cutting",
+    "skeleton",
+    "tool_forms",
+    "pieces",
+    "thinking",
+    "arguments",
+}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"template"}
 
 

@@ -6,6 +6,7 @@ import pytest
 from stagewise.arguments import (
     AdapterArguments,
     ArgumentError,
+    ChatArguments,
     DataArguments,
     LanguageModelArguments,
     ModelArguments,
@@ -44,7 +45,6 @@ def read(*words, types=(Trained, ModelArguments)):
         (["--group_by_length", "False"], "train_sampling_strategy", "random"),
         (["--learning_rate=1e-3"], "learning_rate", 1e-3),
         (["--use_fast_tokenizer", "False"], "output_dir", "out"),
-        (["--streaming", "False"], "output_dir", "out"),
     ],
 )
 def test_names_of_earlier_pipelines_are_taken_as_meant(words, name, value):
@@ -56,12 +56,28 @@ def test_unknown_flag_ends_with_the_nearest_known_name():
         read("--learning_rat", "1e-3")
 
 
+def test_a_flag_of_other_stages_says_which():
+    with pytest.raises(
+        ArgumentError, match="--streaming: no such flag; only pretraining.py and supervised_finetuning"
+    ):
+        read("--streaming")
+    with pytest.raises(ArgumentError, match="--template_name: no such flag; the stages that read conversations have"):
+        read("--template_name", "vicuna")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [((), None), (("--enable_thinking",), True), (("--enable_thinking", "False"), False)]
+)
+def test_a_flag_of_three_values_alone_is_true(words, value):
+    assert read(*words, types=(Trained, ModelArguments, ChatArguments))[2].enable_thinking is value
+
+
 def test_an_abbreviation_is_not_a_flag():
     with pytest.raises(ArgumentError, match="--output_dir"):
         read("--output", "x")
 
 
-@pytest.mark.parametrize("flag", ["streaming", "use_firefly_loss"])
+@pytest.mark.parametrize("flag", ["cpm_quantization_target"])
 def test_flags_of_later_versions_are_refused_by_name(flag):
     with pytest.raises(ArgumentError, match=f"--{flag}: not in this version"):
         read(f"--{flag}", "True")

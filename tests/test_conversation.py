@@ -13,6 +13,7 @@ from stagewise.conversation import (
     parse_conversation,
     parse_history,
     parse_preference,
+    parse_prompt,
     parse_text,
     prompt_of,
 )
@@ -148,22 +149,116 @@ def test_openai_tool_calls_and_their_words():
         ({"conversations": ["Hi"]}, "broken turn", "turn 1 must be an object"),
         ({"conversations": [HI], "messages": [HI]}, "two conversations", '"messages"'),
         ({"id": 3, "dialog": []}, "no conversation", "found the keys id, dialog"),
-        ({"instruction": "a", "output": "b"}, "alpaca record", "python convert_dataset.py --data_type alpaca"),
-        ({"question": "a", "answer": "b"}, "qa record", "python convert_dataset.py --data_type qa"),
+        ({"prompt": "a", "response": "b"}, "no conversation", "python convert_dataset.py"),
+        ({"text": "a"}, "text record", "found a text (the keys text): pretraining.py reads it"),
+        ({"conversations": [HI], "chosen": "a", "rejected": "b"}, "preference record", "dpo_training.py read it"),
+        ({"instruction": "a", "output": ["b", "c"]}, "preference record", "this stage reads"),
+        (sharegpt(("human", "a")), "no answer", "no turn is from the assistant"),
+        ({"instruction": "a", "output": ""}, "no answer", "no turn is from the assistant"),
+        ({"instruction": "a", "history": ["x", "y"]}, "no answer", 'there is no "output" or "answer"'),
+        ({"instruction": " ", "input": "", "output": "b"}, "empty turn", "turn 1 (user) is empty"),
+        ({"instruction": "a", "output": " "}, "empty turn", "turn 2 (assistant) is empty"),
+        ({"question": float("nan"), "answer": "b"}, "NaN", "question must be text, found NaN"),
+        ({"question": "a", "answer": "b", "history": "[1"}, "broken history", '"history" is not JSON'),
+        ({"question": "a", "answer": "b", "history": [["x", ""]]}, "empty turn", "turn 2 (assistant) is empty"),
+        ({"conversations": "[1"}, "broken JSON", '"conversations" is not JSON'),
+        ({"conversations": [HI, {**HELLO, "weight": 0.5}]}, "broken weight", "turn 2"),
+        ({"conversations": [HI, {**HELLO, "train": "false"}]}, "broken weight", 'turn 2: "train"'),
+        ({"conversations": [HI, {"from": "gpt", "value": "", "reasoning_content": "hm"}]}, "empty turn", "turn 2"),
         (sharegpt(("human", "a"), ("function_call", "f(x)")), "broken tool JSON", "turn 2 (function_call)"),
         (sharegpt(("human", "a"), ("function_call", '{"f": 1}')), "broken tool call", "turn 2"),
+        (
+            sharegpt(("human", "a"), ("function_call", '{"name": "f", "parameters": {"x": 1}}')),
+            "broken tool call",
+            'must stand in "arguments"',
+        ),
+        (
+            sharegpt(("human", "a"), ("function_call", '[{"name": "f", "input": {"x": 1}}]')),
+            "broken tool call",
+            'must stand in "arguments"',
+        ),
+        (
+            sharegpt(("human", "a"), ("function_call", '{"name": "f", "arguments": null}')),
+            "broken tool call",
+            'must stand in "arguments"',
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]},
+            "broken tool call",
+            "turn 1 (user) calls tools",
+        ),
         (sharegpt(("human", "a"), ("gpt", "b"), tools="[{]"), "broken tool JSON", '"tools" is not JSON'),
         (sharegpt(("human", "a"), ("gpt", "b"), tools="{}"), "broken tools", "must be a list"),
         (sharegpt(("human", "a"), ("gpt", "b"), tools=[{"x": 1}]), "broken tools", "no name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text", "type 'image_url'"),
-        ({"conversations": [HI, {**HELLO, "weight": 0}]}, "unlearned turn", "turn 2"),
-        ({"conversations": [HI, {**HELLO, "reasoning_content": "hm"}]}, "separate reasoning", "<think>"),
     ],
 )
 def test_refused_conversations(record, slug, says):
     got, message = reason(parse_conversation, record)
     assert got == slug
     assert says in message
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0}])
+def test_a_turn_may_ask_not_to_be_learned(mark):
+    turns = [{**HI, **mark}, {**HELLO, **mark}, HI, {**HELLO, "weight": 1, "train": True, "loss": None}]
+    got = parse_conversation({"conversations": turns}, "a:1").messages
+    assert got == (Message(U, "Hi", False), Message(A, "Hello", False), Message(U, "Hi"), Message(A, "Hello"))
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_in_a_field_of_their_own_stand_before_the_words(key):
+    record = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", key: " Easy. "}]}
+    assert parse_conversation(record, "a:1").messages[1] == Message(A, "<think>\n Easy. \n</think>\n\n4")
+    calls = [{"function": {"name": "get_weather", "arguments": {}}}]
+    record["messages"][1] = {"role": "assistant", "content": None, "tool_calls": calls, key: "Look.", "weight": 0}
+    assert parse_conversation(record, "a:1").messages[1:] == (
+        Message(A, "<think>\nLook.\n</think>\n\n", False),
+        Message("tool_call", '{"name": "get_weather", "arguments": {}}', False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "texts", "system"),
+    [
+        ({"instruction": "Translate.", "input": " cold ", "output": "\n感冒"}, ["Translate.\n cold ", "\n感冒"], None),
+        ({"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind."}, ["Hi", "Hello"], "Be kind."),
+        ({"instruction": "Hi", "input": None, "output": "Hello", "system": " "}, ["Hi", "Hello"], None),
+        ({"instruction": "", "input": "Hi", "output": "Hello"}, ["Hi", "Hello"], None),
+        ({"instruction": "e", "output": "f", "history": [["a", "b"], ["c", "d"]]}, list("abcdef"), None),
+        ({"instruction": "c", "output": "d", "history": ["a", "b"]}, list("abcd"), None),
+        ({"instruction": "c", "output": "d", "history": '[["a", "b"]]'}, list("abcd"), None),
+        ({"question": "Hi", "answer": "Hello", "system": "s"}, ["Hi", "Hello"], "s"),
+        ({"question": "c", "answer": "d", "history": ["a", "b"]}, list("abcd"), None),
+        ({"conversations": '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]'}, ["a", "b"], None),
+    ],
+)
+def test_instructions_and_questions_are_conversations(record, texts, system):
+    got = parse_conversation(record, "a:1")
+    assert [message.content for message in got.messages] == texts
+    assert [message.role for message in got.messages] == [(U, A)[n % 2] for n in range(len(texts))]
+    assert (got.system, got.where) == (system, "a:1")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        sharegpt(("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"), system="s"),
+        sharegpt(("human", "a"), ("gpt", "b"), ("human", "c"), system="s"),
+        {"instruction": "c", "history": ["a", "b"], "system": "s"},
+        {"instruction": "c", "history": ["a", "b"], "system": "s", "output": ["x", "y"]},
+        {"question": "c", "history": ["a", "b"], "system": "s", "answer": "d"},
+        {"question": "c", "history": ["a", "b"], "system": "s", "response_chosen": "x", "response_rejected": "y"},
+        sharegpt(("human", "a"), ("gpt", "b"), ("human", "c"), system="s", chosen="x", rejected="y"),
+    ],
+)
+def test_prompts_are_taken_from_every_form(record):
+    messages = (Message(U, "a"), Message(A, "b"), Message(U, "c"))
+    assert parse_prompt(record, "a:1") == Conversation(messages, "s", None, "a:1")
+
+
+def test_a_text_is_no_prompt():
+    assert reason(parse_prompt, {"text": "a"})[0] == "text record"
 
 
 def test_a_record_error_keeps_its_parts_across_processes():
@@ -184,6 +279,7 @@ def test_prompt_of_drops_the_last_answer_only():
 # --- preferences -----------------------------------------------------------------------------------------------------
 
 PROMPT = Conversation((Message(U, "Hi"),), None, None, "a:1")
+GOOD, BAD = (Message(A, "good"),), (Message(A, "bad"),)
 
 
 @pytest.mark.parametrize(
@@ -196,23 +292,61 @@ PROMPT = Conversation((Message(U, "Hi"),), None, None, "a:1")
 )
 def test_preference_with_a_conversation(chosen, rejected):
     record = {"conversations": [HI], "chosen": chosen, "rejected": rejected}
-    assert parse_preference(record, "a:1") == Preference(PROMPT, "good", "bad", "a:1")
+    assert parse_preference(record, "a:1") == Preference(PROMPT, GOOD, BAD, "a:1")
 
 
-@pytest.mark.parametrize("history", [[["a", "b"]], ["a", "b"]])
+@pytest.mark.parametrize("history", [[["a", "b"]], ["a", "b"], '["a", "b"]'])
 def test_preference_with_a_question_and_its_history(history):
     record = {"question": "Hi", "response_chosen": "good", "response_rejected": "bad", "system": "s"}
     got = parse_preference({**record, "history": history}, "a:1")
     turns = (Message(U, "a"), Message(A, "b"), Message(U, "Hi"))
-    assert got == Preference(Conversation(turns, "s", None, "a:1"), "good", "bad", "a:1")
+    assert got == Preference(Conversation(turns, "s", None, "a:1"), GOOD, BAD, "a:1")
     assert parse_preference({**record, "system": None, "history": []}, "a:1").prompt == PROMPT
 
 
 @pytest.mark.parametrize(("extra", "question"), [("", "Hi"), (None, "Hi"), ("there", "Hi\nthere")])
-def test_preference_with_an_instruction(extra, question):
-    record = {"instruction": "Hi", "input": extra, "output": ["good", "bad"]}
+@pytest.mark.parametrize("output", [["good", "bad"], '["good", "bad"]'])
+def test_preference_with_an_instruction(extra, question, output):
+    record = {"instruction": "Hi", "input": extra, "output": output}
     got = parse_preference(record, "a:1")
-    assert (got.prompt.messages, got.chosen, got.rejected) == ((Message(U, question),), "good", "bad")
+    assert (got.prompt.messages, got.chosen, got.rejected) == ((Message(U, question),), GOOD, BAD)
+
+
+def test_answers_of_several_turns_and_tool_calls():
+    call = {"from": "function_call", "value": json.dumps(CALL)}
+    seen = {"from": "observation", "value": "sunny"}
+    record = sharegpt(("human", "Weather?"), tools=[TOOL], chosen=[call, seen, HELLO], rejected="Who knows.")
+    got = parse_preference(record, "a:1")
+    assert [message.role for message in got.chosen] == ["tool_call", "observation", A]
+    assert got.rejected == (Message(A, "Who knows."),)
+    assert json.loads(got.prompt.tools) == [TOOL]
+    record = sharegpt(("human", "a"), chosen=[{**HELLO, "weight": 0}, HI, HELLO], rejected=[HELLO])
+    assert parse_preference(record, "a:1").chosen == (
+        Message(A, "Hello", False),
+        Message(U, "Hi"),
+        Message(A, "Hello"),
+    )
+
+
+@pytest.mark.parametrize("before", [{}, {"prompt": "a"}, {"conversations": [{"from": "human", "value": "a"}]}])
+def test_two_whole_conversations_are_split_where_they_stop_being_alike(before):
+    def talk(*texts):
+        return [{"role": (U, A)[n % 2], "content": text} for n, text in enumerate(texts)]
+
+    got = parse_preference({**before, "chosen": talk(*"abcd"), "rejected": talk(*"abcx")}, "a:1")
+    assert [message.content for message in got.prompt.messages] == ["a", "b", "c"]
+    assert (got.chosen, got.rejected) == ((Message(A, "d"),), (Message(A, "x"),))
+    got = parse_preference({**before, "chosen": talk("a", "b"), "rejected": talk(*"abcd")}, "a:1")
+    assert [message.content for message in got.prompt.messages] == ["a"]
+    assert [[message.content for message in side] for side in (got.chosen, got.rejected)] == [["b"], ["b", "c", "d"]]
+    system = [{"role": "system", "content": "s"}]
+    got = parse_preference({**before, "chosen": system + talk("a", "b"), "rejected": talk("a", "x")}, "a:1")
+    assert got.prompt == Conversation((Message(U, "a"),), "s", None, "a:1")
+
+
+def test_a_prompt_as_text():
+    record = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+    assert parse_preference(record, "a:1") == Preference(PROMPT, GOOD, BAD, "a:1")
 
 
 @pytest.mark.parametrize(
@@ -221,16 +355,30 @@ def test_preference_with_an_instruction(extra, question):
         ({"conversations": [HI, HELLO], "chosen": "a", "rejected": "b"}, "prompt ends with an answer"),
         ({"conversations": [HI], "chosen": "a", "rejected": "a"}, "answers alike"),
         ({"conversations": [HI], "chosen": "a", "rejected": " "}, "empty answer"),
-        ({"conversations": [HI], "chosen": "a"}, "not text"),
+        ({"conversations": [HI], "chosen": "a", "rejected": float("nan")}, "NaN"),
+        ({"conversations": [HI], "chosen": "a", "rejected": 5}, "not text"),
+        ({"conversations": [HI], "chosen": "a"}, "no answer"),
         ({"conversations": [HI], "chosen": [HI, HELLO], "rejected": "b"}, "broken answer"),
         ({"conversations": [HI], "chosen": HI, "rejected": "b"}, "broken answer"),
-        ({"instruction": "Hi", "output": "a"}, "no pair of answers"),
+        ({"conversations": [HI], "chosen": [HELLO, HI], "rejected": "b"}, "broken answer"),
+        ({"conversations": [HI], "chosen": [HELLO, HELLO], "rejected": "b"}, "two assistant turns in a row"),
+        ({"conversations": [HI], "chosen": [{**HELLO, "weight": 0}], "rejected": "b"}, "nothing learned"),
+        ({"conversations": [HI], "chosen": [{"from": "system", "value": "s"}], "rejected": "b"}, "broken answer"),
+        ({"chosen": [HI, HELLO], "rejected": [{**HI, "value": "x"}, HELLO]}, "no prompt"),
+        ({"chosen": [HI, HELLO], "rejected": [HI]}, "no prompt"),
+        ({"conversations": [{**HI, "value": "x"}], "chosen": [HI, HELLO], "rejected": [HI, HELLO]}, "broken answer"),
+        ({"conversations": [HI], "system": "s", "chosen": [{"from": "system", "value": "t"}, HI, HELLO],
+          "rejected": [HI, {**HELLO, "value": "x"}]}, "two system prompts"),
+        ({"instruction": "Hi", "output": "a"}, "alpaca record"),
+        ({"conversations": [HI, HELLO]}, "conversation record"),
+        ({"question": "Hi", "answer": "a"}, "qa record"),
         ({"instruction": "Hi", "output": ["a", "b", "c"]}, "no pair of answers"),
         ({"question": "", "response_chosen": "a", "response_rejected": "b"}, "empty turn"),
         ({"question": "q", "response_chosen": "a", "response_rejected": "b", "history": ["x"]}, "broken history"),
-        ({"chosen": "a", "rejected": "b"}, "no preference"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"id": 3}, "no preference"),
     ],
-)
+)  # fmt: skip
 def test_refused_preferences(record, slug):
     assert reason(parse_preference, record)[0] == slug
 
@@ -253,7 +401,14 @@ def test_text_keeps_its_white_space():
 
 
 @pytest.mark.parametrize(
-    ("record", "slug"), [({}, "no text"), ({"text": " "}, "empty text"), ({"text": 1}, "not text")]
+    ("record", "slug"),
+    [
+        ({}, "no text"),
+        ({"text": " "}, "empty text"),
+        ({"text": 1}, "not text"),
+        ({"text": float("nan")}, "NaN"),
+        ({"conversations": [HI, HELLO]}, "conversation record"),
+    ],
 )
 def test_refused_text(record, slug):
     assert reason(parse_text, record)[0] == slug

@@ -13,6 +13,9 @@ from unittest import mock
 import pytest
 import yaml
 
+from stagewise import sources
+from tools import show_data
+
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [
     ("README.md", "README_zh.md"),
@@ -22,11 +25,16 @@ PAIRS = [
             "arguments",
             "data",
             "distributed",
+            "labels",
             "long_context",
             "memory",
             "methods",
             "output",
             "quantisation",
+            "show_data",
+            "streaming",
+            "templates",
+            "tools",
             "vocabulary",
         )
     ),
@@ -50,18 +58,8 @@ ARGPARSE = (
 )  # scripts that have a plain argparse parser
 WITHOUT_FLAGS = {"run_pipeline.sh", "tools.document_flags", "tools.check_environment"}
 # Files that a run, or its reader, makes.
-MADE = {
-    "quantization.json",
-    "run.json",
-    "run.yaml",
-    "rejected.jsonl",
-    "whole.json",
-    "config.json",
-    "alpaca.json",
-    "faq.csv",
-    "sft.jsonl",
-    "tokenizer.json",
-}
+MADE = {"run.json", "run.yaml", "rejected.jsonl", "whole.json", "config.json", "alpaca.json", "faq.csv", "sft.jsonl"}
+MADE |= {"stream-N.json", "rejected-N.jsonl", "quantization.json", "tokenizer.json"}
 
 
 def read(name: str) -> str:
@@ -162,6 +160,12 @@ def check_command(words: list[str]) -> None:
     if script in WITHOUT_FLAGS or script == "run_tests.sh":
         assert not asked, f"{script} takes no flags: {asked}"
         return
+    if script == "tools.show_data":
+        if not behind:
+            return  # it is only named
+        own, words = show_data.own_parser().parse_known_args(behind)
+        check_command(["python", f"{show_data.STAGES[own.stage]}.py", *words])
+        return
     parser = parsers().get(STARTED_BY.get(script, script))
     assert parser, f"no such script: {shlex.join(words)}"
     unknown = set(asked) - flags_of(parser)
@@ -248,7 +252,7 @@ def test_a_wrong_command_is_found():
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_flag_that_is_named_exists(name):
     known = torchrun_flags() | earlier_flags() | {"--nproc_per_node"}
-    known = known.union(*(flags_of(parser) for parser in parsers().values()))
+    known = known.union(*(flags_of(parser) for parser in [*parsers().values(), show_data.own_parser()]))
     # what the page on arguments shows as a mistake, and the flags of the tables' program
     named = set(re.findall(r"(?<![\w-])--[a-z]\w+", prose(read(name)))) - {"--learning_rat"}
     assert named <= known, f"{name}: no script has {', '.join(sorted(named - known))}"
@@ -258,7 +262,11 @@ def test_every_flag_that_is_named_exists(name):
 def test_examples_in_json_and_yaml_are_valid(name):
     for language, content in code_blocks(read(name)):
         if language == "yaml":
-            flags = {f"--{flag}" for flag in yaml.safe_load(content)}
+            loaded = yaml.safe_load(content)
+            if isinstance(loaded, list):  # sources of --train_file_dir
+                assert all(entry.keys() <= set(sources.KEYS) for entry in loaded)
+                continue
+            flags = {f"--{flag}" for flag in loaded}
             assert flags <= flags_of(parsers()["supervised_finetuning"])
         if language == "json" and name.startswith("docs/output"):
             json.loads(content)
@@ -271,14 +279,17 @@ def test_example_records_are_read_as_the_page_says(name):
     from stagewise.conversation import parse_conversation, parse_preference, parse_text
 
     blocks = [content for language, content in code_blocks(read(name)) if language == "json"]
-    text, sharegpt, openai, *preferences = [json.loads(line) for content in blocks for line in content.splitlines()]
+    records = [json.loads(line) for content in blocks for line in content.splitlines()]
+    text, sharegpt, openai, instruction, question, *preferences = records
     assert parse_text(text, "example").startswith("The common cold")
     assert [message.role for message in parse_conversation(sharegpt, "example").messages] == ["user", "assistant"] * 2
     assert parse_conversation(openai, "example").system == "You are a calm nurse."
-    assert len(preferences) == 3
+    assert len(parse_conversation(instruction, "example").messages) == 4
+    assert parse_conversation(question, "example").system == "You are a calm nurse."
+    assert len(preferences) == 4
     for preference in preferences:
         found = parse_preference(preference, "example")
-        assert (found.chosen, found.rejected) == ("Rest and drink.", "Who cares.")
+        assert [found.chosen[0].content, found.rejected[0].content] == ["Rest and drink.", "Who cares."]
 
 
 @pytest.mark.parametrize("name", ["docs/data.md", "docs/data_zh.md"])

@@ -1,15 +1,17 @@
-"""Segments → ids and labels: learned tokens written out, prompts that are prefixes, limits, the cache."""
+"""Segments → ids and labels: learned tokens written out, prompts that are prefixes, limits."""
 
 import copy
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from odd_tokenizers import MARKERS, lossy_tokenizer, sentencepiece_tokenizer, spelling_tokenizer
+from tokenizers import AddedToken
 
-from stagewise.cache import cache_path
+from stagewise.arguments import ChatArguments
 from stagewise.conversation import (
     Conversation,
     Message,
@@ -21,21 +23,18 @@ from stagewise.conversation import (
 )
 from stagewise.encoding import (
     IGNORE_INDEX,
-    Example,
-    PreferenceExample,
-    encode_all,
+    ConversationEncoder,
     encode_conversation,
     encode_preference,
     encode_prompt,
     encode_segments,
     encode_text,
 )
-from stagewise.records import Account, load_records
-from stagewise.rendering import Segment, choose_template
+from stagewise.own_template import choose_template
+from stagewise.records import load_records
+from stagewise.rendering import Segment
+from stagewise.tokenization import PieceEncoder
 from template import TEMPLATES
-
-MARKERS = ["<|im_start|>", "<|im_end|>"]
-TEXT = sorted({*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:'!?#<>/[]|_ "})
 
 
 def talk(*texts, system=None, where="a.jsonl:7"):
@@ -43,51 +42,8 @@ def talk(*texts, system=None, where="a.jsonl:7"):
     return Conversation(turns, system, where=where)
 
 
-def wrapped(tokenizer, adds_bos=False, **options):
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>", *MARKERS)])
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=["<s>", "$A"], special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options)
-
-
-def spelling_tokenizer(**options):
-    """Byte-level without merges: every byte is a token, so that expected lists can be written out."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return wrapped(tokenizer, **options)
-
-
-def sentencepiece_tokenizer(scheme, **options):
-    """Llama 2's kind: a space before a text ("legacy": before every piece of text between special tokens)."""
-    tokens = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), "▁", *(char for char in TEXT if char != " ")]
-    words = ["▁H", "▁U", "▁▁", "ll"]  # merges across the place where a space is put in front
-    merges = [("▁", "H"), ("▁", "U"), ("▁", "▁"), ("l", "l")]
-    vocab = {token: n for n, token in enumerate([*tokens, *words])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    if scheme == "legacy":
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return wrapped(tokenizer, **options)
-
-
-def lossy_tokenizer():
-    """Lower-cases and throws white space away: ids can't be read back, prompts must still be prefixes."""
-    vocab = {token: n for n, token in enumerate(["<unk>", *sorted({char.lower() for char in TEXT} - {" "})])}
-    vocab |= {f"##{token}": len(vocab) + n for n, token in enumerate(vocab)}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return wrapped(tokenizer, unk_token="<unk>")
+def said(text):
+    return (Message("assistant", text),)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +79,7 @@ ZOO = [
 
 def bound(tokenizer, name):
     tokenizer = copy.deepcopy(tokenizer)
-    return choose_template(tokenizer, name, TEMPLATES), tokenizer
+    return choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES), tokenizer
 
 
 def answers(tokenizer, example):
@@ -155,11 +111,10 @@ LLAMA = {  # the same with a tokenizer that puts a space before a text: none but
 }
 
 
-def test_every_template_is_written_out():
-    assert sorted(LEARNED) == sorted(LLAMA) == sorted(TEMPLATES)
+FORMS = tuple(LEARNED)  # of every template, the text and what is learned of it stand in test_template_forms.py
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", ["spelling", "byte-level with bos"])
 def test_learned_tokens(name, kind, zoo):
     template, tokenizer = bound(zoo[kind], name)
@@ -168,7 +123,7 @@ def test_learned_tokens(name, kind, zoo):
     assert (cut, example.where) == (False, "a.jsonl:7")
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", ["legacy llama", "metaspace first", "metaspace always"])
 def test_learned_tokens_where_the_tokenizer_puts_spaces(name, kind, zoo):
     template, tokenizer = bound(zoo[kind], name)
@@ -176,7 +131,7 @@ def test_learned_tokens_where_the_tokenizer_puts_spaces(name, kind, zoo):
     assert answers(tokenizer, example) == LLAMA[name]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", FORMS)
 def test_white_space_at_both_ends_of_an_answer_is_learned(name, spelling):
     template, tokenizer = bound(spelling, name)
     example, _ = encode_conversation(tokenizer, template, talk(" Hi\n", "\n\n Hello \n"), 9999)
@@ -226,7 +181,7 @@ TALKS = {
 }
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", ZOO)
 @pytest.mark.parametrize("what", TALKS)
 def test_prompt_ids_are_a_prefix_of_the_whole(name, kind, what, zoo):
@@ -242,7 +197,7 @@ def test_prompt_ids_are_a_prefix_of_the_whole(name, kind, what, zoo):
         assert whole.labels[len(prompt) - 1] == IGNORE_INDEX
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", ["spelling", "byte-level with bos", "legacy llama", "metaspace first"])
 def test_ids_equal_what_a_server_makes_of_the_saved_template(name, kind, zoo):
     template, tokenizer = bound(zoo[kind], name)
@@ -255,7 +210,7 @@ def test_ids_equal_what_a_server_makes_of_the_saved_template(name, kind, zoo):
     assert tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"] == prompt
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", ZOO)
 def test_bos_is_never_doubled(name, kind, zoo):
     template, tokenizer = bound(zoo[kind], name)
@@ -279,6 +234,83 @@ def test_white_space_that_a_special_token_swallows(tiny_tokenizer):
     example, _ = encode_conversation(tokenizer, template, conversation, 9999)
     assert example.input_ids == tokenizer.apply_chat_template(messages)["input_ids"]
     assert "Ċ<|im_start|>" not in "".join(tokenizer.convert_ids_to_tokens(example.input_ids))
+
+
+# --- what is learned -------------------------------------------------------------------------------------------------
+
+
+def marked(conversation, *unlearned):
+    """The conversation with weight 0 for the turns of these numbers."""
+    messages = enumerate(conversation.messages)
+    messages = tuple(dataclasses.replace(message, learn=number not in unlearned) for number, message in messages)
+    return dataclasses.replace(conversation, messages=messages)
+
+
+def test_a_turn_with_weight_0_is_context(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    plain, _ = encode_conversation(tokenizer, template, talk("a", "b", "c", "d"), 9999)
+    for turn, learned in ((1, ["d", "<|im_end|>"]), (3, ["b", "<|im_end|>"])):
+        example, _ = encode_conversation(tokenizer, template, marked(talk("a", "b", "c", "d"), turn), 9999)
+        assert example.input_ids == plain.input_ids
+        assert answers(tokenizer, example) == [learned]
+    with pytest.raises(RecordError, match=r"a\.jsonl:7: every answer has weight 0") as caught:
+        encode_conversation(tokenizer, template, marked(talk("a", "b"), 1), 9999)
+    assert caught.value.reason == "nothing learned"
+
+
+def test_a_turn_with_weight_0_is_not_learned_with_the_inputs_either(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    plain, _ = encode_conversation(tokenizer, template, talk("a", "b", "c", "d"), 9999)
+    # tokens 0–19 the first question and what leads to the answer, 20–21 the answer, 22–42 the second question …
+    for turn, unlearned in ((1, range(20, 22)), (3, range(43, 45)), (0, range(20)), (2, range(22, 43))):
+        conversation = marked(talk("a", "b", "c", "d"), turn)
+        example, _ = encode_conversation(tokenizer, template, conversation, 9999, train_on_inputs=True)
+        assert example.input_ids == plain.input_ids
+        assert [n for n, label in enumerate(example.labels) if label == IGNORE_INDEX] == list(unlearned)
+
+
+def test_mask_history_learns_what_follows_the_last_question_that_is_kept(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    conversation = talk("a", "b", "c", "d", "e", "f")
+    example, _ = encode_conversation(tokenizer, template, conversation, 9999, mask_history=True)
+    assert answers(tokenizer, example) == [["f", "<|im_end|>"]]
+    shorter, cut = encode_conversation(tokenizer, template, conversation, 60, mask_history=True)
+    assert (answers(tokenizer, shorter), cut) == ([["d", "<|im_end|>"]], True)
+    asked = talk("a", "b", "c", "d", "e")  # the last question that was answered
+    example, _ = encode_conversation(tokenizer, template, asked, 9999, mask_history=True)
+    assert answers(tokenizer, example) == [["d", "<|im_end|>"]]
+    with pytest.raises(RecordError) as caught:
+        encode_conversation(tokenizer, template, marked(conversation, 5), 9999, mask_history=True)
+    assert caught.value.reason == "nothing learned"
+
+
+def test_mask_history_learns_all_turns_behind_the_last_question(spelling):
+    """A call, its result and the answer belong to one question."""
+    template, tokenizer = bound(spelling, "chatml")
+    call = json.dumps({"name": "f", "arguments": {}})
+    turns = [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("tool_call", call),
+        ("observation", "5"),
+        ("assistant", "d"),
+    ]
+    conversation = Conversation(tuple(Message(*turn) for turn in turns), where="a.jsonl:7")
+    whole, _ = encode_conversation(tokenizer, template, conversation, 9999)
+    example, _ = encode_conversation(tokenizer, template, conversation, 9999, mask_history=True)
+    assert example.input_ids == whole.input_ids
+    assert answers(tokenizer, whole)[0] == ["b", "<|im_end|>"]
+    assert answers(tokenizer, example) == answers(tokenizer, whole)[1:]
+    assert len(answers(tokenizer, example)) == 2
+
+
+def test_settings_that_contradict_each_other(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    with pytest.raises(ValueError, match=r"--train_on_inputs .* --mask_history .*: give one"):
+        ConversationEncoder(tokenizer, template, 99, train_on_inputs=True, mask_history=True)
+    with pytest.raises(ValueError, match="--truncation_side: expected right or left, found 'middle'"):
+        ConversationEncoder(tokenizer, template, 99, truncation_side="middle")
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -322,6 +354,81 @@ def test_a_question_without_an_answer_at_the_end_is_context(spelling):
     assert (len(shorter.input_ids), cut) == (22, False)  # nothing that is learned is lost
 
 
+def test_the_left_side_loses_whole_exchanges_and_keeps_the_system_prompt(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    conversation = talk("a", "b", "c", "d", "e", "f", system="s")
+
+    def kept(limit):
+        return encode_conversation(tokenizer, template, conversation, limit, truncation_side="left")
+
+    def whole(*texts):
+        return encode_conversation(tokenizer, template, talk(*texts, system="s"), 9999)[0]
+
+    # 11 tokens of system prompt, 23 an exchange, of which the newline at the end isn't needed
+    for limit, texts in ((80, "abcdef"), (79, "abcdef"), (78, "cdef"), (56, "cdef"), (55, "ef"), (33, "ef")):
+        example, cut = kept(limit)
+        size = min(limit, len(whole(*texts).input_ids))
+        assert example.input_ids == whole(*texts).input_ids[:size]
+        assert example.labels == whole(*texts).labels[:size]
+        assert cut == (texts != "abcdef")
+    example, cut = kept(32)  # the last exchange alone is cut
+    assert (tokenizer.convert_ids_to_tokens(example.input_ids)[-1], cut) == ("f", True)
+    with pytest.raises(RecordError, match="fills the limit of 31 tokens"):
+        kept(31)
+
+
+def test_the_left_side_drops_a_question_without_an_answer_first(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    example, cut = encode_conversation(tokenizer, template, talk("a", "b", "c", "d", "e"), 46, truncation_side="left")
+    assert (answers(tokenizer, example), cut) == ([["b", "<|im_end|>"], ["d", "<|im_end|>"]], False)
+
+
+def test_a_cut_never_ends_behind_a_header_or_in_a_later_answer(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    conversation = talk("a", "b", "cc", "dddd", "e", "ff")
+    whole, _ = encode_conversation(tokenizer, template, conversation, 9999)
+    for side, limit in itertools.product(("right", "left"), range(22, len(whole.input_ids))):
+        example, _ = encode_conversation(tokenizer, template, conversation, limit, truncation_side=side)
+        tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
+        # the last exchange of 24 tokens needs 23: where it stands alone and is cut, the last token is its first "f"
+        assert tokens[-1] == "<|im_end|>" or tokens[-2:] == ["<|im_end|>", "Ċ"] or (side, limit) == ("left", 22)
+        assert len(tokens) <= limit
+        spans = answers(tokenizer, example)
+        assert spans == [[*"b", "<|im_end|>"], [*"dddd", "<|im_end|>"], [*"ff", "<|im_end|>"]][: len(spans)] or (
+            side == "left" and spans[0][0] in "df"
+        )
+
+
+def test_what_cannot_stay_is_hardly_encoded(spelling, monkeypatch):
+    """A conversation of a hundred times the limit costs a few times the limit."""
+    template, tokenizer = bound(spelling, "chatml")
+    conversation = talk(*["word " * 10] * 400)
+    encoder = ConversationEncoder(tokenizer, template, 200)
+    letters = []
+    original = PieceEncoder.encode
+    monkeypatch.setattr(
+        PieceEncoder, "encode", lambda self, texts: letters.append(sum(map(len, texts))) or original(self, texts)
+    )
+    example, cut = encoder(conversation)
+    assert (len(answers(tokenizer, example)), cut) == (1, True)
+    assert sum(letters) < 1000  # of 27,000
+
+
+def test_many_at_once_are_what_each_is_alone(zoo):
+    for kind in ZOO:
+        template, tokenizer = bound(zoo[kind], "chatml")
+        talks = [*TALKS.values(), talk("a"), talk("a" * 70, "b"), talk("a", "b" * 70), TALKS["system"]]
+        for limit in (30, 60, 9999):
+            encoder = ConversationEncoder(tokenizer, template, limit)
+            for conversation, found in zip(talks, encoder.many(talks), strict=True):
+                if isinstance(found, RecordError):
+                    with pytest.raises(RecordError, match=re.escape(found.message)):
+                        encode_conversation(tokenizer, template, conversation, limit)
+                else:
+                    alone = encode_conversation(tokenizer, template, conversation, limit)
+                    assert (found[0].example(), found[1]) == alone
+
+
 def test_earliest_exchanges_of_a_prompt_are_dropped_whole(spelling):
     template, tokenizer = bound(spelling, "chatml")
     conversation = talk("a", "b", "c", "d", "e", system="s")
@@ -339,7 +446,7 @@ def test_earliest_exchanges_of_a_prompt_are_dropped_whole(spelling):
 
 def test_both_answers_follow_the_same_prompt(spelling):
     template, tokenizer = bound(spelling, "chatml")
-    preference = Preference(talk("a", "b", "c"), "yes", "no", "a.jsonl:7")
+    preference = Preference(talk("a", "b", "c"), said("yes"), said("no"), "a.jsonl:7")
     pair, cut = encode_preference(tokenizer, template, preference, 9999, 9999)
     prompt = encode_prompt(tokenizer, template, talk("a", "b", "c"), 9999)
     for side, tokens in ((pair.chosen, ["y", "e", "s", "<|im_end|>"]), (pair.rejected, ["n", "o", "<|im_end|>"])):
@@ -351,7 +458,7 @@ def test_both_answers_follow_the_same_prompt(spelling):
 
 def test_preference_limits(spelling):
     template, tokenizer = bound(spelling, "chatml")
-    preference = Preference(talk("a", "b", "c"), "yes", "no", "a.jsonl:7")
+    preference = Preference(talk("a", "b", "c"), said("yes"), said("no"), "a.jsonl:7")
     last = encode_prompt(tokenizer, template, talk("c"), 9999)
     pair, cut = encode_preference(tokenizer, template, preference, len(last), 3)
     assert pair.chosen.input_ids[: len(last)] == pair.rejected.input_ids[: len(last)] == last
@@ -361,14 +468,37 @@ def test_preference_limits(spelling):
     with pytest.raises(RecordError, match="--max_source_length"):
         encode_preference(tokenizer, template, preference, len(last) - 1, 3)
     with pytest.raises(RecordError, match=r"the same 3 or fewer tokens.*--max_target_length") as caught:
-        encode_preference(tokenizer, template, Preference(talk("c"), "yes!", "yes?"), 9999, 3)
+        encode_preference(tokenizer, template, Preference(talk("c"), said("yes!"), said("yes?")), 9999, 3)
     assert caught.value.reason == "answers alike"
+
+
+def test_an_answer_of_several_turns_loses_whole_turns(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    long = tuple(Message(role, text) for role, text in (("assistant", "y"), ("user", "a"), ("assistant", "z")))
+    preference = Preference(talk("c"), long, said("no"), "a.jsonl:7")
+    pair, cut = encode_preference(tokenizer, template, preference, 9999, 9999)
+    # y and its end, a newline, 20 tokens of question, z and its end
+    assert (answers(tokenizer, pair.chosen), cut) == ([["y", "<|im_end|>"], ["z", "<|im_end|>"]], False)
+    assert len(pair.chosen.input_ids) == 20 + 25
+    for limit in (24, 3):
+        pair, cut = encode_preference(tokenizer, template, preference, 9999, limit)
+        assert (answers(tokenizer, pair.chosen), cut) == ([["y", "<|im_end|>"]], True)
+    pair, _ = encode_preference(tokenizer, template, preference, 9999, 1)
+    assert answers(tokenizer, pair.chosen) == [["y"]]  # the first turn alone may be cut
+
+
+def test_an_answer_whose_turns_all_have_weight_0(spelling):
+    template, tokenizer = bound(spelling, "chatml")
+    preference = Preference(talk("c"), said("yes"), (Message("assistant", "no", False),), "a.jsonl:7")
+    with pytest.raises(RecordError, match=r"a\.jsonl:7: every turn of an answer has weight 0") as caught:
+        encode_preference(tokenizer, template, preference, 9999, 9999)
+    assert caught.value.reason == "nothing learned"
 
 
 def test_answers_that_a_tokenizer_makes_alike(zoo):
     template, tokenizer = bound(zoo["lossy"], "vicuna")
     with pytest.raises(RecordError) as caught:
-        encode_preference(tokenizer, template, Preference(talk("c"), "Yes", "yes "), 9999, 9999)
+        encode_preference(tokenizer, template, Preference(talk("c"), said("Yes"), said("yes ")), 9999, 9999)
     assert caught.value.reason == "answers alike"
 
 
@@ -406,144 +536,6 @@ def test_text_needs_an_end(tiny_tokenizer, spelling):
         encode_text(spelling, "a", 1)
 
 
-# --- encode_all ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def job(spelling):
-    template, tokenizer = bound(spelling, "chatml")
-    records = [talk("a", "b" * n, where=f"a.jsonl:{n + 1}") for n in range(1, 41)]
-    records[7] = talk("a" * 99, "b", where="a.jsonl:9")
-
-    def encode(conversation):
-        return encode_conversation(tokenizer, template, conversation, 50)
-
-    return records, encode, template, tokenizer
-
-
-def account_of(records):
-    return Account(read=len(records), kept=len(records))
-
-
-def test_encode_all_counts_what_is_cut_and_left_out(job, tmp_path):
-    records, encode, _, _ = job
-    account = account_of(records)
-    rejected = tmp_path / "rejected.jsonl"
-    examples = encode_all(records, encode, account=account, on_bad_record="skip", rejected_path=rejected)
-    assert [example.where for example in examples] == [f"a.jsonl:{n}" for n in range(2, 42) if n != 9]
-    assert all(isinstance(example, Example) and len(example.input_ids) <= 50 for example in examples)
-    # 20 tokens of prompt, n letters, the end marker: more than 50 from n = 30 on
-    assert (account.read, account.kept, account.cut, account.left_out) == (40, 39, 11, {"nothing learned": 1})
-    entry = json.loads(rejected.read_text())
-    assert (entry["where"], entry["reason"]) == ("a.jsonl:9", "nothing learned")
-
-
-def test_encode_all_stops_at_the_first_bad_record(job):
-    records, encode, _, _ = job
-    with pytest.raises(RecordError, match=r"^a\.jsonl:9: "):
-        encode_all(records, encode, account=account_of(records))
-
-
-def test_several_processes_give_the_same(job):
-    records, encode, _, _ = job
-    accounts = [account_of(records), account_of(records)]
-    one, two = (
-        encode_all(records, encode, account=account, on_bad_record="skip", num_workers=workers)
-        for account, workers in zip(accounts, (None, 2), strict=True)
-    )
-    assert one == two
-    assert accounts[0] == accounts[1]
-    with pytest.raises(RecordError, match=r"^a\.jsonl:9: "):
-        encode_all(records, encode, account=account_of(records), num_workers=2)
-
-
-def test_no_record_left_is_an_error(job):
-    _, encode, _, _ = job
-    with pytest.raises(ValueError, match=r"none of the 1 records is left: \{'nothing learned': 1\}"):
-        encode_all([talk("a")], encode, account=account_of([0]), on_bad_record="skip")
-
-
-def test_texts_are_laid_out_flat_and_prompts_stay_lists(spelling):
-    examples = encode_all(["abc", "d"], lambda text: encode_text(spelling, text, 3), account=Account(2, 2))
-    assert names(spelling, examples) == ["abc", "c</s>", "d</s>"]
-    template, tokenizer = bound(spelling, "chatml")
-    prompts = encode_all(
-        [talk("a")], lambda prompt: encode_prompt(tokenizer, template, prompt, 99), account=Account(1, 1)
-    )
-    assert prompts == [encode_prompt(tokenizer, template, talk("a"), 99)]
-
-
-@pytest.mark.parametrize("kind", ["conversations", "prompts", "preferences"])
-def test_a_second_start_reads_the_cache(kind, job, tmp_path):
-    records, encode, template, tokenizer = job
-    if kind == "prompts":
-
-        def encode(conversation):
-            return encode_prompt(tokenizer, template, prompt_of(conversation), 99)
-    elif kind == "preferences":
-        records = [Preference(talk("a"), "y" * n, "n", f"a:{n}") for n in range(1, 9)]
-
-        def encode(preference):
-            return encode_preference(tokenizer, template, preference, 50, 5)
-
-    calls = []
-
-    def counted(record):
-        calls.append(record)
-        return encode(record)
-
-    cache = tmp_path / "cache/encoded.npz"
-    accounts = [account_of(records) for _ in range(3)]
-    options = {"on_bad_record": "skip", "cache_file": cache}
-    first = encode_all(records, counted, account=accounts[0], **options)
-    assert len(calls) == len(records)
-    second = encode_all(records, counted, account=accounts[1], **options)
-    assert len(calls) == len(records)  # nothing was encoded again
-    assert second == first
-    assert type(second[0]) is {"prompts": list, "preferences": PreferenceExample}.get(kind, Example)
-    assert accounts[1] == accounts[0]
-    third = encode_all(records, counted, account=accounts[2], overwrite_cache=True, **options)
-    assert len(calls) == 2 * len(records)
-    assert (third, accounts[2]) == (first, accounts[0])
-    assert [path.name for path in cache.parent.iterdir()] == ["encoded.npz"]  # no half-written file stays
-
-
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip file"])
-def test_a_damaged_cache_is_made_again(damage, job, tmp_path):
-    records, encode, _, _ = job
-    cache = tmp_path / "encoded.npz"
-    cache.write_bytes(damage)
-    examples = encode_all(records[:3], encode, account=account_of(records[:3]), cache_file=cache)
-    assert len(examples) == 3
-    calls = []
-    assert encode_all(records[:3], calls.append, account=account_of(records[:3]), cache_file=cache) == examples
-    assert calls == []
-
-
-def test_the_cache_is_named_by_everything_that_matters(job, tmp_path, tiny_tokenizer):
-    records, _, template, tokenizer = job
-    with_token = copy.deepcopy(tokenizer)
-    with_token.add_tokens(["<new>"])
-    settings = {"tokenizer": tokenizer, "template": template, "limit": 50}
-    first = cache_path(tmp_path, records=records, **settings)
-    assert first.parent == tmp_path
-    again = cache_path(tmp_path, records=list(records), **{**settings, "tokenizer": copy.deepcopy(tokenizer)})
-    assert again == first
-    others = [
-        cache_path(tmp_path, records=records[:-1], **settings),
-        cache_path(tmp_path, records=[*records[:-1], talk("a", "other")], **settings),
-        cache_path(tmp_path, records=records, **{**settings, "limit": 51}),
-        cache_path(tmp_path, records=records, **{**settings, "max_length": 50}),
-        cache_path(tmp_path, records=records, **{**settings, "tokenizer": tiny_tokenizer()}),
-        cache_path(tmp_path, records=records, **{**settings, "tokenizer": with_token}),
-        cache_path(tmp_path, records=records, **{**settings, "tokenizer": spelling_tokenizer(adds_bos=True)}),
-        cache_path(tmp_path, records=records, **{**settings, "template": bound(tokenizer, "vicuna")[0]}),
-    ]
-    assert len({first, *others}) == len(others) + 1
-    with pytest.raises(TypeError, match="a cache can't be named by <object"):
-        cache_path(tmp_path, records=records, anything=object())
-
-
 # --- the real tokenizer ----------------------------------------------------------------------------------------------
 
 
@@ -553,7 +545,7 @@ def test_smollm_learns_exactly_the_answers(name, smollm):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm)
-    template = choose_template(tokenizer, name, TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES)
     conversation = talk("What helps a cold?\n", "\n Rest, 多喝水。 ", "And a cough?", "Honey 🍯")
     example, _ = encode_conversation(tokenizer, template, conversation, 512)
     spans = [
@@ -579,14 +571,15 @@ def test_real_records_read_back(file, smollm):
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     tokenizer = AutoTokenizer.from_pretrained(smollm)
-    template = choose_template(tokenizer, None, TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(), TEMPLATES)
     parse = parse_preference if file.startswith("reward") else parse_conversation
     records, _ = load_records([path], parse, on_bad_record="skip", max_samples=60)
     for record in records:
         if isinstance(record, Preference):
             pair, _ = encode_preference(tokenizer, template, record, 99_999, 99_999)
             got = [answers(tokenizer, pair.chosen), answers(tokenizer, pair.rejected)]
-            spans, words = [span for spans in got for span in spans], [record.chosen, record.rejected]
+            spans = [span for spans in got for span in spans]
+            words = [side[0].content for side in (record.chosen, record.rejected)]
         else:
             spans = answers(tokenizer, encode_conversation(tokenizer, template, record, 99_999)[0])
             words = [message.content for message in record.messages if message.role == "assistant"]

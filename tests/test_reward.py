@@ -7,9 +7,9 @@ import torch
 from conftest import EOS_ID, PAD_ID, build_tiny_model, build_tiny_tokenizer
 
 from stagewise.adapter import attach_adapter
-from stagewise.arguments import AdapterArguments, ModelArguments
+from stagewise.arguments import AdapterArguments, ChatArguments, ModelArguments
 from stagewise.conversation import Conversation, Message, RecordError
-from stagewise.rendering import choose_template
+from stagewise.own_template import choose_template
 from stagewise.reward import RewardError, load_scorer
 from template import TEMPLATES
 
@@ -32,7 +32,7 @@ ENDED = [True, False, True]
 def policy():
     """The policy's tokenizer and template, prompts and answers as its tokens; the second answer did not end."""
     tokenizer = build_tiny_tokenizer(chat_template=CHAT)
-    template = choose_template(tokenizer, None, TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(), TEMPLATES)
 
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=False)

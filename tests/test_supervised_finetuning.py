@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -187,6 +188,9 @@ def test_a_bad_record_is_named_or_skipped_and_counted(stage, words, capsys):
     account = manifest(out)["data"]["train"]
     assert (account["read"], account["kept"], sum(account["left_out"].values())) == (12, 11, 1)
     assert json.loads((out / "rejected.jsonl").read_text())["where"] == "a.jsonl:5"
+    # a run in its place leaves its own account there, no more and no less
+    out = stage("supervised_finetuning", *flags, "--on_bad_record", "skip", "--overwrite_output_dir")
+    assert json.loads((out / "rejected.jsonl").read_text())["where"] == "a.jsonl:5"
 
 
 def test_a_nan_loss_ends_the_run_before_the_step(stage, words, capsys):
@@ -303,3 +307,50 @@ def test_all_weights_are_trained_in_float32_unless_asked_otherwise(stage, words,
         for asked in ("auto", "bfloat16")
     }
     assert dtypes == {"auto": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--use_firefly_loss", "False"], "--use_firefly_loss False: .* give --mask_history"),
+        (["--use_firefly_loss", "True", "--mask_history", "True"], "--use_firefly_loss learns every turn"),
+        (["--train_on_inputs", "True", "--mask_history", "True"], "--train_on_inputs learns everything"),
+        (["--use_firefly_loss", "True", "--train_on_inputs", "True"], "--train_on_inputs the questions too"),
+        (["--truncation_side", "middle"], "--truncation_side: expected right or left, found 'middle'"),
+    ],
+)
+def test_flags_about_labels_that_cannot_be_followed(flags, says, stage, words, monkeypatch, capsys):
+    """They end the run before weights are loaded."""
+    monkeypatch.setattr("supervised_finetuning.load_causal_lm", None)
+    with pytest.raises(SystemExit):
+        stage("supervised_finetuning", *words(), *flags)
+    assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "turns", "limit"),
+    [
+        ([], [1, 2], 400),
+        (["--use_firefly_loss", "True"], [1, 2], 400),
+        (["--mask_history", "True"], [2], 400),
+        ([], [1], 150),
+        (["--truncation_side", "left"], [2], 150),
+    ],
+)
+def test_flags_about_labels_reach_the_training_set(flags, turns, limit, stage, words, tmp_path, monkeypatch):
+    exchanges = [("human", "what about rest"), ("gpt", "FIRST " * 8), ("human", "and then"), ("gpt", "SECOND " * 8)]
+    record = {"conversations": [{"from": role, "value": text} for role, text in exchanges]}
+    path = tmp_path / "two" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(record) + "\n")
+    seen = []
+
+    def stop(self, tokenizer, examples):
+        ids = [[label for label in example.labels if label != -100] for example in examples]
+        seen.extend(tokenizer.decode(each) for each in ids)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stagewise.run.Run.show_sample", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stage("supervised_finetuning", *words(train_file_dir=path.parent, model_max_length=limit), *flags)
+    assert [turn for turn, word in ((1, "FIRST"), (2, "SECOND")) if word in seen[0]] == turns

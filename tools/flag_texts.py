@@ -128,7 +128,13 @@ CHINESE: dict[str, str] = {
     ),
     "--shift_attn: a group's share of the row.": "--shift_attn:一组占行长的比例。",
     # DataArguments
-    "File, or folder searched with its subfolders.": "文件,或目录(连同子目录)。",
+    "File, or folder searched with its subfolders; several joined by commas; or a .yaml list.": (
+        "文件,或目录(连同子目录);多个用逗号连接;或 .yaml 列表。"
+    ),
+    "Shares of the sources of --train_file_dir, joined by commas: 0.7,0.3.": (
+        "--train_file_dir 各来源的比例,用逗号连接:0.7,0.3。"
+    ),
+    "Leave out training records that were read before.": "去掉与前面重复的训练数据。",
     "The same for validation.": "验证数据,同上。",
     "A `datasets` set: hub name or local folder.": "`datasets` 数据集:hub 名称或本地目录。",
     "Configuration of that set.": "该数据集的配置名。",
@@ -145,6 +151,25 @@ CHINESE: dict[str, str] = {
     # ChatArguments, PairArguments, LanguageModelArguments
     "Chat template of template.py; default: the tokenizer's own, else vicuna.": (
         "template.py 中的对话模板;默认:分词器自带的,没有则 vicuna。"
+    ),
+    "Use --template_name although the model was trained in another template.": (
+        "模型用另一个模板训练过,也照用 --template_name。"
+    ),
+    "Answers of a thinking model begin with its thoughts; False: with none. Default: its own.": (
+        "思考模型的回答以思考开头;False:没有思考。默认:按模型自己的模板。"
+    ),
+    "Read the files while training, in constant memory; needs --max_steps.": (
+        "边训练边读文件,内存占用不变;需要 --max_steps。"
+    ),
+    "Records that --streaming shuffles among.": "--streaming 在多少条数据之中打乱。",
+    "Learn only what is said after the last question, not in earlier turns.": (
+        "只学习最后一个问题之后的话,不学习之前各轮。"
+    ),
+    "Another name for what is done anyway: every assistant turn is learned.": (
+        "默认做法的另一个名称:学习助手的每一轮。"
+    ),
+    "Where whole turns are dropped from what is too long: right or left.": (
+        "过长时从哪一端丢掉整轮:right(末尾)或 left(开头)。"
     ),
     "Tokens of the prompt with its history.": "提示(含历史)的 token 数上限。",
     "Tokens of an answer.": "回答的 token 数上限。",
@@ -295,15 +320,7 @@ CHINESE: dict[str, str] = {
     "the samples and steps a second are always logged": "每秒样本数和步数总会记入日志",
     "weights are always loaded without a second copy": "加载权重时从不多留一份副本",
     # arguments.NOT_YET
-    "all records are read into memory; lower --max_train_samples": "所有数据都读入内存;请调低 --max_train_samples",
     "train with --qlora; tools.quantize_model writes the CPM form of a finished model": (
         "训练时用 --qlora;tools.quantize_model 可把训练好的模型写成 CPM 形式"
     ),
-    "leave it out: the loss is on every assistant turn already": "去掉它:每个助手轮次本来就计入损失",
-    "leave it out: the loss is on every assistant turn": "去掉它:每个助手轮次都计入损失",
-    "leave it out, or remove duplicates from the files": "去掉它,或自行从文件中去重",
-    "leave it out: every record counts once": "去掉它:每条数据计一次",
-    "leave it out": "去掉它",
-    "leave it out: --template_name alone sets the template": "去掉它:模板只由 --template_name 决定",
-    "leave it out: whole turns are dropped from the end": "去掉它:过长时从末尾整轮丢弃",
 }

@@ -95,7 +95,7 @@ def read_pairs(run: dict[str, Any], split: str, language: str | None = None) -> 
     files = find_files(run["flags"][f"{split}_file_dir"], (".jsonl", ".json"), f"--{split}_file_dir")
     files = [file for file in files if language is None or file.name.startswith(language)]
     records, _ = load_records(files, parse_preference)
-    return [(record.chosen, record.rejected) for record in records]
+    return [tuple("\n".join(m.content for m in side) for side in (r.chosen, r.rejected)) for r in records]
 
 
 # ------------------------------------------------------------------------------------------------------------ judging

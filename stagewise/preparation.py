@@ -1,0 +1,155 @@
+"""Records → examples: many records at a time, on all cores, with an account of those that are left out."""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from stagewise.arguments import ArgumentError
+from stagewise.conversation import RecordError
+from stagewise.examples import Example, Examples, ExampleWriter, PreferenceExample, Row, row_of
+from stagewise.records import Account, check_on_bad_record, write_rejected
+
+CHUNK = 128  # records that are encoded together: enough for the tokenizer to work outside of Python for long
+THREADS = 4  # more would wait for each other: what is done in Python is done by one at a time
+
+
+class Encoded(NamedTuple):
+    """What one record gave: the rows of each of its items, and whether it was cut."""
+
+    kind: str
+    items: list[tuple[Row, ...]]
+    cut: bool
+
+
+def encode_all(
+    records: Iterable[Any],
+    encode: Callable[[Any], Any],
+    *,
+    account: Account,
+    on_bad_record: str = "error",
+    rejected_path: str | Path | None = None,
+    num_workers: int | None = None,
+    folder: str | Path | None = None,
+    raw: Callable[[str], str] | None = None,
+    description: str = "Encoding",
+) -> Examples:
+    """`encode(record)` of every record, in order, with a progress bar on the main process.
+
+    `records` may be an iterator: a few hundred records are held at a time. The examples stay in memory while they are
+    few, else in files (ExampleWriter), in `folder` where one is given.
+
+    Args:
+        encode: returns an Example, a PreferenceExample, a list of ids, any of these with a flag "cut" behind it, or a
+            list of Examples, which are laid out flat; raises RecordError. One with a method `many` (a
+            ConversationEncoder) is asked for many records at a time.
+        account: records that raise RecordError leave `account.kept`, as in load_records.
+        on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`.
+        num_workers: processes that encode; None or 1 is this one, with threads on its cores.
+        raw: where → the record as it was read, for `rejected_path`.
+
+    Raises:
+        RecordError, and ArgumentError where no record is left.
+    """
+    check_on_bad_record(on_bad_record)
+    writer, seen, cut, left_out = ExampleWriter(folder), 0, 0, {}
+    total = len(records) if hasattr(records, "__len__") else None
+    with tqdm(total=total, desc=description, disable=os.environ.get("RANK", "0") != "0", leave=False) as bar:
+        for record, outcome in _outcomes(iter(records), encode, num_workers):
+            seen += 1
+            bar.update()
+            if isinstance(outcome, RecordError):
+                if on_bad_record == "error":
+                    raise outcome
+                left_out[outcome.reason] = left_out.get(outcome.reason, 0) + 1
+                write_rejected(rejected_path, outcome, raw(outcome.where) if raw else repr(record))
+                continue
+            cut += outcome.cut
+            for rows in outcome.items:
+                writer.add(outcome.kind, rows)
+    account.cut += cut
+    for reason, count in left_out.items():
+        account.left_out[reason] = account.left_out.get(reason, 0) + count
+        account.kept -= count
+    examples = writer.finish()
+    if not len(examples):
+        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise ArgumentError(f"{description}: none of the {seen} records is left: {why}")
+    return examples
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _outcomes(
+    records: Iterator[Any], encode: Callable[[Any], Any], num_workers: int | None
+) -> Iterator[tuple[Any, Encoded | RecordError]]:
+    """Every record with its outcome, in order; a few chunks are under way at a time."""
+    work, workers = _encode_chunk, num_workers or 1
+    with _pool(workers, encode) as pool:
+        if workers == 1:
+            work, workers = partial(_encode_chunk, encode=encode), THREADS
+        waiting: deque[tuple[list[Any], Future]] = deque()
+        while chunk := list(itertools.islice(records, CHUNK)):
+            waiting.append((chunk, pool.submit(work, chunk)))
+            if len(waiting) > workers:
+                yield from _results(*waiting.popleft())
+        while waiting:
+            yield from _results(*waiting.popleft())
+
+
+def _results(chunk: list[Any], future: Future) -> Iterator[tuple[Any, Encoded | RecordError]]:
+    return zip(chunk, future.result(), strict=True)
+
+
+def _pool(workers: int, encode: Callable[[Any], Any]) -> Executor:
+    if workers == 1:
+        # Each thread calls the tokenizer, which lets the others go on; its own threads would only be in the way, and
+        # complain when a data loader forks this process.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # How many cores this process may use is told on Linux only.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(cores, THREADS)
+        return ThreadPoolExecutor(threads, initializer=getattr(encode, "in_thread", None))
+    # Forked workers start at once and take any `encode`; elsewhere it must be picklable.
+    context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+    return ProcessPoolExecutor(workers, context, _start_worker, (encode,))
+
+
+_WORKER_ENCODE: list[Callable[[Any], Any]] = []  # set once in each worker: a tokenizer is large to send each time
+
+
+def _start_worker(encode: Callable[[Any], Any]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _WORKER_ENCODE[:] = [encode]
+
+
+def _encode_chunk(chunk: Sequence[Any], encode: Callable[[Any], Any] | None = None) -> list[Encoded | RecordError]:
+    encode = encode or _WORKER_ENCODE[0]
+    if hasattr(encode, "many"):
+        found = encode.many(chunk)
+        return [each if isinstance(each, RecordError) else Encoded("Example", [each[:1]], each[1]) for each in found]
+    return [_encoded(record, encode) for record in chunk]
+
+
+def _encoded(record: Any, encode: Callable[[Any], Any]) -> Encoded | RecordError:
+    """The result of one record in one shape; a RecordError is a result as well, for the caller to count."""
+    try:
+        result = encode(record)
+    except RecordError as error:
+        return error
+    result, cut = result if isinstance(result, tuple) else (result, False)
+    if isinstance(result, PreferenceExample):
+        return Encoded("PreferenceExample", [(row_of(result.chosen), row_of(result.rejected))], cut)
+    if isinstance(result, Example):
+        return Encoded("Example", [(row_of(result),)], cut)
+    if result and isinstance(result[0], Example):
+        return Encoded("Example", [(row_of(example),) for example in result], cut)
+    return Encoded("ids", [(row_of(Example(result, result)),)], cut)

@@ -1,0 +1,205 @@
+"""A second start reads what the first one encoded; everything that matters changes the entry's name."""
+
+import copy
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from stagewise import cache as cache_module
+from stagewise import readers
+from stagewise.arguments import DataArguments, ModelArguments
+from stagewise.cache import cache_path, read_cache, write_cache
+from stagewise.conversation import parse_conversation, parse_preference
+from stagewise.encoding import ConversationEncoder, encode_preference
+from stagewise.examples import ExampleWriter
+from stagewise.splits import SplitReader
+from template import TEMPLATES
+
+PACKAGE = Path(cache_module.__file__).parent
+
+
+def conversation(number):
+    turns = [("human", "the user asks"), ("gpt", "rest " * number)]
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@pytest.fixture
+def setting(tmp_path, tiny_tokenizer):
+    """A folder with good records, a broken one and one whose question is too long."""
+    tokenizer = tiny_tokenizer()
+    template = TEMPLATES["vicuna"].bind(tokenizer)
+    records = [conversation(n) for n in range(1, 9)]
+    records[2] = {"conversations": [{"from": "nobody", "value": "x"}]}
+    records[4]["conversations"][0]["value"] = "xyz" * 99
+    write_lines(tmp_path / "data/a.jsonl", records)
+    return Namespace(folder=tmp_path, tokenizer=tokenizer, template=template)
+
+
+def read(setting, parse=parse_conversation, encode=None, **flags):
+    limit = flags.pop("limit", 150)
+    always = flags.pop("parse_always", False)
+    data = DataArguments(train_file_dir=str(setting.folder / "data"), **{"on_bad_record": "skip", **flags})
+    model = ModelArguments(model_name_or_path="none", cache_dir=str(setting.folder / "cache"))
+    args = Namespace(output_dir=str(setting.folder / "out"), seed=42, data_seed=None, dry_run=False, do_train=True)
+    own = encode or ConversationEncoder(setting.tokenizer, setting.template, limit)
+    validation = data.validation_split_percentage is not None
+    key = {"tokenizer": setting.tokenizer, "template": setting.template.jinja(), "limits": {"limit": limit}}
+    reader = SplitReader(data, model, args, (".jsonl",))
+    return reader.read(parse, own, train=True, validation=validation, parse_always=always, **key)
+
+
+def entries(setting):
+    return sorted(path.name for path in (setting.folder / "cache").iterdir())
+
+
+@pytest.mark.parametrize("share", [None, 30])
+def test_a_second_start_parses_and_encodes_nothing(share, setting, monkeypatch):
+    first = read(setting, validation_split_percentage=share)
+    rejected = setting.folder / "out/rejected.jsonl"
+    said = rejected.read_text()
+    assert [json.loads(line)["reason"] for line in said.splitlines()] == ["unknown role", "nothing learned"]
+    rejected.unlink()
+    parsed, encoded = [], []
+    monkeypatch.setattr(readers, "parse_line", lambda *given: parsed.append(given))
+    monkeypatch.setattr(ConversationEncoder, "many", lambda *given: encoded.append(given))
+    second = read(setting, validation_split_percentage=share)
+    assert (parsed, encoded) == ([], [])
+    assert list(second.train) == list(first.train)
+    assert list(second.validation) == list(first.validation)
+    assert [example.where for example in second.train] == [example.where for example in first.train]
+    assert second.as_dict() == first.as_dict()
+    assert rejected.read_text() == said
+
+
+def test_overwrite_cache_encodes_again(setting):
+    first = read(setting)
+    (name,) = entries(setting)
+    ids = setting.folder / "cache" / name / "train/ids.npy"
+    before = ids.stat().st_mtime_ns, ids.stat().st_ino
+    again = read(setting, overwrite_cache=True)
+    assert list(again.train) == list(first.train)
+    assert entries(setting) == [name]
+    assert (ids.stat().st_mtime_ns, ids.stat().st_ino) != before
+
+
+@pytest.mark.parametrize("damage", ["about.json", "train/ids.npy", "train/wheres_ends.npy"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_entry_is_made_again(damage, how, setting):
+    first = read(setting)
+    (name,) = entries(setting)
+    path = setting.folder / "cache" / name / damage
+    data = path.read_bytes()
+    path.unlink()
+    if how == "cut":
+        path.write_bytes(data[: len(data) - 9])
+    assert list(read(setting).train) == list(first.train)
+    assert entries(setting) == [name]
+    assert path.read_bytes() == data
+
+
+def test_a_run_that_fails_leaves_no_entry(setting):
+    with pytest.raises(ValueError, match="nobody"):
+        read(setting, on_bad_record="error")
+    assert entries(setting) == []
+
+
+def test_what_parses_for_itself_is_called_at_every_start(setting):
+    seen = []
+
+    def parse(record, where):
+        seen.append(where)
+        return parse_conversation(record, where)
+
+    first = read(setting, parse, parse_always=True)
+    assert len(seen) == 8
+    second = read(setting, parse, parse_always=True)
+    assert len(seen) == 16
+    assert second.as_dict() == first.as_dict()
+    rejected = (setting.folder / "out/rejected.jsonl").read_text().splitlines()
+    assert len(rejected) == 2  # not noted twice
+
+
+def test_pairs_come_back(setting):
+    records = [{"question": "the user", "response_chosen": "rest" * n, "response_rejected": "no"} for n in (1, 2, 3)]
+    write_lines(setting.folder / "data/a.jsonl", records)
+
+    def encode(preference):
+        return encode_preference(setting.tokenizer, setting.template, preference, 150, 50)
+
+    first, second = (read(setting, parse_preference, encode) for _ in range(2))
+    assert list(second.train) == list(first.train)
+    assert len(entries(setting)) == 1
+
+
+def test_everything_that_matters_changes_the_name(setting, tiny_tokenizer):
+    tokenizer, data = setting.tokenizer, setting.folder / "data/a.jsonl"
+    with_token = copy.deepcopy(tokenizer)
+    with_token.add_tokens(["<new>"])
+    settings = {"files": [data], "code": [parse_conversation], "tokenizer": tokenizer, "template": setting.template}
+    settings["limit"] = 50
+
+    def name(**changes):
+        return cache_path(setting.folder, **{**settings, **changes})
+
+    first = name()
+    assert first.parent == setting.folder
+    assert name(tokenizer=copy.deepcopy(tokenizer)) == first
+    other = shutil.copy(data, setting.folder / "other.jsonl")
+    others = [
+        name(limit=51),
+        name(max_length=50),
+        name(tokenizer=tiny_tokenizer(adds_bos=True)),
+        name(tokenizer=with_token),
+        name(template=TEMPLATES["llama2"].bind(tokenizer)),
+        name(code=[parse_preference]),
+        name(files=[]),
+        name(files=[Path(other)]),  # the same bytes, but records are named by their file
+    ]
+    data.write_bytes(data.read_bytes().replace(b"rest", b"best", 1))
+    others.append(name())
+    assert len({first, *others}) == len(others) + 1
+    with pytest.raises(TypeError, match="a cache can't be named by <object"):
+        name(anything=object())
+
+
+def test_the_name_changes_with_the_code(setting, monkeypatch, tmp_path):
+    first = cache_path(setting.folder)
+    package = tmp_path / "package"
+    shutil.copytree(PACKAGE, package)
+    monkeypatch.setattr(cache_module, "__file__", str(package / "cache.py"))
+    assert cache_path(setting.folder) == first
+    for name in ("readers", "conversation", "rendering", "encoding", "truncation", "examples"):
+        with open(package / f"{name}.py", "a", encoding="utf-8") as file:
+            file.write("# changed\n")
+        changed = cache_path(setting.folder)
+        assert changed != first, name
+        first = changed
+
+
+def test_an_entry_appears_whole_or_not_at_all(tmp_path):
+    entry = tmp_path / "encoded-0"
+    with pytest.raises(RuntimeError, match="stop"), write_cache(entry) as writer:
+        ExampleWriter(writer.folder("train")).finish()
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+    assert read_cache(entry, tmp_path / "rejected.jsonl") is None
+
+
+def test_of_two_runs_that_make_an_entry_at_once_one_stays(setting, tmp_path):
+    """The other one, whose turn comes later, puts nothing in its place half."""
+    path = tmp_path / "cache" / "encoded-0"
+    with write_cache(path) as one, write_cache(tmp_path / "cache" / "encoded-1") as other:
+        for writer, word in ((one, "one"), (other, "other")):
+            (writer.path / "about.json").write_text(word)
+        (tmp_path / "cache" / "encoded-0").mkdir()
+        (tmp_path / "cache" / "encoded-0" / "about.json").write_text("there")
+    assert (path / "about.json").read_text() == "one"
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["encoded-0", "encoded-1"]

@@ -1,0 +1,189 @@
+"""What a stage will learn from, shown before it runs: records, lengths, learned tokens, what a step holds, samples.
+
+    python -m tools.show_data supervised_finetuning.py --model_name_or_path models/SmolLM2-135M-Instruct \
+        --train_file_dir data/finetune/train --samples 3 --figure data.png
+
+    python -m tools.show_data sft run.yaml --processes 8      # pt, sft, rm, dpo, ppo are short names of the stages
+
+Behind the stage stand its own flags, as they are given to it. The data are read, checked and encoded by the stage's
+own `read_data`; weights are not loaded, no GPU is touched, and nothing is written to --output_dir. The report goes to
+stdout, what is chosen on the way to stderr. Exit code 0: the stage can read its data; 1: it cannot; 2: a flag cannot
+be honoured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from stagewise.arguments import ArgumentError, DataArguments, LanguageModelArguments, check_shared, parse
+from stagewise.conversation import RecordError
+from stagewise.data_summary import measure, summarise
+from stagewise.results import has_colour
+from stagewise.run import set_up_logging
+from stagewise.settings import settle_what_to_do
+from stagewise.splits import Splits
+from stagewise.streamed_training import check_streaming
+from stagewise.streaming import RecordStream
+from tools.data_report import Shown, draw, report
+from tools.document_flags import dataclasses_of
+
+STAGES = {
+    "pt": "pretraining",
+    "sft": "supervised_finetuning",
+    "rm": "reward_modeling",
+    "dpo": "dpo_training",
+    "ppo": "ppo_training",
+}
+STREAMED = 10_000  # records that stand for a stream, unless --max_train_samples says how many
+# Flags that say where a stage computes or writes, which is not done here.
+ELSEWHERE = {
+    *("use_cpu", "fp16", "bf16", "tf32", "fp16_full_eval", "bf16_full_eval", "deepspeed", "fsdp", "fsdp_config"),
+    *("ddp_backend", "accelerator_config", "use_liger_kernel", "liger_kernel_config", "local_rank"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_dir"),
+}
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """Of this tool's own flags; what it does not know are the stage's."""
+    about = "Shows what a stage will learn from; behind the stage stand its own flags."
+    parser = argparse.ArgumentParser(prog="python -m tools.show_data", description=about, allow_abbrev=False)
+    parser.add_argument("stage", type=stage_name, help=f"the stage's script, or one of {', '.join(STAGES)}")
+    parser.add_argument("--samples", type=natural, default=10, help="samples that are shown; default 10")
+    parser.add_argument("--processes", type=positive, default=1, help="processes that the run will have; default 1")
+    parser.add_argument("--figure", metavar="FILE.png", type=picture, help="a picture of the lengths is written there")
+    return parser
+
+
+def stage_name(word: str) -> str:
+    """ "sft" of "sft", "supervised_finetuning.py" or "path/to/supervised_finetuning.py"."""
+    name = Path(word).name.removesuffix(".py")
+    found = name if name in STAGES else next((short for short, script in STAGES.items() if script == name), None)
+    if found is None:
+        scripts = ", ".join(f"{script}.py ({short})" for short, script in STAGES.items())
+        raise argparse.ArgumentTypeError(f"expected a stage, one of {scripts}; found {word!r}")
+    return found
+
+
+def natural(word: str) -> int:
+    number = int(word)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, found {number}")
+    return number
+
+
+def positive(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
+
+
+def picture(word: str) -> Path:
+    """A path that a picture can be written to."""
+    path = Path(word)
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .pdf or .svg, found {word!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path
+
+
+def without_devices(words: Sequence[str]) -> list[str]:
+    """A stage's flags without those of ELSEWHERE and their values."""
+    kept, dropped = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropped = word[2:] in ELSEWHERE
+        if not dropped:
+            kept.append(word)
+    return kept
+
+
+def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
+    """The stage's dataclasses by their types, checked as the stage checks them; `folder` is its --output_dir.
+
+    Raises:
+        ArgumentError: a flag that the stage would refuse before it reads any data.
+    """
+
+    def before(words: list[str]) -> list[str]:
+        return [*without_devices(words), "--output_dir", folder, "--use_cpu", "True"]
+
+    args, *parts = parse(dataclasses_of(script), words, before=before)
+    check_shared(*parts)
+    flags = {type(part): part for part in (args, *parts)}
+    settle_what_to_do(args, flags[DataArguments])
+    if LanguageModelArguments in flags:
+        check_streaming(args, flags[DataArguments], flags[LanguageModelArguments])
+    return flags
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
+    """Reads, checks and encodes a stage's data as the stage does, by its own `read_data`.
+
+    Raises:
+        ArgumentError, RecordError: what the stage would say.
+    """
+    read_data = importlib.import_module(STAGES[stage]).read_data
+    wanted = typing.get_type_hints(read_data)
+    splits, tokenizer, *others = read_data(**{name: flags[kind] for name, kind in wanted.items() if name != "return"})
+    refused = []
+    if isinstance(splits.train, RecordStream):
+        refused = first_of_stream(splits, flags[DataArguments].max_train_samples)
+    path = Path(folder, "rejected.jsonl")
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rejected = [*map(str, refused), *(f"{entry['where']}: {entry['message']}" for entry in entries)]
+    return Shown(stage, STAGES[stage], flags, splits, tokenizer, others[0].name if others else None, rejected)
+
+
+def first_of_stream(splits: Splits, limit: int) -> list[RecordError]:
+    """Puts the first records of a stream in its place; returns what was wrong with others on the way."""
+    examples, account, refused = splits.train.first(STREAMED if limit == -1 else limit)
+    if not examples:
+        raise ArgumentError(f"--on_bad_record skip: none of the first {account.read} records is left")
+    limits = splits.summary["train"].limits if "train" in splits.summary else None
+    splits.summary["train"] = summarise(measure(examples), account.kept, account.cut, limits, streamed=True)
+    account.files = [file for files in splits.accounts["train"].files for file in files]
+    splits.train, splits.accounts["train"] = examples, account
+    return refused
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    own, words = own_parser().parse_known_args(argv)
+    set_up_logging()
+    logger.remove()  # what SplitReader logs of the records stands in the report
+    logger.add(sys.stderr, level="INFO", format="{message}", filter={"stagewise.splits": "WARNING"})
+    code = 2  # until the flags are understood
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            flags = stage_flags(STAGES[own.stage], words, folder)
+            code = 1
+            shown = read(own.stage, flags, folder)
+        except ValueError as error:
+            if not type(error).__module__.startswith("stagewise"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(code)
+    print(report(shown, own.processes, own.samples, has_colour(sys.stdout)))
+    if own.figure:
+        draw(shown, own.figure)
+        print(f"{own.figure}: lengths and learned shares, as a picture")
+
+
+if __name__ == "__main__":
+    main()
