@@ -200,11 +200,8 @@ def _asked(record: dict[str, Any], where: str) -> tuple[list[Message], str | Non
     """What stands before the answers of a preference (nothing, where they are whole conversations), and they."""
     system = optional_text(record.get("system"), "system", where)
     if _has(record, "conversations") or _has(record, "messages"):
-        messages, first = _turns(record, where)
-        if first is not None and system is not None and first != system:
-            raise RecordError(where, "two system prompts", 'the "system" field and the system turn differ')
-        check_order(messages, where)
-        return messages, first if system is None else system, [record.get("chosen"), record.get("rejected")]
+        answers = [record.get("chosen"), record.get("rejected")]
+        return *_before_answers(*_turns(record, where), system, where), answers
     if _has(record, "question"):
         names = ("response_chosen", "response_rejected") if _has(record, "response_chosen") else ("chosen", "rejected")
         return _exchange(record, record["question"], None, where), system, [record.get(name) for name in names]
@@ -220,9 +217,21 @@ def _asked(record: dict[str, Any], where: str) -> tuple[list[Message], str | Non
                               f"preference record, found {found(answers)}")  # fmt: skip
         return messages, system, list(answers)
     answers = [record.get("chosen"), record.get("rejected")]
+    if isinstance(record.get("prompt"), list):
+        return *_before_answers(*read_turns(record["prompt"], "prompt", where), system, where), answers
     if isinstance(record.get("prompt"), str):
         return _exchange(record, record["prompt"], None, where), system, answers
     return [], system, answers
+
+
+def _before_answers(
+    messages: list[Message], first: str | None, system: str | None, where: str
+) -> tuple[list[Message], str | None]:
+    """The turns before the answers, in order, and the system prompt of the turn `first` or of the record."""
+    if first is not None and system is not None and first != system:
+        raise RecordError(where, "two system prompts", 'the "system" field and the system turn differ')
+    check_order(messages, where)
+    return messages, first if system is None else system
 
 
 def _answer(answer: Any, side: str, where: str) -> tuple[list[Message], str | None]:

@@ -61,7 +61,8 @@ def encode_all(
     check_on_bad_record(on_bad_record)
     writer, seen, cut, left_out = ExampleWriter(folder), 0, 0, {}
     total = len(records) if hasattr(records, "__len__") else None
-    with tqdm(total=total, desc=description, disable=os.environ.get("RANK", "0") != "0", leave=False) as bar:
+    quiet = os.environ.get("RANK", "0") != "0"
+    with tqdm(total=total, desc=description, unit=" records", disable=quiet, leave=False) as bar:
         for record, outcome in _outcomes(iter(records), encode, num_workers):
             seen += 1
             bar.update()

@@ -412,3 +412,26 @@ def test_text_keeps_its_white_space():
 )
 def test_refused_text(record, slug):
     assert reason(parse_text, record)[0] == slug
+
+
+def test_a_prompt_of_messages_stands_before_the_answers():
+    """As many sets on the Hub have it: prompt, chosen and rejected are lists of messages."""
+    prompt = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "A cold?"},
+    ]
+    answers = {
+        side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "Rest."), ("rejected", "No."))
+    }
+    found = parse_preference({"prompt": prompt, **answers}, "a:1")
+    assert found.prompt.system == "Be kind."
+    assert [(m.role, m.content) for m in found.prompt.messages] == [
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "A cold?"),
+    ]
+    assert (found.chosen, found.rejected) == ((Message("assistant", "Rest."),), (Message("assistant", "No."),))
+    with pytest.raises(RecordError, match="two user turns|both from the user"):
+        parse_preference({"prompt": [prompt[1], prompt[1]], **answers}, "a:1")
