@@ -21,7 +21,7 @@ SFT=(--model_max_length 512 --per_device_train_batch_size 1 --max_steps 36 --lea
 RM=(--max_source_length 512 --max_target_length 256 --per_device_train_batch_size 4 --max_steps 24 --learning_rate 5e-4)
 RM+=(--train_sampling_strategy group_by_length)
 PPO=(--max_source_length 512 --max_target_length 48 --temperature 0.7 --batch_size 16 --mini_batch_size 8 --ppo_epochs 2)
-PPO+=(--rollouts 8 --learning_rate 7e-4 --init_kl_coef 0.07 --lam 1.0)
+PPO+=(--rollouts 8 --learning_rate 5e-4 --init_kl_coef 0.05 --lam 1.0)
 DPO=(--max_source_length 512 --max_target_length 256 --per_device_train_batch_size 4 --max_steps 14 --learning_rate 5e-4)
 DPO+=(--train_sampling_strategy group_by_length)
 
