@@ -179,9 +179,7 @@ def convert(
             for line in _whole_records(lines, account, _cut_row(in_file, kind)) if recover else lines:
                 account.read += 1
                 try:
-                    if isinstance(line.value, RecordError):
-                        raise line.value
-                    converted = CONVERTERS[data_type](line.value, line.where)
+                    converted = line.parsed(CONVERTERS[data_type])
                 except RecordError as error:
                     if on_bad_record == "error":
                         raise
@@ -198,7 +196,7 @@ def convert(
             raise ValueError(f"{account.why.rstrip('.')}; no whole record stands before")
         if not account.kept:
             raise ValueError(f"--in_file: none of the {account.read} records of {in_file} could be converted: "
-                             f"{_reasons(account) or 'there are no records in it'}")  # fmt: skip
+                             f"{account.reasons() or 'there are no records in it'}")  # fmt: skip
         os.replace(part, out_file)
     return account
 
@@ -206,11 +204,6 @@ def convert(
 def rejected_of(out_file: Path) -> Path:
     """Where what is left out is written."""
     return out_file.with_name(out_file.name + ".rejected.jsonl")
-
-
-def _reasons(account: Account) -> str:
-    """ "2 broken JSON, 1 empty turn"."""
-    return ", ".join(f"{count} {reason}" for reason, count in account.left_out.items())
 
 
 def _progress(in_file: Path) -> tqdm:
@@ -304,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"convert_dataset.py: {error}{way_out}")
     except ValueError as error:
         sys.exit(f"convert_dataset.py: {error}")
-    left_out = f", {account.read - account.kept} left out: {_reasons(account)}" if account.left_out else ""
+    left_out = f", {account.read - account.kept} left out: {account.reasons()}" if account.left_out else ""
     logger.info(f"{account.read} records read, {account.kept} written to {args.out_file}{left_out}")
     if account.left_out:
         logger.info(f"what was left out is in {rejected_of(args.out_file)}")

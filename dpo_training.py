@@ -31,15 +31,14 @@ from stagewise.arguments import (
     PairArguments,
 )
 from stagewise.callbacks import NonFiniteGuard
-from stagewise.conversation import parse_preference
-from stagewise.encoding import AnyTemplate, encode_preference
+from stagewise.encoding import AnyTemplate
 from stagewise.forward import learned_logits, takes_kept_logits
 from stagewise.losses import dpo_loss, sequence_logps
 from stagewise.metrics import pair_metrics
 from stagewise.model import find_source, load_causal_lm, load_config, load_tokenizer, refuse_adapter
 from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
-from stagewise.pairs import PairTrainer
+from stagewise.pairs import PairTrainer, read_pairs
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
 from stagewise.readers import RECORD_FILES
 from stagewise.run import start
@@ -144,19 +143,11 @@ def read_data(
 ) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
     """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
     load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
-    limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
     tokenizer = load_tokenizer(model_args)
     earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
     template = choose_template(tokenizer, chat_args, TEMPLATES, earlier)
-    splits = SplitReader(data_args, model_args, args, RECORD_FILES).read(
-        parse_preference,
-        lambda preference: encode_preference(tokenizer, template, preference, **limits),
-        train=args.do_train,
-        validation=args.do_eval,
-        tokenizer=tokenizer,
-        template=template.jinja(),
-        limits=limits,
-    )
+    reader = SplitReader(data_args, model_args, args, RECORD_FILES)
+    splits = read_pairs(reader, args, tokenizer, template, pair_args)
     return splits, tokenizer, template
 
 

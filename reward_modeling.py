@@ -18,14 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
 from stagewise.callbacks import NonFiniteGuard
-from stagewise.conversation import parse_preference
-from stagewise.encoding import AnyTemplate, encode_preference
+from stagewise.encoding import AnyTemplate
 from stagewise.losses import pairwise_loss
 from stagewise.metrics import pair_metrics
 from stagewise.model import load_config, load_reward_model, load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
-from stagewise.pairs import PairTrainer
+from stagewise.pairs import PairTrainer, read_pairs
 from stagewise.readers import RECORD_FILES
 from stagewise.run import start
 from stagewise.settings import StageArguments
@@ -59,18 +58,10 @@ def read_data(
 ) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
     """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
     load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
-    limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
     tokenizer = load_tokenizer(model_args)
     template = choose_template(tokenizer, chat_args, TEMPLATES, adapter_args.peft_path)
-    splits = SplitReader(data_args, model_args, args, RECORD_FILES).read(
-        parse_preference,
-        lambda preference: encode_preference(tokenizer, template, preference, **limits),
-        train=args.do_train,
-        validation=args.do_eval,
-        tokenizer=tokenizer,
-        template=template.jinja(),
-        limits=limits,
-    )
+    reader = SplitReader(data_args, model_args, args, RECORD_FILES)
+    splits = read_pairs(reader, args, tokenizer, template, pair_args)
     return splits, tokenizer, template
 
 

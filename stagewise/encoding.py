@@ -161,13 +161,24 @@ def encode_conversation(
 
 
 def encode_prompt(
-    tokenizer: Any, template: AnyTemplate, conversation: Conversation, max_source_length: int
-) -> list[int]:
-    """Ids up to where the assistant is to speak; earliest exchanges are dropped whole until they fit.
+    tokenizer: Any, template: AnyTemplate, conversation: Conversation, limit: int
+) -> tuple[list[int], Conversation]:
+    """Ids up to where the assistant is to speak, and the conversation with the exchanges that they hold.
 
-    Raises RecordError where the last question alone is longer than `max_source_length`.
+    Earliest exchanges are dropped whole until it fits. Raises RecordError where the last question alone has more than
+    `limit` tokens.
     """
-    return fitting_prompt(tokenizer, template, conversation, max_source_length)[0]
+    messages = conversation.messages
+    while True:
+        prompt = replace(conversation, messages=messages)
+        ids, _ = encode_segments(tokenizer, template.segments(prompt, generation=True))
+        if len(ids) <= limit:
+            return ids, prompt
+        later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
+        if not later:
+            raise RecordError(conversation.where, "prompt too long", f"the last question alone has {len(ids)} tokens, "
+                              f"the limit is {limit}; raise --max_source_length")  # fmt: skip
+        messages = messages[later[0] :]
 
 
 def encode_preference(
@@ -180,7 +191,7 @@ def encode_preference(
     encode alike, one has nothing to learn, or the last question is too long.
     """
     where = preference.where
-    prompt_ids, prompt = fitting_prompt(tokenizer, template, preference.prompt, max_source_length)
+    prompt_ids, prompt = encode_prompt(tokenizer, template, preference.prompt, max_source_length)
     cut = prompt.messages != preference.prompt.messages
     first = len(template.segments(prompt, generation=True))
     rows = []
@@ -284,20 +295,3 @@ def _row(pieces: Sequence[array], learned: Sequence[bool], where: str, limit: in
         pairs = zip(spans[::2], spans[1::2], strict=True)
         spans = array("i", [min(edge, limit) for pair in pairs if pair[0] < limit for edge in pair])
     return Row(ids, spans, where)
-
-
-def fitting_prompt(
-    tokenizer: Any, template: AnyTemplate, conversation: Conversation, limit: int
-) -> tuple[list[int], Conversation]:
-    """What encode_prompt says, and the conversation with the exchanges that it kept."""
-    messages = conversation.messages
-    while True:
-        prompt = replace(conversation, messages=messages)
-        ids, _ = encode_segments(tokenizer, template.segments(prompt, generation=True))
-        if len(ids) <= limit:
-            return ids, prompt
-        later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
-        if not later:
-            raise RecordError(conversation.where, "prompt too long", f"the last question alone has {len(ids)} tokens, "
-                              f"the limit is {limit}; raise --max_source_length")  # fmt: skip
-        messages = messages[later[0] :]

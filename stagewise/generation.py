@@ -88,20 +88,13 @@ def ready_to_speak(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     folds = all(map(_folds, layers)) and _fits([layer.get_base_layer().weight for layer in layers])
-    linears = [layer.get_base_layer() for layer in layers] if folds else []
-    parts = [] if folds else [part for layer in layers for part in _lowered(layer)]
-    kept = [(module, module.weight) for module in (*linears, *parts)]
+    new = [_folded(layer) for layer in layers] if folds else [pair for layer in layers for pair in _lowered(layer)]
+    kept = [(module, module.weight) for module, _ in new]
     try:
-        with torch.no_grad():
-            for layer, linear in zip(layers if folds else [], linears, strict=True):
-                delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
-                folded = (linear.weight.float() + delta).to(linear.weight.dtype)
-                linear.weight = nn.Parameter(folded, requires_grad=False)
-                layer.enable_adapters(False)
-            for layer in [] if folds else layers:
-                for linear in _lowered(layer):
-                    dtype = layer.get_base_layer().weight.dtype
-                    linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+        for module, weight in new:
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        for layer in layers if folds else []:
+            layer.enable_adapters(False)
         yield
     finally:
         for module, weight in kept:
@@ -129,15 +122,25 @@ def _fits(weights: Sequence[torch.Tensor]) -> bool:
     return 2 * needed <= psutil.virtual_memory().available
 
 
-def _lowered(layer: LoraLayer) -> list[nn.Linear]:
-    """The adapter's matrices that are of another precision than the linear layer they sit on."""
+@torch.no_grad()
+def _folded(layer: LoraLayer) -> tuple[nn.Linear, torch.Tensor]:
+    """The linear layer under the adapters, and its weight with them in it."""
+    base = layer.get_base_layer()
+    delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+    return base, (base.weight.float() + delta).to(base.weight.dtype)
+
+
+@torch.no_grad()
+def _lowered(layer: LoraLayer) -> list[tuple[nn.Linear, torch.Tensor]]:
+    """The adapter's matrices of another precision than their layer, and their weights in the layer's."""
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear) or not base.weight.dtype.is_floating_point:
         return []
     if isinstance(layer, AdaLoraLayer) or any(layer.use_dora.values()):  # their other parts stay in float32
         return []
     matrices = [matrix for part in (layer.lora_A, layer.lora_B) for matrix in part.values()]
-    return [matrix for matrix in matrices if matrix.weight.dtype != base.weight.dtype]
+    dtype = base.weight.dtype
+    return [(matrix, matrix.weight.to(dtype)) for matrix in matrices if matrix.weight.dtype != dtype]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,11 +5,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from stagewise.blocks import MAX_KEPT, MAX_RECORD, BrokenStream, read_blocks, without_mark
 from stagewise.turns import RecordError
 
+T = TypeVar("T")
 SPACE = re.compile(r"[ \t\r\n]*")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are not UTF-8
 CUT_NUMBER = re.compile(r"\.|[eE][+-]?")
@@ -26,6 +27,12 @@ class Line(NamedTuple):
     where: str
     raw: str
     value: dict[str, Any] | RecordError
+
+    def parsed(self, parse: Callable[[dict[str, Any], str], T]) -> T:
+        """`parse(record, where)`. Raises the RecordError of a line that holds none, or that of `parse`."""
+        if isinstance(self.value, RecordError):
+            raise self.value
+        return parse(self.value, self.where)
 
     def as_read(self) -> str:
         """The record's own text, for rejected.jsonl."""

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import RecordError
-from stagewise.examples import Example, Row, row_of
+from stagewise.examples import Example, Row
 from stagewise.packing import pack
+from stagewise.preparation import Encoded, encode_chunk
 from stagewise.records import Account
 from stagewise.scanning import Files, Place, Position
 
@@ -201,11 +202,12 @@ class Window:
     refused: list[Refusal] = field(default_factory=list)
     tokens: int = 0
 
-    def add(self, source: int, examples: Sequence[Example], cut: bool) -> None:
-        self.rows += map(row_of, examples)
-        self.owners += [len(self.kept)] * len(examples)
-        self.kept.append(Kept(source, cut))
-        self.tokens += sum(len(example.input_ids) for example in examples)
+    def add(self, source: int, encoded: Encoded) -> None:
+        rows = [row for (row,) in encoded.items]
+        self.rows += rows
+        self.owners += [len(self.kept)] * len(rows)
+        self.kept.append(Kept(source, encoded.cut))
+        self.tokens += sum(len(row.ids) for row in rows)
 
 
 class Lane:
@@ -259,16 +261,15 @@ class Lane:
     def _take(self, share: Share, window: Window) -> None:
         line = share.files.read(share.take())
         try:
-            if isinstance(line.value, RecordError):
-                raise line.value
-            result = self.recipe.encode(self.recipe.parse(line.value, line.where))
+            (encoded,) = encode_chunk([line.parsed(self.recipe.parse)], self.recipe.encode)
+            if isinstance(encoded, RecordError):
+                raise encoded
         except RecordError as error:
             if not self.recipe.skip:
                 raise
             window.refused.append(Refusal(share.source, error, line.as_read()))
             return
-        result, cut = result if isinstance(result, tuple) else (result, False)
-        window.add(share.source, result if isinstance(result, list) else [result], cut)
+        window.add(share.source, encoded)
 
     def _rows(self, window: Window, began: LaneState) -> Iterator[LaneRow]:
         recipe = self.recipe

@@ -1,4 +1,4 @@
-"""What reward modeling and DPO share: a Trainer over preference pairs with exact, pair by pair, validation."""
+"""What reward modeling and DPO share: pairs as they are read, and a Trainer with exact, pair by pair, validation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
+from stagewise.arguments import PairArguments
 from stagewise.callbacks import NonFiniteGuard
+from stagewise.conversation import parse_preference
+from stagewise.encoding import AnyTemplate, encode_preference
 from stagewise.sampling import GroupsByLength
+from stagewise.splits import SplitReader, Splits
+
+
+def read_pairs(
+    reader: SplitReader, args: TrainingArguments, tokenizer: Any, template: AnyTemplate, pair_args: PairArguments
+) -> Splits:
+    """Preferences as encoded pairs of answers within the length limits."""
+    limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
+    return reader.read(
+        parse_preference,
+        lambda preference: encode_preference(tokenizer, template, preference, **limits),
+        train=args.do_train,
+        validation=args.do_eval,
+        tokenizer=tokenizer,
+        template=template.jinja(),
+        limits=limits,
+    )
 
 
 class PairTrainer(GroupsByLength, Trainer):

@@ -59,7 +59,7 @@ def encode_all(
         RecordError, and ArgumentError where no record is left.
     """
     check_on_bad_record(on_bad_record)
-    writer, seen, cut, left_out = ExampleWriter(folder), 0, 0, {}
+    writer, seen, found = ExampleWriter(folder), 0, Account()
     total = len(records) if hasattr(records, "__len__") else None
     quiet = os.environ.get("RANK", "0") != "0"
     with tqdm(total=total, desc=description, unit=" records", disable=quiet, leave=False) as bar:
@@ -69,20 +69,18 @@ def encode_all(
             if isinstance(outcome, RecordError):
                 if on_bad_record == "error":
                     raise outcome
-                left_out[outcome.reason] = left_out.get(outcome.reason, 0) + 1
+                found.leave_out(outcome.reason)
                 write_rejected(rejected_path, outcome, raw(outcome.where) if raw else repr(record))
                 continue
-            cut += outcome.cut
+            found.cut += outcome.cut
             for rows in outcome.items:
                 writer.add(outcome.kind, rows)
-    account.cut += cut
-    for reason, count in left_out.items():
-        account.left_out[reason] = account.left_out.get(reason, 0) + count
-        account.kept -= count
+    account.cut += found.cut
+    account.kept -= sum(found.left_out.values())
+    account.leave_out_as(found)
     examples = writer.finish()
     if not len(examples):
-        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise ArgumentError(f"{description}: none of the {seen} records is left: {why}")
+        raise ArgumentError(f"{description}: none of the {seen} records is left: {found.reasons()}")
     return examples
 
 
@@ -93,10 +91,10 @@ def _outcomes(
     records: Iterator[Any], encode: Callable[[Any], Any], num_workers: int | None
 ) -> Iterator[tuple[Any, Encoded | RecordError]]:
     """Every record with its outcome, in order; a few chunks are under way at a time."""
-    work, workers = _encode_chunk, num_workers or 1
+    work, workers = encode_chunk, num_workers or 1
     with _pool(workers, encode) as pool:
         if workers == 1:
-            work, workers = partial(_encode_chunk, encode=encode), THREADS
+            work, workers = partial(encode_chunk, encode=encode), THREADS
         waiting: deque[tuple[list[Any], Future]] = deque()
         while chunk := list(itertools.islice(records, CHUNK)):
             waiting.append((chunk, pool.submit(work, chunk)))
@@ -132,7 +130,8 @@ def _start_worker(encode: Callable[[Any], Any]) -> None:
     _WORKER_ENCODE[:] = [encode]
 
 
-def _encode_chunk(chunk: Sequence[Any], encode: Callable[[Any], Any] | None = None) -> list[Encoded | RecordError]:
+def encode_chunk(chunk: Sequence[Any], encode: Callable[[Any], Any] | None = None) -> list[Encoded | RecordError]:
+    """What each record gave, or its RecordError; `encode` as encode_all takes it, in its workers their own."""
     encode = encode or _WORKER_ENCODE[0]
     if hasattr(encode, "many"):
         found = encode.many(chunk)

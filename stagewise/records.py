@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from itertools import chain, islice
@@ -44,6 +44,15 @@ class Account:
         if count:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
 
+    def leave_out_as(self, other: "Account") -> None:
+        """Counts what another account left out as left out here, too."""
+        for reason, count in other.left_out.items():
+            self.leave_out(reason, count)
+
+    def reasons(self) -> str:
+        """What was left out, in words: "2 broken JSON, 1 empty turn"."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+
     def as_dict(self) -> dict[str, Any]:
         """For run.json; `Account(**…)` makes it again."""
         found = {name: value for name, value in vars(self).items() if name != "again"}
@@ -63,17 +72,23 @@ class Again:
 
     def __call__(self, where: str) -> str:
         """The record's text, as it was read. Raises KeyError where there is none of that name."""
-        name = where
-        while name not in self.lines:
-            name, colon, _ = name.rpartition(":")
-            if not colon:
-                raise KeyError(where)
+        name = file_of(where, self.lines)
         for _ in range(2):  # the second time from the start
             for line in self._open.setdefault(name, self.lines[name]()):
                 if line.where == where:
                     return line.as_read()
             del self._open[name]
         raise KeyError(where)
+
+
+def file_of(where: str, names: Container[str]) -> str:
+    """The one of `names`, as files are called in messages, that the place `where` is in. Raises KeyError for none."""
+    name = where
+    while name not in names:
+        name, colon, _ = name.rpartition(":")
+        if not colon:
+            raise KeyError(where)
+    return name
 
 
 def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[Path]:
@@ -188,9 +203,7 @@ class Records(Generic[T]):
                 break
             account.read += 1
             try:
-                if isinstance(line.value, RecordError):
-                    raise line.value
-                record = self.parse(line.value, line.where)
+                record = line.parsed(self.parse)
             except RecordError as error:
                 if not self.skip:
                     raise
@@ -208,8 +221,8 @@ class Records(Generic[T]):
             yield record
         account.kept += kept
         if account.left_out:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in account.left_out.items())
-            logger.info(f"{sum(account.left_out.values())} of {account.read} records left out: {reasons}")
+            left_out = sum(account.left_out.values())
+            logger.info(f"{left_out} of {account.read} records left out: {account.reasons()}")
 
     def pick(self, chosen: Iterable[int]) -> Iterator[T]:
         """The kept records of these numbers, which must rise, read again."""
@@ -218,7 +231,7 @@ class Records(Generic[T]):
             place = self.places[number]
             line = next(islice(lines, place - at, None))
             at = place + 1
-            yield self.parse(line.value, line.where)
+            yield line.parsed(self.parse)
 
     def lines(self) -> Iterator[Line]:
         """Every line of the source, as it is read."""
@@ -264,7 +277,11 @@ def write_rejected(path: str | Path | None, error: RecordError, raw: str) -> Non
     """Append a left-out record to `path`; in a distributed run the first process alone writes."""
     if path is None or os.environ.get("RANK", "0") != "0":
         return
-    path = Path(path)
+    append_rejected(Path(path), error, raw)
+
+
+def append_rejected(path: Path, error: RecordError, raw: str) -> None:
+    """Append a left-out record to a file that this process alone writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {"where": error.where, "reason": error.reason, "message": error.message, "raw": raw}
     with path.open("a", encoding="utf-8") as file:

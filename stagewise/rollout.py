@@ -27,7 +27,7 @@ from transformers.trainer_utils import SaveStrategy
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import Conversation, parse_prompt
 from stagewise.data_summary import Step, measure, rollout_contents
-from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, fitting_prompt
+from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, encode_prompt
 from stagewise.policy import Batch
 from stagewise.splits import SplitReader, Splits
 
@@ -106,7 +106,7 @@ def read_prompts(
         return prompt
 
     def encode(prompt: Conversation) -> tuple[Example, bool]:
-        ids, fitting = fitting_prompt(tokenizer, template, prompt, limit)
+        ids, fitting = encode_prompt(tokenizer, template, prompt, limit)
         return Example(ids, [IGNORE_INDEX] * len(ids), prompt.where), fitting.messages != prompt.messages
 
     kept = {"tokenizer": tokenizer, "template": template.jinja(), "limits": {"max_source_length": limit}}

@@ -12,7 +12,7 @@ import yaml
 
 from stagewise.arguments import ArgumentError
 from stagewise.readers import file_names
-from stagewise.records import Account, Again, Records, find_files, nothing_left
+from stagewise.records import Account, Again, Records, file_of, find_files, nothing_left
 
 T = TypeVar("T")
 KEYS = ("path", "weight", "name", "max_samples")
@@ -166,11 +166,10 @@ def count_shares(entries: Sequence[dict[str, Any]], examples: Any) -> None:
     used: dict[str, set[str]] = {entry["name"]: set() for entry in entries}
     tokens = dict.fromkeys(used, 0)
     for index, length in enumerate(examples.tokens.sum(axis=1).tolist() if entries else ()):
-        where = name = examples.where(index)
-        while name not in owners:
-            name = name.rpartition(":")[0]
-        used[owners[name]["name"]].add(where)
-        tokens[owners[name]["name"]] += length
+        where = examples.where(index)
+        name = owners[file_of(where, owners)]["name"]
+        used[name].add(where)
+        tokens[name] += length
     for entry in entries:
         records = len(used[entry["name"]])
         entry |= {
@@ -219,8 +218,7 @@ def _settle(total: Account, parts: Sequence[Records[Any]]) -> None:
     for account in (part.account for part in parts if part.account is not total):
         total.read, total.kept = total.read + account.read, total.kept + account.kept
         total.sources += [{**about, "read": account.read, "kept": account.kept} for about in account.sources]
-        for reason, count in account.left_out.items():
-            total.leave_out(reason, count)
+        total.leave_out_as(account)
 
 
 def _entries(given: str, flag: str) -> list[dict[str, Any]]:

@@ -45,6 +45,5 @@ def together(accounts: Sequence[Account]) -> Account:
     """The sum of several accounts."""
     total = Account(*(sum(getattr(account, name) for account in accounts) for name in ("read", "kept", "cut")))
     for account in accounts:
-        for reason, count in account.left_out.items():
-            total.left_out[reason] = total.left_out.get(reason, 0) + count
+        total.leave_out_as(account)
     return total

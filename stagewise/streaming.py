@@ -35,7 +35,7 @@ from stagewise.data_summary import Measures
 from stagewise.examples import Example, Examples, ExampleWriter
 from stagewise.lanes import Lane, LaneRow, LaneState, Recipe, Refusal, counting
 from stagewise.readers import file_names
-from stagewise.records import Account
+from stagewise.records import Account, append_rejected
 from stagewise.sampling import outlive_termination
 from stagewise.scanning import Files
 from stagewise.sources import Source
@@ -159,12 +159,8 @@ class RecordStream(IterableDataset):
         """Notes that a batch is about to be trained on."""
         self.states.update(batch.states)
         self.rows_taken += self.world * self.batch
-        if batch.refused and self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.rejected_path.open("a", encoding="utf-8") as file:
-                for _, error, raw in batch.refused:
-                    entry = {"where": error.where, "reason": error.reason, "message": error.message, "raw": raw}
-                    file.write(json.dumps(entry) + "\n")
+        for _, error, raw in batch.refused if self.folder else ():
+            append_rejected(self.rejected_path, error, raw)
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 

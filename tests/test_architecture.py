@@ -76,24 +76,7 @@ LAYERS = [
     },
     {"run", "predecessor"},
 ]
-WITHOUT_TORCH = {
-    "turns",
-    "conversation",
-    "blocks",
-    "json_values",
-    "tables",
-    "readers",
-    "records",
-    "sources",
-    "rendering",
-    "own_template",
-    "cutting",
-    "skeleton",
-    "tool_forms",
-    "pieces",
-    "thinking",
-    "arguments",
-}
+WITHOUT_TORCH = LAYERS[0] | LAYERS[1] | {"data_summary"}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"template"}
 
 

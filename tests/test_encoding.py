@@ -190,7 +190,7 @@ def test_prompt_ids_are_a_prefix_of_the_whole(name, kind, what, zoo):
     whole, _ = encode_conversation(tokenizer, template, conversation, 9999)
     for turns in range(1, len(conversation.messages), 2):
         part = dataclasses.replace(conversation, messages=conversation.messages[: turns + 1])
-        prompt = encode_prompt(tokenizer, template, prompt_of(part), 9999)
+        prompt = encode_prompt(tokenizer, template, prompt_of(part), 9999)[0]
         assert whole.input_ids[: len(prompt)] == prompt
         # what follows the prompt is learned, what ends it is not
         assert whole.labels[len(prompt)] != IGNORE_INDEX
@@ -206,7 +206,7 @@ def test_ids_equal_what_a_server_makes_of_the_saved_template(name, kind, zoo):
     messages += [{"role": message.role, "content": message.content} for message in conversation.messages]
     whole, _ = encode_conversation(tokenizer, template, conversation, 9999)
     assert tokenizer.apply_chat_template(messages)["input_ids"] == whole.input_ids
-    prompt = encode_prompt(tokenizer, template, prompt_of(conversation), 9999)
+    prompt = encode_prompt(tokenizer, template, prompt_of(conversation), 9999)[0]
     assert tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"] == prompt
 
 
@@ -432,11 +432,11 @@ def test_many_at_once_are_what_each_is_alone(zoo):
 def test_earliest_exchanges_of_a_prompt_are_dropped_whole(spelling):
     template, tokenizer = bound(spelling, "chatml")
     conversation = talk("a", "b", "c", "d", "e", system="s")
-    last = encode_prompt(tokenizer, template, talk("e", system="s"), 9999)
-    two = encode_prompt(tokenizer, template, talk("c", "d", "e", system="s"), 9999)
-    whole = encode_prompt(tokenizer, template, conversation, 9999)
+    last = encode_prompt(tokenizer, template, talk("e", system="s"), 9999)[0]
+    two = encode_prompt(tokenizer, template, talk("c", "d", "e", system="s"), 9999)[0]
+    whole = encode_prompt(tokenizer, template, conversation, 9999)[0]
     for limit, expected in ((len(whole), whole), (len(whole) - 1, two), (len(two) - 1, last), (len(last), last)):
-        assert encode_prompt(tokenizer, template, conversation, limit) == expected
+        assert encode_prompt(tokenizer, template, conversation, limit)[0] == expected
     with pytest.raises(RecordError, match=rf"a\.jsonl:7: .*alone has {len(last)} tokens.*--max_source_length"):
         encode_prompt(tokenizer, template, conversation, len(last) - 1)
 
@@ -448,7 +448,7 @@ def test_both_answers_follow_the_same_prompt(spelling):
     template, tokenizer = bound(spelling, "chatml")
     preference = Preference(talk("a", "b", "c"), said("yes"), said("no"), "a.jsonl:7")
     pair, cut = encode_preference(tokenizer, template, preference, 9999, 9999)
-    prompt = encode_prompt(tokenizer, template, talk("a", "b", "c"), 9999)
+    prompt = encode_prompt(tokenizer, template, talk("a", "b", "c"), 9999)[0]
     for side, tokens in ((pair.chosen, ["y", "e", "s", "<|im_end|>"]), (pair.rejected, ["n", "o", "<|im_end|>"])):
         assert side.input_ids[: len(prompt)] == prompt
         assert answers(tokenizer, side) == [tokens]  # the answer "b" of the prompt is not learned
@@ -459,7 +459,7 @@ def test_both_answers_follow_the_same_prompt(spelling):
 def test_preference_limits(spelling):
     template, tokenizer = bound(spelling, "chatml")
     preference = Preference(talk("a", "b", "c"), said("yes"), said("no"), "a.jsonl:7")
-    last = encode_prompt(tokenizer, template, talk("c"), 9999)
+    last = encode_prompt(tokenizer, template, talk("c"), 9999)[0]
     pair, cut = encode_preference(tokenizer, template, preference, len(last), 3)
     assert pair.chosen.input_ids[: len(last)] == pair.rejected.input_ids[: len(last)] == last
     assert answers(tokenizer, pair.chosen) == [["y", "e", "s"]]
@@ -554,11 +554,11 @@ def test_smollm_learns_exactly_the_answers(name, smollm):
     ]
     lead, end = {"vicuna": (" ", ""), "llama2": (" ", " ")}.get(name, ("", ""))
     assert spans == [f"{lead}\n Rest, 多喝水。 {end}<|im_end|>", f"{lead}Honey 🍯{end}<|im_end|>"]
-    prompt = encode_prompt(tokenizer, template, prompt_of(conversation), 512)
+    prompt = encode_prompt(tokenizer, template, prompt_of(conversation), 512)[0]
     assert example.input_ids[: len(prompt)] == prompt
     messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
     served = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
-    assert encode_prompt(tokenizer, template, talk(messages[0]["content"]), 512) == served
+    assert encode_prompt(tokenizer, template, talk(messages[0]["content"]), 512)[0] == served
 
 
 @pytest.mark.real

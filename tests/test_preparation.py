@@ -60,7 +60,7 @@ def test_what_is_cut_and_left_out_is_counted(records, encode, tokenizer, templat
     account, rejected = account_of(records), tmp_path / "rejected.jsonl"
     options = {"on_bad_record": "skip", "rejected_path": rejected}
     examples = encode_all(records, encode, account=account, raw=lambda where: f"read at {where}", **options)
-    prompt = len(encode_prompt(tokenizer, template, talk("a", where="?"), 99))
+    prompt = len(encode_prompt(tokenizer, template, talk("a", where="?"), 99)[0])
     assert [example.where for example in examples] == [f"a.jsonl:{n}" for n in range(2, 42) if n != 9]
     assert all(isinstance(example, Example) and len(example.input_ids) <= 50 for example in examples)
     cut = sum(prompt + len(tokenizer("b" * n)["input_ids"]) + 1 > 50 for n in range(1, 41) if n != 8)
@@ -124,8 +124,9 @@ def test_texts_are_laid_out_flat_and_prompts_are_lists(tokenizer, template):
     examples = encode_all(["abc", "d"], lambda text: encode_text(tokenizer, text, 3), account=Account(2, 2))
     assert [tokenizer.decode(example.input_ids) for example in examples] == ["abc", "c</s>", "d</s>"]
     asked = talk("a", where="a:1")
-    prompts = encode_all([asked], lambda prompt: encode_prompt(tokenizer, template, prompt, 99), account=Account(1, 1))
-    assert list(prompts) == [encode_prompt(tokenizer, template, asked, 99)]
+    account = Account(1, 1)
+    prompts = encode_all([asked], lambda prompt: encode_prompt(tokenizer, template, prompt, 99)[0], account=account)
+    assert list(prompts) == [encode_prompt(tokenizer, template, asked, 99)[0]]
 
 
 def test_pairs_stay_pairs(tokenizer, template):

@@ -143,7 +143,7 @@ def test_prompts_are_prefixes_and_answers_alone_are_learned(kind, form):
         found = spans(whole)
         assert len(found) == len(conversation.messages) // 2
         for turn, (start, end) in enumerate(found):
-            prompt = encode_prompt(tokenizer, template, first(conversation, 2 * turn + 1), 10**6)
+            prompt = encode_prompt(tokenizer, template, first(conversation, 2 * turn + 1), 10**6)[0]
             assert whole.input_ids[: len(prompt)] == prompt
             assert start == len(prompt)
             # The answer's text, from the server's form: what follows the prompt, up to the end marker behind it.
@@ -197,7 +197,7 @@ def test_a_prompt_is_what_a_server_makes_of_it(kind, form):
         conversation = Conversation((Message("user", question),), system, where="a.jsonl:1")
         text = rendered(tokenizer, template, conversation, generation=True)
         served = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert encode_prompt(tokenizer, template, conversation, 10**6) == served
+        assert encode_prompt(tokenizer, template, conversation, 10**6)[0] == served
 
     check()
 
@@ -330,7 +330,7 @@ def test_pairs_share_their_prompt_and_keep_their_limits(kind, form):
         except RecordError as error:
             assert error.reason in ("prompt too long", "answers alike")
             return
-        ids = encode_prompt(tokenizer, template, prompt, source)
+        ids = encode_prompt(tokenizer, template, prompt, source)[0]
         assert len(ids) <= source
         for side in (pair.chosen, pair.rejected):
             assert side.input_ids[: len(ids)] == ids
