@@ -75,6 +75,13 @@ class ModelArguments:
     rope_factors_file: str | None = field(
         default=None, metadata={"help": "longrope: json file with its lists short_factor and long_factor."}
     )
+    router_aux_loss: bool = field(
+        default=False,
+        metadata={"help": "Mixture of experts: add the routers' loss, which keeps the experts in use alike."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of --router_aux_loss; default: the checkpoint's own."}
+    )
     flash_attn: bool = field(
         default=False,
         metadata={"help": "FlashAttention where installed, else torch's fastest exact attention on this GPU."},
@@ -283,6 +290,7 @@ RENAMED = {
     "adalora_delta_t": "deltaT",
     "adalora_target_r": "target_r",
     "neftune_noise_alpha": "neft_alpha",
+    "output_router_logits": "router_aux_loss",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "train_dir": "train_file_dir",
@@ -453,6 +461,7 @@ def check_shared(*arguments: Any) -> None:
             check_choice("torch_dtype", part.torch_dtype, ("auto", "float32", "bfloat16", "float16"))
             part.rope_length = longest_row(arguments)
             _check_context(part)
+            _check_router(part)
         elif isinstance(part, DataArguments):
             _check_data(part)
         elif isinstance(part, PairArguments):
@@ -488,6 +497,14 @@ def _check_context(model: ModelArguments) -> None:
         raise ArgumentError(f"--shift_group_ratio: expected above 0, at most 0.5, found {model.shift_group_ratio}")
     if not model.shift_attn and model.shift_group_ratio != ModelArguments.shift_group_ratio:
         raise ArgumentError("--shift_group_ratio has no effect without --shift_attn: add it, or leave it out")
+
+
+def _check_router(model: ModelArguments) -> None:
+    weight = model.router_aux_loss_coef
+    if weight is not None and not model.router_aux_loss:
+        raise ArgumentError("--router_aux_loss_coef has no effect without --router_aux_loss: add it, or leave it out")
+    if weight is not None and not 0 < weight < float("inf"):
+        raise ArgumentError(f"--router_aux_loss_coef: expected a number above 0, found {weight}")
 
 
 def _check_data(data: DataArguments) -> None:

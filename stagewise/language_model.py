@@ -17,6 +17,7 @@ from stagewise.encoding import IGNORE_INDEX, Example
 from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
 from stagewise.losses import token_nll
 from stagewise.packing import PackedRows, PaddedCollator, collate_packed
+from stagewise.router import BalancesExperts, RouterLoss
 from stagewise.sampling import GroupsByLength
 from stagewise.streamed_training import TakesStreams
 from stagewise.streaming import RecordStream
@@ -64,13 +65,21 @@ def training_rows(
     return rows, collate, how
 
 
-class LanguageModelTrainer(TakesStreams, GroupsByLength, Trainer):
+class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Trainer):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, guard: NonFiniteGuard, neft_alpha: float | None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        guard: NonFiniteGuard,
+        neft_alpha: float | None,
+        router: RouterLoss | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self.router = router
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the learned tokens of the whole batch
         self.guard = guard
         self.noise = EmbeddingNoise(self.model, neft_alpha) if neft_alpha else None

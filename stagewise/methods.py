@@ -60,6 +60,8 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
         _check_lora(stage, adapter, model)
     if model.bits:
         _check_quantised(args, adapter, model, next((p for p in parts if hasattr(p, "checkpoint_dir")), None))
+    if model.router_aux_loss and stage == "rm":
+        raise ArgumentError("--router_aux_loss: a reward model gives no routers' loss; leave it out")
     if not model.quantize_experts and model.bits != 4:
         raise ArgumentError("--quantize_experts False has no effect without --qlora or --load_in_4bit: leave it out")
     if args.optim.startswith("paged_") and args.device.type == "cpu":

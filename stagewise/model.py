@@ -30,6 +30,7 @@ import stagewise.row_quantisation  # noqa: F401  (from_pretrained then knows mod
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.rope import scale_rope
+from stagewise.router import check_router
 
 MODELSCOPE_PREFIX = "modelscope://"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -172,6 +173,7 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
             )
         raise ModelError(f"--model_name_or_path {source}: {hint} ({error})") from error
     check_model_type(args, config)
+    check_router(args, config)
     scale_rope(config, args)
     return config
 

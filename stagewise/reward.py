@@ -158,6 +158,7 @@ def load_scorer(
     own = replace(args, model_name_or_path=name, tokenizer_name_or_path=None, model_type="auto", model_revision="main")
     own.device_map = None
     own.qlora = own.load_in_4bit = own.load_in_8bit = False  # the scores are what is learned from: not rounded
+    own.router_aux_loss, own.router_aux_loss_coef = False, None
     own.rope_scaling, own.rope_factor, own.rope_factors_file, own.shift_attn = None, None, None, False
     folder = Path(name)
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()

@@ -37,6 +37,7 @@ LAYERS = [
         "fast_attention",
         "lazy_mask",
         "rope",
+        "router",
         "shifted_attention",
         "subwords",
         "vocabulary",

@@ -469,7 +469,8 @@ def own_files() -> list[Path]:
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in NOT_OURS and (name == ".ci" or name[0] != ".")]
-        found += [Path(folder, name) for name in names if Path(name).suffix in TEXT]
+        # in a worktree `.git` is a file, whose one line is a path
+        found += [Path(folder, name) for name in names if Path(name).suffix in TEXT and name != ".git"]
     return sorted(found)
 
 

@@ -107,6 +107,10 @@ CHINESE: dict[str, str] = {
     "Run Python code that the model repository ships.": "运行模型仓库自带的 Python 代码。",
     "Hold the linear layers in 4 bit (nf4, bitsandbytes).": "线性层以 4 位保存(nf4,bitsandbytes)。",
     "Hold the linear layers in 8 bit (bitsandbytes).": "线性层以 8 位保存(bitsandbytes)。",
+    "Mixture of experts: add the routers' loss, which keeps the experts in use alike.": (
+        "混合专家模型:加上路由器的损失,使各专家得到均衡使用。"
+    ),
+    "Weight of --router_aux_loss; default: the checkpoint's own.": ("--router_aux_loss 的权重;默认用检查点自带的值。"),
     "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit, to be adapted.": (
         "4 位时,合成一个三维参数的专家权重也一起量化;False:保持 16 位,可以加适配器。"
     ),
