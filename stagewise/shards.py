@@ -87,10 +87,12 @@ def plan_shards(
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in stored), None)
 
     layers = adapted_layers(skeleton, config, lora)
-    if lost := [name for name in layers if stored_as(name) is None]:
+    whole = {name: tensor for name, tensor in weights.items() if name not in lora}
+    # a base has no reward head, and may leave a tied head out
+    needed = [*layers, *(name for name in whole if name not in ("score.weight", head))]
+    if lost := [name for name in needed if stored_as(name) is None]:
         return f"the base's files have no {lost[0]} (one of {len(lost)}): such names are converted while loading"
     plan = Plan(files, {stored_as(name): layer for name, layer in layers.items()})
-    whole = {name: tensor for name, tensor in weights.items() if name not in lora}
     if head in whole:
         plan.untied = not torch.equal(whole[head], whole[embedding])
         if not plan.untied:

@@ -53,6 +53,11 @@ def choose_targets(model: PreTrainedModel, args: AdapterArguments) -> Targets:
     if named and reason:
         raise AdapterError(f"--target_modules {', '.join(named)}: experts held as one 3-D parameter; {reason}")
     check_names(model, "target_modules", modules, (nn.Linear, Conv1D, nn.Embedding))
+    if routers := [n for n, m in model.named_modules() if is_router(m) and n.rsplit(".", 1)[-1] in modules]:
+        raise AdapterError(
+            f"--target_modules {routers[0].rsplit('.', 1)[-1]}: chooses experts and takes no adapter; "
+            "--modules_to_save trains it in full"
+        )
     return Targets(modules, sorted(set(named)))
 
 
@@ -72,8 +77,9 @@ def no_experts_because(args: AdapterArguments) -> str | None:
 def linear_targets(model: PreTrainedModel) -> list[str]:
     """Names for `target_modules` of every linear layer: nn.Linear, its 4/8-bit forms, Conv1D, fused projections.
 
-    Left out: the output head, a reward model's head, and the layers of pictures and sound. A name is the last part
-    of the module's path ("q_proj"), or its full path where the last part alone would also take a layer left out.
+    Left out: the output head, a reward model's head, routers, and the layers of pictures and sound. A name is the
+    last part of the module's path ("q_proj"), or its full path where the last part alone would also take a layer left
+    out.
 
     Raises:
         AdapterError: if there is no linear layer.
@@ -82,6 +88,7 @@ def linear_targets(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is head}
     heads |= {name for name in linear if name.rsplit(".", 1)[-1] in SEQ_CLS_HEAD_NAMES}
+    heads |= {n for n, m in model.named_modules() if n in linear and is_router(m)}
     left_out = {n for n in linear if n in heads or any(w in part for w in OTHER_SENSES for part in n.split("."))}
     taken = linear - left_out
     if not taken:
@@ -89,6 +96,11 @@ def linear_targets(model: PreTrainedModel) -> list[str]:
     ambiguous = {name.rsplit(".", 1)[-1] for name in left_out}
     lasts = {name: name.rsplit(".", 1)[-1] for name in taken}
     return sorted({name if last in ambiguous else last for name, last in lasts.items()})
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether the module chooses experts: some are derived from nn.Linear, yet give more than one tensor."""
+    return "router" in type(module).__name__.lower()
 
 
 def fused_experts(model: nn.Module) -> list[str]:
