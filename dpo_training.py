@@ -14,7 +14,7 @@ frozen second copy with --use_peft False. --per_device_train_batch_size counts p
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +32,7 @@ from stagewise.arguments import (
 )
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.encoding import AnyTemplate
+from stagewise.eval_samples import chosen, continued
 from stagewise.forward import learned_logits, takes_kept_logits
 from stagewise.losses import dpo_loss, sequence_logps
 from stagewise.metrics import pair_metrics
@@ -105,6 +106,12 @@ class DPOTrainer(BalancesExperts, PairTrainer):
         if pairs not in self.known:
             self.known[pairs] = self.reference_logps(inputs)
         return dpo_loss(*self.logps(model, inputs), *self.known[pairs], self.beta)[1:]
+
+    def eval_samples(self, count, stops, synced=False):
+        """The model's own answers to a few validation prompts, and the pairs with their implicit rewards."""
+        pairs = super().eval_samples(count, stops, synced)
+        own = continued(self, chosen(self, count), stops, synced)
+        return [replace(pair, texts=[answer.texts[0], *pair.texts]) for pair, answer in zip(pairs, own, strict=True)]
 
 
 def prepare_reference(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

@@ -42,8 +42,10 @@ from transformers.utils import logging as transformers_logging
 from stagewise.adapter import fold, load_adapter
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
 from stagewise.arguments import ArgumentError, ModelArguments, parse
+from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
 from stagewise.manifest import read_manifest
 from stagewise.model import find_source, guard_4bit, hub_options, load_config, reward_config
+from stagewise.model_card import called, write_card
 from stagewise.rope import write_rope
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 
@@ -54,7 +56,7 @@ PROMPTS = (
     "多喝水,好好休息。",
     "def add(a, b):\n    return a + b\n",
 )
-ALONGSIDE = ("*.py", "preprocessor_config.json", "processor_config.json", "tokenizer.model")
+ALONGSIDE = ("*.py", "preprocessor_config.json", "processor_config.json", "tokenizer.model", *LICENCE_FILES)
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Job:
     """What is merged: everything that was found out before a weight of the base was read."""
 
     base: Path
+    name: str  # of the base: its directory, or its name on the hub
     adapter: Path
     config: PeftConfig  # the adapter's
     base_config: PretrainedConfig  # with a reward head where the adapter has one
@@ -131,7 +134,7 @@ def prepare(args: MergeArguments) -> Job:
     rows = skeleton.get_input_embeddings().weight.shape[0] if trained is None else len(trained)
     rows = grown(rows, tokenizer, args.resize_emb)
     options = hub_options(base, model_args)
-    return Job(Path(base), adapter, config, base_config, auto, skeleton, weights, tokenizer, rows, options)
+    return Job(Path(base), name, adapter, config, base_config, auto, skeleton, weights, tokenizer, rows, options)
 
 
 def check_predecessor(adapter: Path, base: str) -> None:
@@ -158,7 +161,7 @@ def fetch(source: str, args: ModelArguments) -> str:
     if Path(source).is_dir():
         return source
     options = {"revision": args.model_revision, "token": args.hf_hub_token, "cache_dir": args.cache_dir}
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", *LICENCE_FILES]
     try:
         folder = snapshot_download(source, allow_patterns=wanted, **options)
         if not list(Path(folder).glob("*.safetensors")):
@@ -272,7 +275,7 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
 
 
 def write_alongside(job: Job, folder: Path) -> None:
-    """Tokenizer with its chat template, generation config, and the files of a base with its own code."""
+    """Tokenizer with its chat template, generation config, licence, and the files of a base with its own code."""
     for pattern in ALONGSIDE:
         for path in job.base.glob(pattern):
             shutil.copy(path, folder)
@@ -368,14 +371,22 @@ def whole_or_nothing(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(job: Job, folder: Path, plan: Plan | str, result: dict[str, float]) -> None:
-    """run.json: this step at the end of the adapter's lineage; an adapter made elsewhere has none."""
-    path = job.adapter / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    step = {"stage": "merge", "base_model": str(job.base), "adapter": str(job.adapter)}
-    manifest = {**step, "lineage": [*before.get("lineage", []), step], "template": before.get("template"), **result}
-    manifest |= {"status": "finished", "in_memory": plan if isinstance(plan, str) else None}
+def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: dict[str, float]) -> None:
+    """run.json: this step at the end of the adapter's lineage, or of the base's; and README.md, which tells it."""
+    before = read_manifest(job.adapter) or {}
+    lineage = before.get("lineage") or (read_manifest(job.base) or {}).get("lineage", [])
+    from_hub = not Path(job.name).is_dir()
+    step = {"stage": "merge", "base_model": job.name if from_hub else str(job.base), "adapter": str(job.adapter)}
+    step |= {"from_hub": True} if from_hub else {}
+    licence = find_licence(job.base, called(job.name))
+    if licence["id"] == UNKNOWN:
+        logger.warning(f"licence of the base: unknown ({licence['source']}); README.md says so: fill it in there")
+    else:
+        logger.info(f"licence of the base: {licence['id']} ({licence['source']})")
+    manifest = {**step, "lineage": [*lineage, step], "template": before.get("template"), **result}
+    manifest |= {"status": "finished", "in_memory": plan if isinstance(plan, str) else None, "licence": licence}
     (folder / "run.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(folder, name, manifest, job.tokenizer, licence, job.scores)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -393,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
             dtype = merge_shards(job.base, plan, folder)
             write_config(job, plan, folder)
         write_alongside(job, folder)
-        write_manifest(job, folder, plan, check(job, folder, dtype))
+        write_account(job, folder, output_dir.resolve().name, plan, check(job, folder, dtype))
         for path in folder.iterdir():  # safetensors writes files that only their owner can read
             path.chmod((folder / "config.json").stat().st_mode)
     logger.info(f"merged model: {output_dir}")

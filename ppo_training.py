@@ -279,9 +279,10 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         kl, nll = (torch.stack([row.sum() for row in flat.split(lengths)]) for flat in (logps - reference, -plain))
         repeated = scores.new_tensor([repetition(answer) for answer in answers])
         rows = torch.stack([scores, kl, scores.new_tensor(lengths), nll, self.ended(answers).float(), repeated], dim=1)
-        for prompt, answer, score in zip(prompts, answers, scores.tolist(), strict=True):
+        ended = self.ended(answers).tolist()
+        for prompt, answer, score, whole in zip(prompts, answers, scores.tolist(), ended, strict=True):
             text = self.processing_class.decode(answer, skip_special_tokens=True)
-            self.answers.append({"where": prompt.where, "answer": text, "score": score})
+            self.answers.append({"where": prompt.where, "answer": text, "score": score, "ended": whole})
         return None, rows, inputs["index"]
 
 

@@ -7,6 +7,7 @@ have ends the program with the nearest known name; a flag that would have no eff
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -290,9 +291,11 @@ RENAMED = {
     "adalora_delta_t": "deltaT",
     "adalora_target_r": "target_r",
     "neftune_noise_alpha": "neft_alpha",
+    "disable_tqdm": "quiet",
     "output_router_logits": "router_aux_loss",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "predictions_file": "output_file",
     "train_dir": "train_file_dir",
     "validation_dir": "validation_file_dir",
 }
@@ -309,10 +312,24 @@ ALWAYS_SO = {
 OPTIMIZERS = {"adamw_hf": "adamw_torch"}
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help with the description as it is written, each flag under one name, and defaults where there are any."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = next((o for o in action.option_strings if o.startswith("--")), "")
+        takes = "" if action.nargs == 0 else " " + ("True|False" if action.nargs == "?" else name[2:].upper())
+        return name + takes
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
+        return action.help if silent else f"{action.help.rstrip('.')} (default: {action.default})."
+
+
 def parse(
     dataclass_types: list[type],
     argv: list[str] | None = None,
     before: Callable[[list[str]], list[str]] | None = None,
+    description: str | None = None,
 ) -> tuple[Any, ...]:
     """Parses a stage's command line strictly.
 
@@ -320,6 +337,7 @@ def parse(
         dataclass_types: the stage's dataclasses; every field is a flag.
         argv: words after the script's name; default `sys.argv[1:]`.
         before: is given the words, in today's names, before any dataclass is made from them; returns the words to use.
+        description: what --help shows above the flags, as it is.
 
     Returns:
         one instance for each dataclass, in order.
@@ -331,7 +349,10 @@ def parse(
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         argv = _words_of_file(Path(argv[0])) + argv[1:]
     # argparse's own usage names every flag: pages before the one line that says what is wrong
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, usage="%(prog)s [flags.yaml] --flag value …")
+    shape = {"usage": "%(prog)s [flags.yaml] --flag value …", "description": description}
+    if description:
+        shape["formatter_class"] = Help
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, **shape)
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:  # bool | None: alone it means True, as bool does
             action.nargs, action.const = "?", True

@@ -1,16 +1,12 @@
-"""What happens around the steps: progress, whole checkpoints, stopping on a signal, stopping on NaN."""
+"""What happens around the steps: whole checkpoints, stopping on a signal, stopping on NaN."""
 
 from __future__ import annotations
 
 import signal
-import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from loguru import logger
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from stagewise.checkpoint import mark_whole, rotate
@@ -99,57 +95,3 @@ class EvaluationRows(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if args.should_save:
             self.table.write(Path(args.output_dir) / "eval_records" / f"step-{state.global_step}.jsonl")
-
-
-class Progress(TrainerCallback):
-    """One bar a phase on the main process of a terminal; plain lines where there is none."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-        self.eval_bar: tqdm | None = None
-        self.began: tuple[float, int] | None = None  # when the first step began, and how many were done then
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = self.began or (time.time(), state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if not state.is_world_process_zero or not sys.stderr.isatty():
-            return
-        if self.eval_bar is None:
-            self.eval_bar = tqdm(total=len(eval_dataloader), desc="evaluate", unit="batch", leave=False)
-        self.eval_bar.update(1)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.eval_bar:
-            self.eval_bar.close()
-            self.eval_bar = None
-
-    on_predict = on_evaluate
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        shown = {k: v for k, v in logs.items() if k not in ("epoch", "total_flos") and isinstance(v, (int, float))}
-        line = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        line = f"step {state.global_step}/{state.max_steps}{self._time_left(state)} {line}"
-        tqdm.write(line, file=sys.stderr) if self.bar else logger.info(line)
-
-    def _time_left(self, state) -> str:
-        if self.began is None or not self.began[1] < state.global_step < state.max_steps:
-            return ""
-        seconds_a_step = (time.time() - self.began[0]) / (state.global_step - self.began[1])
-        minutes, seconds = divmod(int(seconds_a_step * (state.max_steps - state.global_step)), 60)
-        return f" ({minutes}:{seconds:02d} left)"
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.close()
-            self.bar = None

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from stagewise.attention import packs_exactly
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.encoding import IGNORE_INDEX, Example
+from stagewise.eval_samples import Sample, chosen, continued
 from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
 from stagewise.losses import token_nll
 from stagewise.packing import PackedRows, PaddedCollator, collate_packed
 from stagewise.router import BalancesExperts, RouterLoss
 from stagewise.sampling import GroupsByLength
+from stagewise.speed import TellsSpeed
 from stagewise.streamed_training import TakesStreams
 from stagewise.streaming import RecordStream
 from stagewise.validation import WithIndex
@@ -65,7 +67,7 @@ def training_rows(
     return rows, collate, how
 
 
-class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Trainer):
+class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, TellsSpeed, Trainer):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 
     loss_is_scaled_for_ga = True
@@ -91,6 +93,10 @@ class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Traine
             self.noise.see(inputs)
         logits, targets = learned_logits(model, inputs, self.keep_logits)
         return token_nll(logits, targets), targets
+
+    def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
+        """What the model says to a few validation records, beside what stands there (--eval_samples)."""
+        return continued(self, chosen(self, count), stops, synced)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Each record's summed loss and learned tokens, (B, 2), and its index, (B,)."""

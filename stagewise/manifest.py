@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 MANIFEST = "run.json"
@@ -61,3 +62,14 @@ def device_name(args: TrainingArguments) -> str:
     if args.device.type == "cuda":
         return torch.cuda.get_device_name(args.device)
     return f"{args.device.type} ({os.cpu_count()} cores)"
+
+
+def parameters_of(model: nn.Module) -> dict[str, int]:
+    """How many parameters a model has and how many of them are trained; of 4-bit weights two stand in a byte."""
+    counts = {"all": 0, "trained": 0}
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 holds a part of it here
+        size *= 2 if type(parameter).__name__ == "Params4bit" else 1
+        counts["all"] += size
+        counts["trained"] += size if parameter.requires_grad else 0
+    return counts

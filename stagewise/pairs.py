@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from stagewise.arguments import PairArguments
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import parse_preference
 from stagewise.encoding import AnyTemplate, encode_preference
+from stagewise.eval_samples import Sample, chosen, scored_pairs
 from stagewise.sampling import GroupsByLength
+from stagewise.speed import TellsSpeed
 from stagewise.splits import SplitReader, Splits
 
 
@@ -32,7 +35,7 @@ def read_pairs(
     )
 
 
-class PairTrainer(GroupsByLength, Trainer):
+class PairTrainer(GroupsByLength, TellsSpeed, Trainer):
     """Batches are (2B, T), the B chosen rows first. The stage's subclass holds `rewards` and `compute_loss`.
 
     `compute_loss` is given the pairs of the whole batch, over all micro-batches and processes, as
@@ -71,6 +74,10 @@ class PairTrainer(GroupsByLength, Trainer):
         """The pairs of an optimizer step, over all processes; transformers would count learned tokens."""
         pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
         return int(self.accelerator.gather(pairs).sum())
+
+    def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
+        """A few validation pairs with their rewards (--eval_samples)."""
+        return scored_pairs(self, chosen(self, count))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Each pair's two rewards, (B, 2), and its index, (B,)."""

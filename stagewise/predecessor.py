@@ -68,5 +68,7 @@ def merge_predecessor(run: Run, args: PredecessorArguments, model: Model) -> Mod
         return model
     earlier = read_manifest(args.checkpoint_dir) or {}
     *base, step = run.manifest["lineage"]
-    run.note(lineage=[*earlier.get("lineage", base), {**step, "merged_adapter": args.checkpoint_dir}])
+    if "continued_adapter" not in step:  # its lineage has what was merged
+        base = earlier.get("lineage", base)
+    run.note(lineage=[*base, {**step, "merged_adapter": args.checkpoint_dir}])
     return merge_in_memory(model, args.checkpoint_dir)

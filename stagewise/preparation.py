@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -40,8 +41,9 @@ def encode_all(
     folder: str | Path | None = None,
     raw: Callable[[str], str] | None = None,
     description: str = "Encoding",
+    quiet: bool = False,
 ) -> Examples:
-    """`encode(record)` of every record, in order, with a progress bar on the main process.
+    """`encode(record)` of every record, in order, with a progress bar on the main process's terminal.
 
     `records` may be an iterator: a few hundred records are held at a time. The examples stay in memory while they are
     few, else in files (ExampleWriter), in `folder` where one is given.
@@ -54,6 +56,7 @@ def encode_all(
         on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`.
         num_workers: processes that encode; None or 1 is this one, with threads on its cores.
         raw: where → the record as it was read, for `rejected_path`.
+        quiet: no bar.
 
     Raises:
         RecordError, and ArgumentError where no record is left.
@@ -61,7 +64,7 @@ def encode_all(
     check_on_bad_record(on_bad_record)
     writer, seen, found = ExampleWriter(folder), 0, Account()
     total = len(records) if hasattr(records, "__len__") else None
-    quiet = os.environ.get("RANK", "0") != "0"
+    quiet = quiet or os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
     with tqdm(total=total, desc=description, unit=" records", disable=quiet, leave=False) as bar:
         for record, outcome in _outcomes(iter(records), encode, num_workers):
             seen += 1

@@ -1,4 +1,4 @@
-"""What a person looks at: result files, the loss curve, a training sample with its learned tokens marked."""
+"""What a person looks at: result files, a training sample with its learned tokens marked."""
 
 from __future__ import annotations
 
@@ -18,26 +18,6 @@ def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
     """`train_results` and `eval_results`, as .json and as .txt."""
     (folder / f"{split}_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (folder / f"{split}_results.txt").write_text("".join(f"{k} = {v}\n" for k, v in metrics.items()))
-
-
-def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """A picture of the training and validation loss by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(log["step"], log[key]) for log in history if key in log]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    axis.set(xlabel="step", ylabel="loss")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def has_colour(stream: TextIO) -> bool:

@@ -22,13 +22,15 @@ import torch
 from accelerate.utils import gather_object
 from loguru import logger
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import Conversation, parse_prompt
 from stagewise.data_summary import Step, measure, rollout_contents
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, encode_prompt
+from stagewise.eval_samples import Sample, Text, chosen
 from stagewise.policy import Batch
+from stagewise.speed import TellsSpeed
 from stagewise.splits import SplitReader, Splits
 
 STATE = "ppo_state.pt"  # value head, rollouts made and KL coefficient: with each checkpoint, for resuming
@@ -116,7 +118,7 @@ def read_prompts(
     return splits, {"train": first, "validation": last}
 
 
-class RolloutTrainer(Trainer):
+class RolloutTrainer(TellsSpeed, Trainer):
     """A Trainer whose training batches come from the model as it is when they are asked for.
 
     The stage's subclass holds `rollout`, which returns a rollout's minibatches, and `compute_loss`. The model has a
@@ -132,7 +134,7 @@ class RolloutTrainer(Trainer):
         self.rollouts = 0  # made so far
         self.queue: list[Batch] = []  # minibatches of this rollout that are still to come
         self.meter = Meter()
-        self.answers: list[dict[str, Any]] = []  # of the last evaluation, this process's
+        self.answers: list[dict[str, Any]] = []  # of the last evaluation; while it goes on, this process's
 
     def rollout(self) -> list[Batch]:
         """The minibatches of the next rollout in the order in which they are learned; counts `rollouts` up."""
@@ -187,19 +189,34 @@ class RolloutTrainer(Trainer):
             logs.update(seen)
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Leaves the answers of all processes in `answers`."""
+        self.answers = []
+        output = super().evaluation_loop(*args, **kwargs)
+        # Processes are handed whole batches, so the last ones may repeat a record.
+        self.answers = list({answer["where"]: answer for answer in gather_object(self.answers)}.values())
+        return output
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """With --save_eval_records the answers' texts are written, too: eval_records/answers-step-N.jsonl."""
-        self.answers = []
         metrics = super().evaluate(*args, **kwargs)
-        if self.args.save_eval_records:
-            # Processes are handed whole batches, so the last ones may repeat a record.
-            answers = {answer["where"]: answer for answer in gather_object(self.answers)}
-            if self.args.should_save:
-                path = Path(self.args.output_dir) / "eval_records" / f"answers-step-{self.state.global_step}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers.values()]
-                path.write_text("".join(lines), encoding="utf-8")
+        if self.args.save_eval_records and self.args.should_save:
+            path = Path(self.args.output_dir) / "eval_records" / f"answers-step-{self.state.global_step}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
+            path.write_text("".join(lines), encoding="utf-8")
         return metrics
+
+    def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
+        """A few of the answers that the last evaluation scored (--eval_samples)."""
+        answers = {answer["where"]: answer for answer in self.answers}
+        samples = []
+        for place in chosen(self, count):
+            prompt = self.eval_dataset.examples[place]
+            own = answers[prompt.where]
+            text = Text("answer", own["answer"], own["score"], own["ended"])
+            samples.append(Sample(prompt.where, self.processing_class.decode(prompt.input_ids), [text]))
+        return samples
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if state_dict is None and not hasattr(self.model, "peft_config"):
@@ -233,6 +250,7 @@ class RolloutBatches:
         trainer = self.trainer
         for _ in range(trainer.schedule.an_epoch - trainer.rollouts % trainer.schedule.an_epoch):
             started = time.time()
+            trainer.start_clock()
             trainer.queue[:] = trainer.rollout()
             if trainer.rollouts == 1:
                 logger.info(f"first rollout: {time.time() - started:.1f} s before its updates")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
-import shutil
 import sys
 import time
 import warnings
@@ -17,27 +15,36 @@ from typing import Any
 import torch
 from loguru import logger
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from stagewise.adapter import method_callbacks
 from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, check_shared, parse
-from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, Progress, WholeCheckpoints
-from stagewise.checkpoint import checkpoints, resume_point
+from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, WholeCheckpoints
+from stagewise.checkpoint import resume_point
+from stagewise.curves import write_pictures
+from stagewise.dry_run import dry_run
 from stagewise.encoding import Example, PreferenceExample
-from stagewise.manifest import MANIFEST, device_name, given_flags, read_manifest, versions, without_tokens
+from stagewise.eval_samples import EvaluationSamples
+from stagewise.lineage import begin_step, earlier_steps, finished_step
+from stagewise.manifest import MANIFEST, device_name, given_flags, parameters_of, versions, without_tokens
 from stagewise.methods import check_methods
 from stagewise.model import finish_generation_config
-from stagewise.results import draw_curves, show_sample, write_results
+from stagewise.output_dir import check_output_dir, remove_earlier_run
+from stagewise.results import has_colour, show_sample, write_results
 from stagewise.rope import kept_rope
+from stagewise.run_page import PAGE, write_page
 from stagewise.settings import (
     StageArguments,
+    check_eval_samples,
     device_words,
     settle_long_context,
     settle_precision,
     settle_what_to_do,
 )
+from stagewise.terminal import Progress, quieten, say
 from stagewise.validation import EvaluationTable
 
 
@@ -49,7 +56,8 @@ def set_up_logging() -> None:
     """The log on stderr: of the first process all, of the others errors."""
     logger.remove()
     level = "INFO" if is_main() else "ERROR"
-    logger.add(sys.stderr, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>")
+    colour = has_colour(sys.stderr)
+    logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=colour)
     transformers_logging.set_verbosity_error()
     # Renamings inside transformers and PEFT, which a user of these scripts can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -83,12 +91,13 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         check_shared(*parts)
         data = next((part for part in parts if isinstance(part, DataArguments)), None)
         settle_what_to_do(args, data)
+        check_eval_samples(args, "--eval_samples" in given)
         settle_precision(args, parts)
         settle_long_context(stage, parts)
         check_methods(stage, args, parts)
         if args.dry_run and is_deepspeed_zero3_enabled():
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
-        _check_output_dir(args)
+        check_output_dir(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -96,32 +105,11 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         # transformers would use DataParallel, which cannot split a packed row.
         args._n_gpu = 1
         logger.info(f"1 of {torch.cuda.device_count()} GPUs is used; torchrun --nproc_per_node uses them all")
+    if args.quiet:
+        quieten()
     set_seed(args.seed)
     flags = given_flags([args, *parts], {word[2:] for word in given if word.startswith("--")})
     return Run(stage, args, parts, flags), *parts
-
-
-def _check_output_dir(args: StageArguments) -> None:
-    """Raises ArgumentError if the run would write over what is there."""
-    folder = Path(args.output_dir)
-    if folder.is_file():
-        raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
-    if args.overwrite_output_dir or args.dry_run or not args.do_train:
-        return
-    manifest = read_manifest(folder)
-    way_out = "--overwrite_output_dir replaces it, another --output_dir keeps it"
-    finished = manifest is not None and manifest.get("status") == "finished"
-    if args.resume_from_checkpoint and (checkpoints(folder) or not finished):
-        return
-    if finished:
-        raise ArgumentError(f"--output_dir {folder}: holds a finished {manifest.get('stage')} run; {way_out}")
-    if checkpoints(folder):
-        raise ArgumentError(
-            f"--output_dir {folder}: holds {checkpoints(folder)[-1].name} of a run that did not finish; "
-            f"--resume_from_checkpoint True goes on from it, {way_out}"
-        )
-    if not manifest and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ArgumentError(f"--output_dir {folder}: holds a model that this run did not make; {way_out}")
 
 
 class Run:
@@ -135,16 +123,18 @@ class Run:
         self.output_dir = Path(args.output_dir)
         self.started = time.time()
         self.preemption: Preemption | None = None
+        self.progress = Progress(args.quiet)
+        self.trainer: Trainer | None = None
         self.adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
-        base = getattr(next((p for p in parts if hasattr(p, "model_name_or_path")), None), "model_name_or_path", None)
-        before = read_manifest(base) if base and Path(base).is_dir() else None
+        step = begin_step(stage, parts)
         self.manifest: dict[str, Any] = {
             "stage": stage,
             "status": "running",
             "command": [Path(sys.argv[0]).name, *without_tokens(sys.argv[1:])],
             "flags": flags,
-            "base_model": base,
-            "lineage": [*(before or {}).get("lineage", []), {"stage": stage, "base_model": base}],
+            "base_model": step["base_model"],
+            "method": self.adapter.method if self.adapter else None,
+            "lineage": [*earlier_steps(parts), step],
             "versions": versions(),
             "device": device_name(args),
             "processes": args.world_size,
@@ -167,6 +157,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> bool:
+        self.progress.close()
         if error is None or isinstance(error, SystemExit):
             return False
         message = _out_of_memory_advice(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
@@ -174,11 +165,21 @@ class Run:
         if self.manifest.get("began"):
             self.note(status="failed", error=f"{kind.__name__}: {message}", **self._costs())
             self.write()
+            self.show(pictures=True)
         expected = isinstance(error, (ValueError, NonFiniteError)) and type(error).__module__.startswith("stagewise")
         if expected or isinstance(error, torch.OutOfMemoryError):
             print(f"error: {message}", file=sys.stderr)
             raise SystemExit(1) from error
         return False
+
+    def show(self, pictures: bool = False) -> None:
+        """report.html as the run is now, and with `pictures` the curves as PNG files; on the main process."""
+        if self.args.dry_run or not is_main() or self.trainer is None:
+            return
+        history = self.trainer.state.log_history
+        write_page(self.output_dir, self.manifest, history)
+        if pictures:
+            write_pictures(history, self.output_dir)
 
     def _costs(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -204,14 +205,15 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         self.preemption = Preemption()
         keep, self.args.save_total_limit = self.args.save_total_limit, None
-        own: list[TrainerCallback] = [Progress(), guard, self.preemption]
+        self.trainer = trainer
+        own: list[TrainerCallback] = [self.progress, guard, self.preemption]
         own += [*method_callbacks(trainer, self.adapter), WholeCheckpoints(keep)]
         if table is not None and self.args.save_eval_records:
             own.append(EvaluationRows(table))
         for callback in own:
             trainer.add_callback(callback)
         config = trainer.model.config
-        self.note(attention=config.get_text_config()._attn_implementation)
+        self.note(attention=config.get_text_config()._attn_implementation, parameters=parameters_of(trainer.model))
         if "rope_scaling" in self.manifest["flags"]:
             self.note(rope=kept_rope(config))
 
@@ -227,20 +229,22 @@ class Run:
             logger.info(step.line())
             self.manifest["data"]["summary"]["step"] = step.as_dict()
         if args.dry_run:
-            self._dry_run(trainer)
+            dry_run(trainer, lambda: peak(self._costs()))
             return
         if not args.do_train:
-            self._evaluate_only(trainer)
+            self._evaluate_only(trainer, stop)
             return
+        self._watch(trainer, stop)
         resume = resume_point(args.output_dir, args.resume_from_checkpoint)
         if args.overwrite_output_dir and resume is None and is_main():
             remove_earlier_run(args.output_dir)
-        self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"))
+        self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"), **({"resumed_from": resume.name} if resume else {}))
         self.write()
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if self.preemption and self.preemption.stopped:
-            self.note(status="stopped", **self._costs())
+            self.note(status="stopped", steps=trainer.state.global_step, **self._costs())
             self.write()
+            self.show(pictures=True)
             logger.warning(
                 "stopped by SIGTERM after a whole checkpoint; --resume_from_checkpoint True goes on from it"
             )
@@ -257,10 +261,23 @@ class Run:
             for split in ("train", "eval"):
                 if split in metrics:
                     write_results(self.output_dir, split, metrics[split])
-            draw_curves(trainer.state.log_history, self.output_dir / "loss.png")
         self.note(status="finished", metrics=metrics, steps=trainer.state.global_step, **self._costs())
+        self.manifest["lineage"][-1] = finished_step(self.manifest, self.output_dir)
         self.write()
-        logger.info(f"finished in {self.manifest['seconds']:.0f} s; {self.output_dir}/{MANIFEST} holds the account")
+        self.show(pictures=True)
+        folder = self.output_dir
+        logger.info(f"finished in {self.manifest['seconds']:.0f} s; {folder}/{MANIFEST} holds the account")
+        logger.info(f"to look at: {folder}/{PAGE} in a browser")
+
+    def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        """What shows the run while it goes on: samples, TensorBoard, and the page; in this order at an evaluation."""
+        if self.args.eval_samples and trainer.eval_dataset is not None:
+            trainer.add_callback(EvaluationSamples(trainer, self.args.eval_samples, stop or (), self.zero3))
+        if trainer.pop_callback(TensorBoardCallback):
+            from stagewise.board import Board  # a run that writes no such files need not have tensorboard
+
+            trainer.add_callback(Board(self.manifest))
+        trainer.add_callback(Showing(self))
 
     def _save(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """The adapter or the model, the tokenizer with its chat template, and where generation ends."""
@@ -273,36 +290,9 @@ class Run:
                     base.generation_config.save_pretrained(self.output_dir)
         trainer.save_model()
 
-    def _dry_run(self, trainer: Trainer) -> None:
-        """One batch forward and backward, and what the run will take by it; no step is taken."""
-        args = self.args
-        loader = trainer.get_train_dataloader()
-        steps = args.max_steps
-        if steps <= 0:  # a stream has no length, and --max_steps
-            updates = math.ceil(len(loader) / args.gradient_accumulation_steps)
-            steps = math.ceil(args.num_train_epochs * updates)
-        trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-        model = trainer.model.to(args.device)
-        started = time.time()
-        batch = next(iter(loader))
-        count = trainer._get_num_items_in_batch([batch], args.device)
-        loss = trainer.compute_loss(model.train(), trainer._prepare_inputs(batch), num_items_in_batch=count)
-        loss.backward()
-        loss = float(loss.detach())  # waits for the device
-        seconds = (time.time() - started) * args.gradient_accumulation_steps * steps
-        # Adam keeps two float32 numbers a trained parameter; gradients are in the peak already.
-        optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * 8 / 2**30
-        peak = self._costs().get("peak_gpu_memory_gib", self._costs()["peak_memory_gib"]) + optimizer
-        shapes = {name: tuple(value.shape) for name, value in batch.items() if torch.is_tensor(value)}
-        logger.info(f"dry run: one batch {shapes}, loss {loss:.4f}")
-        logger.info(
-            f"dry run: {steps} steps, about {seconds / 60:.1f} minutes and {peak:.1f} GiB a process "
-            f"({self.args.device.type}); nothing was trained or written"
-        )
-        if is_main() and self.output_dir.is_dir() and not any(self.output_dir.iterdir()):
-            self.output_dir.rmdir()  # the Trainer made it
-
-    def _evaluate_only(self, trainer: Trainer) -> None:
+    def _evaluate_only(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        if self.args.eval_samples:
+            trainer.add_callback(EvaluationSamples(trainer, self.args.eval_samples, stop or (), self.zero3))
         metrics = trainer.evaluate()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if is_main():
@@ -311,22 +301,21 @@ class Run:
             logger.info(f"{key} = {value}")
 
 
-# What a run writes; --overwrite_output_dir removes these and nothing else. rejected.jsonl is not among them: when this
-# happens the data has been read, and the file is this run's.
-WRITTEN = (
-    *("checkpoint-*", "eval_records", "logs", "rejected-*.jsonl", "*_results.json", "*_results.txt", "loss.png"),
-    *("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model*.safetensors*"),
-    *("run.json", "trainer_state.json", "training_args.bin", "ppo_state.pt"),
-)
+class Showing(TrainerCallback):
+    """Writes the page anew where something of a running run is to be seen, so that a killed one leaves it, too."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.run.show()
+
+    on_evaluate = on_save = on_train_begin
 
 
-def remove_earlier_run(output_dir: str | Path) -> None:
-    """Removes what an earlier run wrote; other files stay."""
-    for path in (path for pattern in WRITTEN for path in Path(output_dir).glob(pattern)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def peak(costs: dict[str, Any]) -> float:
+    """The most memory of a run, in GiB: the GPU's where there is one."""
+    return costs.get("peak_gpu_memory_gib", costs["peak_memory_gib"])
 
 
 def _out_of_memory_advice(error: BaseException) -> str:

@@ -32,6 +32,16 @@ class StageArguments(TrainingArguments):
     save_eval_records: bool = field(
         default=False, metadata={"help": "Write each validation record's numbers to eval_records/step-N.jsonl."}
     )
+    eval_samples: int = field(
+        default=3,
+        metadata={
+            "help": "Validation records that each evaluation also shows: what the model says to them (eval_samples/, "
+            "TensorBoard, report.html); of a reward model the scores. 0: none."
+        },
+    )
+    quiet: bool = field(
+        default=False, metadata={"help": "Plain lines on a terminal, too: no line that is written over, no bars."}
+    )
     report_to: str | None = field(
         default="tensorboard", metadata={"help": "Trackers, joined by commas: tensorboard, wandb …; or none."}
     )
@@ -116,6 +126,17 @@ def settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None:
         raise ArgumentError(
             "evaluation is asked for without validation records: give --validation_file_dir or "
             "--validation_split_percentage, or leave out --do_eval, --eval_strategy and --eval_on_start"
+        )
+
+
+def check_eval_samples(args: StageArguments, given: bool) -> None:
+    """Raises ArgumentError for an --eval_samples that is below 0, or that no evaluation would show."""
+    if args.eval_samples < 0:
+        raise ArgumentError(f"--eval_samples: expected 0 (none) or more, found {args.eval_samples}")
+    if given and args.eval_samples and not args.do_eval:
+        raise ArgumentError(
+            "--eval_samples has no effect without evaluation: give validation records (--validation_file_dir or "
+            "--validation_split_percentage), or leave it out"
         )
 
 

@@ -63,6 +63,7 @@ class SplitReader:
         self.data, self.model, self.suffixes = data, model, suffixes
         self.seed, self.data_seed = args.seed, args.seed if args.data_seed is None else args.data_seed
         name = "rejected.jsonl" if args.do_train else "eval_rejected.jsonl"
+        self.quiet = getattr(args, "quiet", False)  # tools have no such flag
         self.rejected = None if args.dry_run else Path(args.output_dir) / name
         if data.overwrite_cache and not model.cache_dir:
             logger.info("--overwrite_cache: without --cache_dir nothing is cached that it could overwrite")
@@ -263,6 +264,7 @@ class SplitReader:
             folder=writer and writer.folder(split),
             raw=account.again,
             description=f"encode {split}",
+            quiet=self.quiet,
         )
         count_shares(account.sources, examples)
         return examples

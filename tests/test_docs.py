@@ -2,10 +2,12 @@
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import re
 import shlex
+import sys
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -19,25 +21,7 @@ from tools import show_data
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [
     ("README.md", "README_zh.md"),
-    *(
-        (f"docs/{page}.md", f"docs/{page}_zh.md")
-        for page in (
-            "arguments",
-            "data",
-            "distributed",
-            "labels",
-            "long_context",
-            "memory",
-            "methods",
-            "output",
-            "quantisation",
-            "show_data",
-            "streaming",
-            "templates",
-            "tools",
-            "vocabulary",
-        )
-    ),
+    *sorted((f"docs/{p.name}", f"docs/{p.stem}_zh.md") for p in ROOT.glob("docs/*.md") if not p.stem.endswith("_zh")),
 ]
 ENGLISH = [english for english, _ in PAIRS]
 DOCUMENTS = [*ENGLISH, *(chinese for _, chinese in PAIRS), "CONTRIBUTING.md", "data/README.md"]
@@ -52,6 +36,7 @@ STARTED_BY = {
 ARGPARSE = (
     "convert_dataset",
     "tools.build_tokenizer",
+    "tools.export_gguf",
     "tools.extend_vocabulary",
     "tools.fetch_small_model",
     "tools.report",
@@ -59,7 +44,11 @@ ARGPARSE = (
 WITHOUT_FLAGS = {"run_pipeline.sh", "tools.document_flags", "tools.check_environment"}
 # Files that a run, or its reader, makes.
 MADE = {"run.json", "run.yaml", "rejected.jsonl", "whole.json", "config.json", "alpaca.json", "faq.csv", "sft.jsonl"}
-MADE |= {"stream-N.json", "rejected-N.jsonl", "quantization.json", "tokenizer.json"}
+MADE |= {"users.txt", "generation_config.json", "trainer_state.json"}
+MADE |= {"stream-N.json", "rejected-N.jsonl", "quantization.json", "tokenizer.json", "generation_config.json"}
+# Files and flags of other projects.
+MADE |= {"config.py", "main.py", "dataset_info.json"}
+OTHERS = {"--strict", "--enable", "--continuous"}  # the last two begin --enable-lora and --continuous-batching
 
 
 def read(name: str) -> str:
@@ -83,12 +72,30 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every script that takes flags, by module name."""
     from transformers.hf_argparser import HfArgumentParser
 
+    from inference import FLAGS as OF_INFERENCE
+    from inference import InferenceArguments
+    from stagewise.evaluation_arguments import FLAGS as OF_EVALUATION
+    from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
+    from stagewise.web_server import WebArguments
     from tools.document_flags import parsers as of_dataclasses
     from tools.quantize_model import QuantizeArguments
 
     stages = of_dataclasses()
     quantize = HfArgumentParser([QuantizeArguments], allow_abbrev=False)
+    web = [SpeakerArguments, SamplingArguments, WebArguments]
+    stages["web_demo"] = HfArgumentParser(web, allow_abbrev=False)
+    stages["inference"] = HfArgumentParser(OF_INFERENCE, allow_abbrev=False)
+    stages["evaluation"] = HfArgumentParser(OF_EVALUATION, allow_abbrev=False)
+    talking = [SpeakerArguments, SamplingArguments]
+    stages["inference"] = HfArgumentParser([*talking, InferenceArguments], allow_abbrev=False)
+    stages["web_demo"] = HfArgumentParser([*talking, web_arguments()], allow_abbrev=False)
     return {**stages, "tools.quantize_model": quantize, **{name: argparse_of(name) for name in ARGPARSE}}
+
+
+def web_arguments() -> type:
+    """The dataclass of web_demo.py, which ends the program where gradio is missing."""
+    with mock.patch.dict(sys.modules, {} if importlib.util.find_spec("gradio") else {"gradio": mock.MagicMock()}):
+        return importlib.import_module("web_demo").WebArguments
 
 
 def argparse_of(name: str) -> argparse.ArgumentParser:
@@ -130,6 +137,7 @@ def earlier_flags() -> set[str]:
 
 def commands(text: str) -> list[list[str]]:
     """The commands of a piece of shell, as words; comments are left out and continued lines joined."""
+    text = re.sub(r" -d '\{.*?\}'", lambda sent: sent[0].replace("\n", " "), text, flags=re.DOTALL)  # curl's JSON
     lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines for part in line.split(" && ") if (words := shlex.split(part, comments=True))]
 
@@ -140,6 +148,8 @@ def target(words: list[str]) -> tuple[str | None, list[str], list[str]]:
         name = Path(word).name
         if word == "-m" and words[place + 1] == "tools.show_model":  # a stage's script and its flags
             return words[place + 2].removesuffix(".py"), words[:place], [*words[place + 3 :], "--output_dir", "x"]
+        if word == "-m" and words[place + 1] in ("venv", "mkdocs"):
+            return None, [], []
         if word == "-m" and words[place + 1].startswith("tools."):
             return words[place + 1], words[:place], words[place + 2 :]
         if (name.endswith(".py") or name.startswith("run_")) and (ROOT / name).is_file():
@@ -191,8 +201,11 @@ def test_commands_of_the_documents_are_commands(name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_in_the_middle_of_a_line_are_commands(name):
     for code in re.findall(r"`((?:python|bash|torchrun) [^`]+)`", re.sub(r"\s*\n\s*", " ", prose(read(name)))):
-        if code != "python -m tools.name":
-            check_command(shlex.split(code))
+        words = shlex.split(code)
+        if len(words) == 3 and words[1] == "-m" and words[2] != "tools.name":  # it is only named
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), code
+        elif code != "python -m tools.name":
+            check_command(words)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -225,7 +238,7 @@ def test_settings_of_the_pipeline_are_flags():
         assert not unknown, f"run_pipeline.sh, {stage}: {unknown}"
 
 
-@pytest.mark.parametrize("script", [*STARTED_BY.values(), "merge_peft_adapter", "convert_dataset"])
+@pytest.mark.parametrize("script", [*STARTED_BY.values(), "merge_peft_adapter", "convert_dataset", "inference"])
 def test_commands_of_a_scripts_docstring_are_commands(script):
     docstring = importlib.import_module(script).__doc__
     blocks = re.findall(r"^    \S.*(?:\n {8}.*)*", docstring, re.MULTILINE)
@@ -253,8 +266,11 @@ def test_a_wrong_command_is_found():
 def test_every_flag_that_is_named_exists(name):
     known = torchrun_flags() | earlier_flags() | {"--nproc_per_node"}
     known = known.union(*(flags_of(parser) for parser in [*parsers().values(), show_data.own_parser()]))
-    # what the page on arguments shows as a mistake, and the flags of the tables' program
-    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", prose(read(name)))) - {"--learning_rat"}
+    text = prose(read(name))
+    if "/from_" in name:  # the first column has another project's flags
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+    # what the page on arguments shows as a mistake
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - {"--learning_rat"} - OTHERS
     assert named <= known, f"{name}: no script has {', '.join(sorted(named - known))}"
 
 
@@ -350,6 +366,47 @@ def test_the_tables_of_flags_are_what_the_code_says(name, language):
 
     text = read(name)
     assert written(text, language) == text, "run: python -m tools.document_flags"
+
+
+def test_the_tables_of_the_other_pages_are_what_the_code_and_the_benchmarks_say():
+    from tools.document_flags import documents
+
+    names = set()
+    for path, renew in documents():
+        text = read(str(path))
+        assert renew(text) == text, f"{path}: run: python -m tools.document_flags"
+        names.add(path.name)
+    assert {"pt.md", "sft_zh.md", "rm.md", "ppo.md", "dpo_zh.md", "memory_settings.md"} <= names
+
+
+@pytest.mark.parametrize(
+    "script", ["pretraining", "supervised_finetuning", "reward_modeling", "ppo_training", "dpo_training"]
+)
+def test_a_stages_page_has_every_flag_of_its_script(script):
+    from transformers import TrainingArguments
+
+    from tools.document_flags import page_of
+
+    theirs = set(TrainingArguments.__dataclass_fields__)
+    for language in ("en", "zh"):
+        text = read(str(page_of(script, language)))
+        for name in {action.dest for action in parsers()[script]._actions} - theirs - {"help"}:
+            assert text.count(f"| `--{name}` |") == 1, f"{page_of(script, language)}: --{name}"
+
+
+def test_a_stages_page_without_its_place_is_an_error():
+    from tools.document_flags import FlagsError, memory_page, stage_page
+
+    text = read("docs/sft.md")
+    with pytest.raises(
+        FlagsError, match="docs/sft.md: expected one table marked '<!-- flags of supervised_finetuning"
+    ):
+        stage_page(text.replace("<!-- flags of supervised_finetuning -->", ""), "supervised_finetuning", "en")
+    changed = text.replace("| `--lora_rank` | `8` |", "| `--lora_rank` | `9` |")
+    assert changed != text
+    assert stage_page(changed, "supervised_finetuning", "en") == text
+    with pytest.raises(FlagsError, match="expected one place"):
+        memory_page("nothing")
 
 
 def test_every_flag_of_ours_is_in_the_tables():

@@ -1,8 +1,9 @@
-"""Writes the tables of flags in docs/arguments.md and docs/arguments_zh.md from what the code says.
+"""Writes the tables of flags in docs/arguments.md, on the stages' pages and in their translations.
 
     python -m tools.document_flags
 
-A table stands between `<!-- flags NAME -->` and `<!-- end -->`; NAME is a dataclass of flags, or one of `LISTS`. What
+A table of docs/arguments.md stands between `<!-- flags NAME -->` and `<!-- end -->`; NAME is a dataclass of flags, or
+one of `LISTS`. A stage's page has all flags of its script between `<!-- flags of SCRIPT -->` and `<!-- end -->`. What
 stands outside is written by hand. The Chinese words are in `tools/flag_texts.py`, found by the English ones: a help
 text that changed ends this program until its translation does too.
 """
@@ -15,7 +16,8 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +37,27 @@ STAGES = {
 }
 MERGE = "merge_peft_adapter"
 DOCUMENTS = {"en": Path("docs/arguments.md"), "zh": Path("docs/arguments_zh.md")}
+# The page of each stage, without its language.
+PAGES = {
+    "pretraining": "pt",
+    "supervised_finetuning": "sft",
+    "reward_modeling": "rm",
+    "ppo_training": "ppo",
+    "dpo_training": "dpo",
+}
+# What stands above the flags of a dataclass on a stage's page, in its order; the stage's own come first.
+TITLES = {
+    "DataArguments": ("Data", "数据"),
+    "ChatArguments": ("Chat template", "对话模板"),
+    "PairArguments": ("Lengths of prompt and answer", "提示与回答的长度"),
+    "LanguageModelArguments": ("Rows of text", "文本行"),
+    "ModelArguments": ("Model", "模型"),
+    "AdapterArguments": ("Adapter", "适配器"),
+    "PredecessorArguments": ("What the model was before", "模型的前身"),
+    "StageArguments": ("The run", "运行"),
+    "TrainingArguments": ("Of transformers, those used most", "来自 transformers 的常用参数"),
+}
+OWN = ("Its own", "本阶段专有")
 COLUMNS = {
     "flags": {"en": ("flag", "default", "what it does"), "zh": ("参数", "默认值", "作用")},
     "renamed": {"en": ("name of earlier pipelines", "today"), "zh": ("早期流程中的名称", "今天的名称")},
@@ -43,6 +66,9 @@ COLUMNS = {
 }
 LISTS = ("TrainingArguments", "renamed", "dropped", "refused")
 BLOCK = re.compile(r"(<!-- flags (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MEMORY_BLOCK = re.compile(r"(<!-- memory table -->\n).*?(<!-- end -->)", re.DOTALL)
+MEMORY_PAGES = (Path("docs/memory_settings.md"), Path("docs/memory_settings_zh.md"))
+STAGE_BLOCK = re.compile(r"(<!-- flags of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class FlagsError(ValueError):
@@ -189,12 +215,79 @@ def written(text: str, language: str) -> str:
     return BLOCK.sub(lambda match: match[1] + block(match[2], language, known) + match[3], text)
 
 
+# ----------------------------------------------------------------------------------------------------- stages' pages
+
+
+def page_of(script: str, language: str) -> Path:
+    return Path(f"docs/{PAGES[script]}{'' if language == 'en' else '_zh'}.md")
+
+
+def stage_tables(script: str, language: str) -> str:
+    """Every flag of a stage script, its own first, in one table for each dataclass.
+
+    Raises:
+        FlagsError: a dataclass that several stages have is not in `TITLES`, or a flag lacks its text.
+    """
+    stages, kinds = groups(), {kind.__name__: kind for kind in dataclasses_of(script)}
+    own = [name for name in kinds if stages[name][1] == [STAGES[script]]]
+    if unknown := kinds.keys() - {*own, *TITLES}:
+        raise FlagsError(f"tools/document_flags.py: TITLES has no {', '.join(sorted(unknown))}")
+    place = ("en", "zh").index(language)
+    parts = [(OWN[place], flag_table(kinds[name], language)) for name in own if own_fields(kinds[name])]
+    for name, titles in TITLES.items():
+        if name == "TrainingArguments":
+            parts.append((titles[place], common_table(language)))
+        elif name in kinds and name not in own:
+            parts.append((titles[place], flag_table(kinds[name], language)))
+    return "\n" + "\n".join(f"**{title}**\n\n{rows}" for title, rows in parts) + "\n"
+
+
+def stage_page(text: str, script: str, language: str) -> str:
+    """A stage's page with its tables made anew.
+
+    Raises:
+        FlagsError: the page does not have exactly one place for them.
+    """
+    marked = [match[2] for match in STAGE_BLOCK.finditer(text)]
+    if marked != [script]:
+        raise FlagsError(
+            f"{page_of(script, language)}: expected one table marked '<!-- flags of {script} -->', found {marked}"
+        )
+    return STAGE_BLOCK.sub(lambda match: match[1] + stage_tables(script, language) + match[3], text)
+
+
+def memory_page(text: str) -> str:
+    """The page on memory settings with the table of benchmarks/README.md.
+
+    Raises:
+        FlagsError: the benchmarks have no such table, or the page no place for it.
+    """
+    measured = Path(__file__).resolve().parent.parent / "benchmarks/README.md"
+    tables = re.findall(r"^\| shape \| method \|.*\n(?:\|.*\n)+", measured.read_text(encoding="utf-8"), re.MULTILINE)
+    if len(tables) != 1 or len(MEMORY_BLOCK.findall(text)) != 1:
+        raise FlagsError(
+            f"{MEMORY_PAGES[0]}: expected one place for one table of benchmarks/README.md, found {len(tables)}"
+        )
+    return MEMORY_BLOCK.sub(lambda match: match[1] + tables[0] + match[2], text)
+
+
+def documents() -> list[tuple[Path, Callable[[str], str]]]:
+    """Every document with tables, and what makes them anew in its text."""
+    found: list[tuple[Path, Callable[[str], str]]] = []
+    for language, path in DOCUMENTS.items():
+        found.append((path, partial(written, language=language)))
+        found += [
+            (page_of(script, language), partial(stage_page, script=script, language=language)) for script in PAGES
+        ]
+    return [*found, *((path, memory_page) for path in MEMORY_PAGES)]
+
+
 def main() -> None:
     root = Path(__file__).resolve().parent.parent
     try:
-        for language, path in DOCUMENTS.items():
+        for path, renew in documents():
             before = (root / path).read_text(encoding="utf-8")
-            after = written(before, language)
+            after = renew(before)
             (root / path).write_text(after, encoding="utf-8")
             print(f"{path}: {'the same' if after == before else 'written'}", file=sys.stderr)
     except FlagsError as error:

@@ -295,6 +295,14 @@ CHINESE: dict[str, str] = {
     "Write each validation record's numbers to eval_records/step-N.jsonl.": (
         "把每条验证数据的数值写入 eval_records/step-N.jsonl。"
     ),
+    "Validation records that each evaluation also shows: what the model says to them (eval_samples/, "
+    "TensorBoard, report.html); of a reward model the scores. 0: none.": (
+        "每次评测时另外展示多少条验证数据:模型对它们的回答(eval_samples/、TensorBoard、report.html);"
+        "奖励模型则是分数。0:不展示。"
+    ),
+    "Plain lines on a terminal, too: no line that is written over, no bars.": (
+        "在终端上也只输出普通的行:没有原地刷新的一行,也没有进度条。"
+    ),
     "Trackers, joined by commas: tensorboard, wandb …; or none.": (
         "跟踪工具,用逗号连接:tensorboard、wandb……;none 表示不用。"
     ),

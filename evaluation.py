@@ -1,0 +1,256 @@
+"""Measures a model: on records whose answers are known, on benchmarks, and against other models.
+
+    python evaluation.py --model_name_or_path outputs/sft-merged --test_file data/finetune/validation \
+        --output_dir outputs/eval-sft
+    python evaluation.py --model_name_or_path outputs/rm-merged --test_file data/reward/validation \
+        --output_dir outputs/eval-rm
+    python evaluation.py --model_name_or_path outputs/sft-merged --benchmarks mmlu,cmmlu,ceval \
+        --benchmark_dir benchmark_files --output_dir outputs/eval-mmlu
+    python evaluation.py --compare outputs/eval-sft outputs/eval-dpo --output_dir outputs/compared
+
+A language model answers the conversations of --test_file: ROUGE, BLEU, perplexity of the references, length. A reward
+model scores its pairs: accuracy and margin. Either may be a base with --lora_model. What is written: metrics.json,
+every answer as a line of jsonl, and examples.html, a page of the best and the worst.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loguru import logger
+
+from stagewise.adapter_files import read_adapter_config
+from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
+from stagewise.conversation import RecordError, parse_conversation, parse_preference
+from stagewise.evaluation_answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
+from stagewise.evaluation_arguments import COMPARISON, PAGE, Job, prepare_folder, read_flags, refuse
+from stagewise.evaluation_benchmarks import Benchmarks
+from stagewise.evaluation_compare import METRICS, PARTS, write_comparison
+from stagewise.evaluation_numbers import BENCHMARK_METRICS, LEVEL, RM_METRICS, SFT_METRICS, by_length, measure
+from stagewise.evaluation_page import (
+    answer_section,
+    as_text,
+    benchmark_section,
+    metric_table,
+    page,
+    pair_section,
+)
+from stagewise.evaluation_pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
+from stagewise.evaluation_text import PACKAGES, check_packages
+from stagewise.manifest import given_flags, read_manifest, versions
+from stagewise.model import find_source
+from stagewise.readers import RECORD_FILES
+from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
+from stagewise.reward import load_scorer
+from stagewise.run import set_up_logging
+from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments
+from stagewise.speaker_loading import choose_device, for_loading
+from template import TEMPLATES
+
+Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
+
+
+# ── records ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_test(job: Job, parse_record: Callable[[dict[str, Any], str], Record]) -> tuple[list[Record], Account]:
+    """The parsed records of --test_file and the account of them. Raises ArgumentError, RecordError."""
+    files = find_files(job.args.test_file, RECORD_FILES, "--test_file")
+    rejected = job.folder / "rejected.jsonl"
+    how = {"on_bad_record": job.args.on_bad_record, "rejected_path": rejected, "max_samples": job.args.max_samples}
+    return load_records(files, parse_record, **how)
+
+
+def prepared(
+    job: Job, records: Sequence[Record], account: Account, prepare: Callable[[Record], tuple[Prepared, bool]]
+) -> list[Prepared]:
+    """Records as the model takes them; those that do not fit it end the program, or are counted and left out."""
+    found = []
+    for record in records:
+        try:
+            ready, cut = prepare(record)
+        except RecordError as error:
+            if job.args.on_bad_record == "error":
+                raise
+            account.leave_out(error.reason)
+            account.kept -= 1
+            write_rejected(job.folder / "rejected.jsonl", error, account.again(error.where))
+            continue
+        found.append(ready)
+        account.cut += cut
+    if not found:
+        raise nothing_left(account)
+    return found
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+# ── what is measured ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
+    """The SFT test: what metrics.json says of it, and its section of the page."""
+    conversations, account = records
+    longest = job.sampling.settled(speaker.defaults)["max_new_tokens"]
+    questions = prepared(job, conversations, account, QuestionEncoder(speaker, longest))
+    logger.info(f"test: {len(questions)} conversations, answers of at most {longest} tokens")
+    size = job.args.batch_size
+    losses = reference_losses(speaker, [question.example for question in questions], size)
+    answers = answers_to(speaker, questions, job.sampling, size)
+    rewards = None
+    if job.args.reward_model_name_or_path:
+        scorer = load_scorer(
+            job.args.reward_model_name_or_path,
+            for_loading(job.model),
+            label=job.args.reward_label,
+            tokenizer=speaker.tokenizer,
+            template=speaker.template,
+            table=TEMPLATES,
+            device=speaker.model.device,
+            longest=max(len(speaker.encode(question.prompt, longest)) for question in questions) + longest,
+        )
+        rewards = rewards_of(scorer, speaker, questions, answers, longest, size)
+    rows = answer_rows(speaker, questions, answers, losses, rewards)
+    write_rows(job.folder / PARTS["sft"][0], rows)
+    parts = {"all": measure(rows, SFT_METRICS)}
+    languages = sorted({row["language"] for row in rows})
+    if len(languages) > 1:
+        parts |= {name: measure([row for row in rows if row["language"] == name], SFT_METRICS) for name in languages}
+    numbers = metric_table(parts, SFT_METRICS, f"{len(rows)} conversations")
+    print(as_text(numbers) + "\n")
+    sampling = {name: value for name, value in job.sampling.settled(speaker.defaults).items() if value is not None}
+    return {"records": account.as_dict(), "sampling": sampling, **parts}, answer_section(rows, numbers)
+
+
+def measure_pairs(job: Job, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
+    """The RM test: what metrics.json says of it, and its section of the page."""
+    preferences, account = records
+    chat = ChatArguments(job.model.template_name, job.model.force_template, job.model.enable_thinking)
+    loading = for_loading(job.model)
+    scorer = load_pair_scorer(loading, job.model.lora_model, chat, TEMPLATES, choose_device(job.model))
+    pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
+    logger.info(f"test: {len(pairs)} pairs")
+    rows = pair_rows(pairs, scorer([pair.example for pair in pairs], job.args.batch_size))
+    write_rows(job.folder / PARTS["rm"][0], rows)
+    found, lengths = measure(rows, RM_METRICS), by_length(rows)
+    numbers = metric_table({"all": found}, RM_METRICS, f"{len(rows)} pairs")
+    by_lengths = [["tokens", "pairs", "accuracy", "margin"]]
+    for name, part in lengths.items():
+        cells = metric_table({"": part}, RM_METRICS)[1:]
+        by_lengths.append([name, str(part["correct"]["records"]), *(cell for _, cell in cells)])
+    print(f"{as_text(numbers)}\n\n{as_text(by_lengths)}\n")
+    return {"records": account.as_dict(), "all": found, "by_length": lengths}, pair_section(rows, numbers, by_lengths)
+
+
+def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tuple[dict[str, Any], list[str]]:
+    """What metrics.json says of the benchmarks, and their sections of the page."""
+    found, rows = benchmarks.run(speaker, job.args.batch_size, job.args.apply_chat_template)
+    write_rows(job.folder / PARTS["benchmarks"][0], rows)
+    sections, metric = [], BENCHMARK_METRICS[0]
+    for name, numbers in found.items():
+        parts = {**{f"  {each}": part for each, part in numbers["subjects"].items()}}
+        parts |= {f"group {each}": part for each, part in numbers.get("groups", {}).items()}
+        table = [[f"{name}, {numbers['num_fewshot']}-shot", "questions", "accuracy"]]
+        for each, part in {**parts, "in all": numbers["all"]}.items():
+            cells = metric_table({"": part}, [metric])[1:]
+            if cells:
+                table.append([each, str(part[metric.name]["records"]), cells[0][1]])
+        if numbers["mean_of_subjects"] is not None:
+            table.append(["mean of the subjects", "", f"{numbers['mean_of_subjects']:.4f}"])
+        print(as_text(table) + "\n")
+        sections.append(benchmark_section(name, [row for row in rows if row["benchmark"] == name], table))
+    return found, sections
+
+
+# ── one evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def about_model(model: SpeakerArguments) -> dict[str, Any]:
+    """Which model it was, and the last stage that trained it where its run.json tells."""
+    manifest = read_manifest(model.lora_model or model.base_model) or {}
+    stages = [step["stage"] for step in manifest.get("lineage", []) if step["stage"] not in ("merge", "quantize")]
+    found = {"base_model": model.base_model, "lora_model": model.lora_model, "stage": stages[-1] if stages else None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def evaluate(job: Job) -> None:
+    """Everything that is asked of one model.
+
+    Raises:
+        ArgumentError, RecordError: before any weight is read where that can be known.
+    """
+    began, args, model = time.time(), job.args, job.model
+    if args.test_file:
+        find_files(args.test_file, RECORD_FILES, "--test_file")
+    adapter = None
+    if model.lora_model and Path(find_source(model.lora_model, for_loading(model), "lora_model")).is_dir():
+        adapter = read_adapter_config(model.lora_model)
+        model.base_model = model.base_model or adapter.base_model_name_or_path
+    if not model.base_model and not model.lora_model:
+        raise ArgumentError("--model_name_or_path: missing; give a model directory, a hub name, or --lora_model")
+    scores = bool(model.base_model) and is_reward_model(for_loading(model), adapter)
+    found: dict[str, Any] = {"model": about_model(model)}
+    sections: list[str] = []
+    if scores:
+        if args.benchmarks:
+            raise ArgumentError("--benchmarks: this is a reward model, which scores and does not speak")
+        refuse(job, {f.name for f in fields(SamplingArguments)} | {"reward_model_name_or_path"}, "on a reward model")
+        found["rm"], section = measure_pairs(job, read_test(job, parse_preference))
+        sections.append(section)
+    else:
+        refuse(job, {f.name for f in fields(PairArguments)}, "on a language model, whose context is the limit")
+        records = None
+        if args.test_file:
+            check_packages(PACKAGES, "--test_file")
+            records = read_test(job, parse_conversation)
+        benchmarks = None
+        if args.benchmarks:
+            names = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
+            benchmarks = Benchmarks(names, args.benchmark_dir, args.num_fewshot, args.max_samples)
+        speaker = Speaker.load(model, TEMPLATES)
+        if records:
+            found["sft"], section = measure_answers(job, speaker, records)
+            sections.append(section)
+        if benchmarks:
+            found["benchmarks"], parts = measure_benchmarks(job, speaker, benchmarks)
+            sections += parts
+    flags = given_flags([args, model, job.sampling, job.limits], job.given)
+    found |= {"level": LEVEL, "flags": flags, "versions": versions(), "seconds": round(time.time() - began, 1)}
+    title = f"Evaluation of {model.lora_model or model.base_model}"
+    about = {name: str(value) for name, value in found["model"].items()} | {"intervals": f"{LEVEL:.0%}"}
+    (job.folder / PAGE).write_text(page(title, about, sections), encoding="utf-8")
+    text = json.dumps(found, indent=2, ensure_ascii=False, default=str)
+    (job.folder / METRICS).write_text(text + "\n", encoding="utf-8")
+    logger.info(f"written: {job.folder / METRICS}, {job.folder / PAGE}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    set_up_logging()
+    try:
+        job = read_flags(argv)
+        prepare_folder(job)
+        if job.args.compare:
+            table, sentences = write_comparison(job.args.compare, job.folder)
+            print("\n".join([as_text(table), "", *sentences]))
+            logger.info(f"written: {', '.join(str(job.folder / name) for name in COMPARISON)}")
+        else:
+            evaluate(job)
+    except ValueError as error:
+        if not type(error).__module__.startswith("stagewise"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Talks with a model in the terminal, or answers a file of prompts.
+
+    python inference.py --base_model models/SmolLM2-135M-Instruct --interactive
+    python inference.py --base_model models/SmolLM2-135M-Instruct --lora_model outputs/sft --interactive
+    python inference.py --base_model outputs/sft-merged --data_file prompts.jsonl --output_file answers.jsonl
+
+    torchrun --nproc_per_node 8 inference.py --base_model … --data_file … --output_file …      # eight GPUs
+
+The model is a base, a base with an adapter of any kind, or merged; its chat template comes from the tokenizer. Answers
+of a file keep its order and its records' fields; a run that was stopped goes on where it was with the same command.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from loguru import logger
+from tqdm import tqdm
+
+from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
+from stagewise.arguments import ArgumentError, parse
+from stagewise.run import is_main, set_up_logging
+from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
+from stagewise.speaker_loading import choose_device
+from stagewise.talk import HELP, Talk
+from stagewise.terminal_input import Lines, open_input, shown
+from template import TEMPLATES
+
+DEFAULT_SYSTEM = "the template's own, or none"
+
+
+@dataclass
+class InferenceArguments:
+    """What is done with the model."""
+
+    _argument_group_name = "what is done with it"
+
+    interactive: bool = field(default=False, metadata={"help": "Talk with the model in the terminal."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt where none is given; default: the template's own."}
+    )
+    data_file: str | None = field(
+        default=None,
+        metadata={"help": "Prompts to answer: .jsonl, .json, .csv, .parquet in any form of docs/data.md, or .txt."},
+    )
+    output_file: str | None = field(default=None, metadata={"help": "Where their answers are written, as jsonl."})
+    answer_field: str = field(default="response", metadata={"help": "Field of a record that its answer becomes."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts that a process answers at a time."})
+    on_bad_record: str = field(
+        default="error",
+        metadata={"help": "A prompt that is too long: error, or skip (its answer is null, with the reason)."},
+    )
+    overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file, do not go on."})
+    checkpoint_dir: str | None = field(
+        default=None, metadata={"help": "Without --lora_model: its adapter is put on the base, if it has one."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Without --lora_model: looked at for an adapter after --checkpoint_dir."}
+    )
+
+
+# Flags that no answer follows from: a run that goes on may have others.
+WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_remote_code")
+FLAGS = [SpeakerArguments, SamplingArguments, InferenceArguments]
+
+
+# ── what is asked for ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
+    """Raises SpeakerError for flags that do not fit together, before anything is loaded."""
+    if args.interactive == bool(args.data_file):
+        raise SpeakerError("give --interactive to talk, or --data_file and --output_file to answer a file"
+                           + (", not both" if args.interactive else ""))  # fmt: skip
+    if args.data_file and not args.output_file:
+        raise SpeakerError("--output_file: missing; give the file that the answers are written to")
+    if args.interactive:
+        usual = InferenceArguments()
+        names = ("output_file", "answer_field", "batch_size", "on_bad_record", "overwrite_output_file")
+        if given := [name for name in names if getattr(args, name) != getattr(usual, name)]:
+            raise SpeakerError(f"--{given[0]} has no effect with --interactive: it belongs to --data_file")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SpeakerError("--interactive: a terminal talks with one process; start it without torchrun")
+    if args.batch_size < 1:
+        raise SpeakerError(f"--batch_size: expected at least 1, found {args.batch_size}")
+    if args.on_bad_record not in ("error", "skip"):
+        raise SpeakerError(f"--on_bad_record: expected error or skip, found {args.on_bad_record!r}")
+    sampling.settled()
+
+
+def look_for_adapter(args: InferenceArguments, which: SpeakerArguments) -> None:
+    """Sets --lora_model from --checkpoint_dir, else --output_dir, and says which it was."""
+    folders = [folder for folder in (args.checkpoint_dir, args.output_dir) if folder]
+    if which.lora_model:
+        if folders:
+            raise SpeakerError("--lora_model names the adapter: leave --checkpoint_dir and --output_dir out")
+        return
+    for folder in folders:
+        if (Path(folder) / "adapter_config.json").is_file():
+            which.lora_model = folder
+            logger.info(f"adapter: found in {folder}")
+            return
+    if folders:
+        logger.info(f"adapter: none in {' or '.join(folders)}; the base alone speaks")
+
+
+# ── in the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def converse(talk: Talk, lines: Lines) -> None:
+    """Questions and commands, one after the other, until /quit or the end of the input."""
+    print(f"Type a question, or a command:\n{HELP}")
+    while True:
+        try:
+            text = lines.read("you: ")
+        except KeyboardInterrupt:
+            print("(/quit or Ctrl-D ends)")
+            continue
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        try:
+            if not do(talk, text):
+                return
+        except ValueError as error:  # the question cannot be asked, or the command not be done; the talk goes on
+            print(f"error: {error}")
+        except KeyboardInterrupt:  # pressed once more, when the answer had just ended
+            print()
+
+
+def do(talk: Talk, text: str) -> bool:
+    """One question or command; False for /quit."""
+    name, _, rest = text.strip().partition(" ")
+    rest = rest.strip()
+    if not name.startswith("/"):
+        tell(talk, talk.ask, text)
+    elif name.startswith("//"):
+        tell(talk, talk.ask, text.replace("//", "/", 1))
+    elif name == "/quit":
+        return False
+    elif name == "/clear":
+        talk.clear()
+        print("forgotten; the system prompt stays")
+    elif name == "/system":
+        if rest:
+            talk.system = None if rest == "-" else rest
+        print(f"system prompt: {shown(talk.system or DEFAULT_SYSTEM)}")
+    elif name == "/regen":
+        if talk.always_the_same:
+            print("(the most probable answer, the same every time: --do_sample or --temperature draws others)")
+        tell(talk, talk.again)
+    elif name == "/save":
+        print(f"{talk.save(rest or 'conversation.jsonl')} messages appended to {rest or 'conversation.jsonl'}")
+    elif name == "/help":
+        print(HELP)
+    else:
+        print(f"{name}: no such command\n{HELP}")
+    return True
+
+
+def tell(talk: Talk, ask: Any, *question: str) -> None:
+    """Prints an answer as it comes; Ctrl-C ends the answer, not the program."""
+    with stopped_by_ctrl_c() as stop:
+        answer = printed(ask(*question, stop=stop))
+    if stop.is_set():
+        print("[stopped]")
+    elif not answer.ended:
+        print("[cut at --max_new_tokens]")
+    if talk.forgotten:
+        print(f"[the first {talk.forgotten} questions no longer fit into the context and were not seen]")
+
+
+def printed(pieces: Generator[str, None, Answer]) -> Answer:
+    print("model: ", end="", flush=True)
+    try:
+        while True:
+            print(shown(next(pieces)), end="", flush=True)
+    except StopIteration as end:
+        return end.value
+    finally:
+        print()
+
+
+@contextmanager
+def stopped_by_ctrl_c() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets for the time of the context, in place of ending the program."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ── a file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: SamplingArguments) -> None:
+    """Answers every prompt of --data_file, a batch a process at a time."""
+    prompts = read_prompts(args.data_file, args.answer_field, args.system_prompt)
+    choose_device(which)  # makes the state that processes know each other by
+    state = PartialState()
+    target, done = None, [0, None]
+    if state.is_main_process:
+        try:
+            asked = {**asdict(which), **asdict(sampling), "system_prompt": args.system_prompt}
+            asked |= {"answer_field": args.answer_field}
+            asked = {name: value for name, value in asked.items() if name not in WITHOUT_TRACE}
+            settings = {"data_file": fingerprint(args.data_file), **asked}
+            records = [prompt.record for prompt in prompts]
+            target = AnswerFile(
+                args.output_file, settings, records, args.answer_field, overwrite=args.overwrite_output_file
+            )
+            done = [target.begin(), None]
+        except SpeakerError as error:
+            done = [0, str(error)]
+    broadcast_object_list(done)  # what the first process found
+    if done[1]:
+        raise SpeakerError(done[1])
+    if done[0]:
+        logger.info(f"{args.output_file}: goes on behind {done[0]} of {len(prompts)} answers")
+    speaker = Speaker.load(which, TEMPLATES)
+    left_out = unanswerable(speaker, prompts, sampling, args.on_bad_record)
+    try:
+        for first, found in windows(speaker, prompts, done[0], left_out, sampling, args.batch_size):
+            for place, answer in enumerate(found, first):
+                if isinstance(answer, Answer):
+                    target.write(place, answer.text, ended=answer.ended)
+                else:
+                    target.write(place, None, error=answer)
+            target.flush()
+        if target:
+            target.finish()
+    except KeyboardInterrupt:
+        logger.warning(f"stopped; the same command goes on from {args.output_file}.part")
+        raise
+    finally:
+        if target:
+            target.close()
+    logger.info(f"{args.output_file}: {len(prompts)} answers" + (f", {len(left_out)} without" if left_out else ""))
+
+
+def unanswerable(
+    speaker: Speaker, prompts: list[Prompt], sampling: SamplingArguments, on_bad_record: str
+) -> dict[int, str]:
+    """Why which prompts cannot be asked; raises the first reason unless they are to be skipped."""
+    reasons = {}
+    room = sampling.settled(speaker.defaults)["max_new_tokens"]
+    for place, prompt in enumerate(prompts):
+        try:
+            speaker.encode(prompt.conversation, room)
+        except SpeakerError as error:
+            if on_bad_record == "error":
+                raise
+            reasons[place] = str(error)
+    return reasons
+
+
+def windows(
+    speaker: Speaker,
+    prompts: list[Prompt],
+    done: int,
+    left_out: dict[int, str],
+    sampling: SamplingArguments,
+    batch_size: int,
+) -> Iterator[tuple[int, list[Answer | str]]]:
+    """(place of the first, answers or reasons) of one batch a process, in order; on the first process alone."""
+    state = PartialState()
+    step = batch_size * state.num_processes
+    bar = tqdm(
+        total=len(prompts), initial=done, unit="answer", disable=not (state.is_main_process and sys.stderr.isatty())
+    )
+    with bar:
+        for first in range(done, len(prompts), step):
+            places = range(first, min(first + step, len(prompts)))
+            mine = [place for place in places[state.process_index :: state.num_processes] if place not in left_out]
+            asked = [prompts[place].conversation for place in mine]
+            answers = speaker.answers(asked, sampling, batch_size=batch_size) if mine else []
+            found = {**left_out, **dict(gather_object(list(zip(mine, answers, strict=True))))}
+            if state.is_main_process:
+                yield first, [found[place] for place in places]
+            bar.update(len(places))
+            if bar.disable:
+                logger.info(f"{places[-1] + 1} of {len(prompts)} answered")
+
+
+def main(argv: list[str] | None = None) -> None:
+    which, sampling, args = parse(FLAGS, argv, description=__doc__)
+    check(args, sampling)
+    look_for_adapter(args, which)
+    if args.data_file:
+        answer_file(args, which, sampling)
+        return
+    speaker = Speaker.load(which, TEMPLATES)
+    converse(Talk(speaker, sampling, args.system_prompt), open_input())
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    try:
+        main()
+    except ArgumentError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

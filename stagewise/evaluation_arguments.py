@@ -1,0 +1,148 @@
+"""What the command line of evaluation.py says, and what of it cannot be honoured."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from stagewise.arguments import ArgumentError, PairArguments, check_choice, check_shared, parse
+from stagewise.evaluation_compare import METRICS, PARTS
+from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
+
+PAGE = "examples.html"
+COMPARISON = ("comparison.json", "comparison.md", "comparison.png")
+WRITTEN = (METRICS, PAGE, "rejected.jsonl", *(name for name, _ in PARTS.values()), *COMPARISON)
+
+
+@dataclass
+class EvaluationArguments:
+    output_dir: str = field(metadata={"help": "Where metrics, answers and the page are written."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The same as --base_model."})
+    test_file: str | None = field(
+        default=None,
+        metadata={"help": "File, or folder searched with its subfolders: conversations, or pairs for a reward model."},
+    )
+    max_samples: int = field(
+        default=-1, metadata={"help": "Use at most so many records, and questions of a benchmark's subject; -1 = all."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
+    on_bad_record: str = field(
+        default="error", metadata={"help": "error: stop at the first; skip: count it, write it to rejected.jsonl."}
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model that scores the answers, as in PPO: directory or hub name."}
+    )
+    reward_label: int | None = field(default=None, metadata={"help": "Which of its labels is the score."})
+    benchmarks: str | None = field(
+        default=None, metadata={"help": "mmlu, cmmlu, ceval, or any task of lm-eval; several joined by commas."}
+    )
+    benchmark_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the sets' published CSV files; default: the hub."}
+    )
+    num_fewshot: int | None = field(
+        default=None,
+        metadata={"help": "Examples before each question; default: 5 of the three, else the task's own."},
+    )
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "Benchmarks: questions and examples in the model's chat form."}
+    )
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "Output directories of evaluations, to be set side by side."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an evaluation in --output_dir."})
+
+
+FLAGS = [EvaluationArguments, SpeakerArguments, SamplingArguments, PairArguments]
+
+
+@dataclass
+class Job:
+    """A parsed command line."""
+
+    args: EvaluationArguments
+    model: SpeakerArguments
+    sampling: SamplingArguments
+    limits: PairArguments
+    given: set[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+
+# ── flags ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_flags(argv: list[str] | None) -> Job:
+    """Raises ArgumentError for flags that contradict each other or would have no effect."""
+    given: set[str] = set()
+
+    def before(words: list[str]) -> list[str]:
+        given.update(word[2:] for word in words if word.startswith("--"))
+        return words
+
+    job = Job(*parse(FLAGS, argv, before=before), given)
+    args = job.args
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ArgumentError("evaluation.py runs in one process: start it with python, not with torchrun")
+    if args.compare:
+        others = sorted(given - {"compare", "output_dir", "overwrite_output_dir"})
+        if others:
+            raise ArgumentError(f"--{others[0]} has no effect beside --compare, which loads no model: leave it out")
+        return job
+    if not args.test_file and not args.benchmarks:
+        raise ArgumentError("nothing to measure: give --test_file, --benchmarks or --compare")
+    if {"model_name_or_path", "base_model"} <= given and args.model_name_or_path != job.model.base_model:
+        raise ArgumentError("--model_name_or_path and --base_model mean the same: give one of them")
+    job.model.base_model = args.model_name_or_path or job.model.base_model
+    check_choice("on_bad_record", args.on_bad_record, ("error", "skip"))
+    for name in ("batch_size", "max_samples"):
+        value = getattr(args, name)
+        if value < 1 and (name, value) != ("max_samples", -1):
+            raise ArgumentError(f"--{name}: expected at least 1, found {value}")
+    check_shared(job.limits)
+    settle_sampling(job.sampling)
+    names = {f.name for f in fields(SamplingArguments)} | {f.name for f in fields(PairArguments)}
+    if not args.test_file:
+        refuse(job, names | {"reward_model_name_or_path", "reward_label", "on_bad_record"}, "without --test_file")
+    if not args.benchmarks:
+        refuse(job, {"benchmark_dir", "num_fewshot", "apply_chat_template"}, "without --benchmarks")
+    if not args.reward_model_name_or_path:
+        refuse(job, {"reward_label"}, "without --reward_model_name_or_path")
+    return job
+
+
+def refuse(job: Job, names: set[str], why: str) -> None:
+    """Raises ArgumentError if a flag was given that cannot act."""
+    for name in sorted(names & job.given):
+        raise ArgumentError(f"--{name} has no effect {why}: leave it out")
+
+
+def settle_sampling(sampling: SamplingArguments) -> None:
+    """The most probable tokens, unless sampling is asked for, which then begins from seed 0."""
+    asked = [getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")]
+    if sampling.do_sample is None and asked == [None] * 4:
+        sampling.do_sample = False
+    sampled = sampling.settled()["do_sample"]
+    if sampling.seed is not None and not sampled:
+        raise ArgumentError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
+    if sampled and sampling.seed is None:
+        sampling.seed = 0
+
+
+def prepare_folder(job: Job) -> None:
+    """Raises ArgumentError if --output_dir holds an evaluation that must not be replaced; else clears that."""
+    folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
+    if folder.is_file():
+        raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
+    if done and not job.args.overwrite_output_dir:
+        raise ArgumentError(
+            f"--output_dir {folder}: holds an evaluation ({done[0]}); --overwrite_output_dir replaces it, another "
+            "--output_dir keeps it"
+        )
+    if folder.resolve() in [Path(each).resolve() for each in job.args.compare]:
+        raise ArgumentError(f"--output_dir {folder}: is one of those compared; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""What a person looks at after an evaluation: tables in the terminal, and a page of the best and the worst.
+
+The page is one file without scripts, pictures or anything from elsewhere. Every word that comes from records or models
+is escaped, and the page forbids a browser to run or load anything.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from stagewise.evaluation_numbers import Metric, Row
+
+SHOWN = 10  # records on either side
+LONGEST = 4000  # characters of a text on the page
+
+STYLE = """
+:root { color-scheme: light dark; --edge: #8884; --good: #2e7d32; --bad: #c62828; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--edge); text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+article { border: 1px solid var(--edge); border-radius: .5rem; padding: .5rem 1rem; margin: 1rem 0; }
+article.best { border-left: .35rem solid var(--good); } article.worst { border-left: .35rem solid var(--bad); }
+h3 { margin: .25rem 0; font-size: 1rem; } .numbers { opacity: .75; font-size: .85rem; }
+dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+HEAD = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+)
+
+
+# ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shown(number: Mapping[str, float] | None, metric: Metric) -> str:
+    """A measured metric with its interval: "0.312 [0.287, 0.338]"; "–" where there is none."""
+    if number is None:
+        return "–"
+    text = f"{number['value']:.{metric.digits}f}"
+    if "low" in number:
+        text += f" [{number['low']:.{metric.digits}f}, {number['high']:.{metric.digits}f}]"
+    return text
+
+
+def metric_table(
+    parts: Mapping[str, Mapping[str, Any]], metrics: Sequence[Metric], first: str = ""
+) -> list[list[str]]:
+    """A row a metric, a column a part (all, chinese, other …); metrics that no part has are left out."""
+    rows = [[first, *parts]]
+    for metric in metrics:
+        if any(metric.name in part for part in parts.values()):
+            rows.append([metric.title, *(shown(part.get(metric.name), metric) for part in parts.values())])
+    return rows
+
+
+def width(text: str) -> int:
+    """Columns that a text takes in a terminal: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal; its first row is the header, its first column stands on the left."""
+    widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [" " * (room - width(cell)) + cell for cell, room in zip(row, widths, strict=True)]
+        cells[0] = row[0] + " " * (widths[0] - width(row[0]))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * room for room in widths), *map(line, rows[1:])])
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head = [cells[0], ["---", *["---:"] * (len(rows[0]) - 1)]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [*head, *cells[1:]])
+
+
+# ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def page(title: str, about: Mapping[str, str], sections: Sequence[str]) -> str:
+    """The whole page; `sections` are HTML already, everything else is escaped here."""
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
+    head = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style></head>"
+    return f"{head}<body><h1>{escape(title)}</h1><dl>{facts}</dl>{''.join(sections)}</body></html>\n"
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    def line(row: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
+
+    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
+
+
+def card(title: str, numbers: str, texts: Mapping[str, str], kind: str) -> str:
+    """One record; `kind` is best or worst."""
+    words = "".join(f"<dt>{escape(name)}</dt><dd>{escape(clipped(text))}</dd>" for name, text in texts.items() if text)
+    about = f'<h3>{escape(title)}</h3><div class="numbers">{escape(numbers)}</div>'
+    return f'<article class="{kind}">{about}<dl>{words}</dl></article>'
+
+
+def clipped(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} characters more)"
+
+
+def asked(row: Row) -> str:
+    """The conversation up to the question, one turn a paragraph."""
+    turns = [("system", row["system"])] if row.get("system") else []
+    turns += [(turn["role"], turn["content"]) for turn in row["prompt"]]
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)
+
+
+def ends(rows: Sequence[Row], key: str) -> tuple[list[Row], list[Row]]:
+    """The SHOWN best and worst by a column, best first and worst first; of few records each stands on one side."""
+    ordered = sorted(rows, key=lambda row: -row[key])
+    count = min(SHOWN, (len(ordered) + 1) // 2)
+    return ordered[:count], ordered[count:][::-1][:count]
+
+
+def answer_section(rows: Sequence[Row], numbers: Sequence[Sequence[str]]) -> str:
+    """The SFT test: best and worst by ROUGE-L."""
+
+    def cards(chosen: Sequence[Row], kind: str) -> str:
+        return "".join(
+            card(
+                row["where"],
+                f"ROUGE-L {row['rougeL']:.3f} · perplexity of the reference {row['perplexity']:.2f} · "
+                f"{row['answer_tokens']} tokens{'' if row['ended'] else ', not ended'}"
+                + (f" · reward {row['reward']:.3f}" if "reward" in row else ""),
+                {"question": asked(row), "answer": row["answer"], "reference": row["reference"]},
+                kind,
+            )
+            for row in chosen
+        )
+
+    best, worst = ends(rows, "rougeL")
+    return section("Answers", table(numbers), "<h3>Nearest to the reference</h3>", cards(best, "best"),
+                   "<h3>Farthest from it</h3>", cards(worst, "worst"))  # fmt: skip
+
+
+def pair_section(rows: Sequence[Row], *numbers: Sequence[Sequence[str]]) -> str:
+    """The RM test: best and worst by margin."""
+
+    def cards(chosen: Sequence[Row], kind: str) -> str:
+        return "".join(
+            card(
+                row["where"],
+                f"margin {row['margin']:.3f} · chosen {row['chosen']:.3f}, rejected {row['rejected']:.3f} · "
+                f"{row['chosen_tokens']} and {row['rejected_tokens']} tokens",
+                {"question": asked(row), "chosen": row["chosen_answer"], "rejected": row["rejected_answer"]},
+                kind,
+            )
+            for row in chosen
+        )
+
+    best, worst = ends(rows, "margin")
+    return section("Pairs", *map(table, numbers), "<h3>Largest margins</h3>", cards(best, "best"),
+                   "<h3>Smallest margins, and wrong ones</h3>", cards(worst, "worst"))  # fmt: skip
+
+
+def benchmark_section(name: str, rows: Sequence[Row], numbers: Sequence[Sequence[str]]) -> str:
+    """A benchmark by subject, and of questions with choices the surest right and wrong answers."""
+    chosen = [row for row in rows if "probabilities" in row]
+
+    def cards(correct: float, kind: str) -> str:
+        found = sorted((row for row in chosen if row["correct"] == correct),
+                       key=lambda row: -row["probabilities"][row["answer"]])  # fmt: skip
+        return "".join(
+            card(
+                row["where"],
+                f"answers {row['answer']} with {row['probabilities'][row['answer']]:.0%}, right is {row['target']}",
+                {key: str(value) for key, value in row["question"].items()},
+                kind,
+            )
+            for row in found[:SHOWN]
+        )
+
+    return section(name, table(numbers), "<h3>Surest and right</h3>", cards(1.0, "best"),
+                   "<h3>Surest and wrong</h3>", cards(0.0, "worst"))  # fmt: skip

@@ -1,0 +1,150 @@
+"""How often a reward model prefers the answer that people chose, and by how much: the RM test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stagewise.adapter import load_adapter
+from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments, PairArguments, check_shared
+from stagewise.conversation import Message, Preference
+from stagewise.encoding import IGNORE_INDEX, AnyTemplate, PreferenceExample, encode_preference
+from stagewise.evaluation_answers import in_batches
+from stagewise.manifest import read_manifest
+from stagewise.model import load_config, load_reward_model, load_tokenizer
+from stagewise.own_template import choose_template
+from stagewise.packing import PreferenceCollator
+from stagewise.rendering import Template
+from stagewise.validation import padded_length
+
+
+@dataclass
+class PairScorer:
+    """A reward model with its tokenizer and chat form."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    template: AnyTemplate
+
+    @torch.no_grad()
+    def __call__(self, pairs: Sequence[PreferenceExample], batch_size: int) -> list[tuple[float, float]]:
+        """(score of the chosen, score of the rejected) of each pair, in order, as reward_modeling.py validates."""
+        collate, device = PreferenceCollator(self.tokenizer.pad_token_id), self.model.device
+        found: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
+        for batch in in_batches([padded_length(pair) for pair in pairs], batch_size, "pairs"):
+            inputs = collate([pairs[index] for index in batch])
+            ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+            scores = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).float()
+            if not torch.isfinite(scores).all():
+                raise ArgumentError(
+                    "--model_name_or_path: gave a score that is NaN or infinite; load it with --torch_dtype bfloat16 "
+                    "or float32"
+                )
+            for index, chosen, rejected in zip(batch, *(part.tolist() for part in scores.chunk(2)), strict=True):
+                found[index] = chosen, rejected
+        return found
+
+
+def is_reward_model(args: ModelArguments, adapter: PeftConfig | None) -> bool:
+    """Whether a model gives a score in place of words, by its config and its adapter's; reads no weights."""
+    if adapter is not None:
+        return str(getattr(adapter.task_type, "value", adapter.task_type)) == "SEQ_CLS"
+    return any(name.endswith("ForSequenceClassification") for name in load_config(args).architectures or [])
+
+
+def load_pair_scorer(
+    args: ModelArguments,
+    adapter: str | None,
+    chat: ChatArguments,
+    table: Mapping[str, Template],
+    device: torch.device,
+) -> PairScorer:
+    """Loads a reward model: base and adapter, or one whole.
+
+    Args:
+        args: the model flags; the tokenizer is the adapter's where it brings one.
+        adapter: its directory, or None.
+        chat: which chat form.
+        table: chat forms by name.
+        device: where it runs.
+
+    Raises:
+        ArgumentError: naming the flag, also for a classifier with several labels.
+    """
+    if adapter and not args.tokenizer_name_or_path and (Path(adapter) / "tokenizer_config.json").is_file():
+        args.tokenizer_name_or_path = adapter
+    args.kept_rope = ((read_manifest(adapter) if adapter else None) or {}).get("rope")
+    check_shared(args)
+    labels = 1 if adapter else load_config(args).num_labels
+    if labels != 1:
+        raise ArgumentError(f"--model_name_or_path {args.model_name_or_path}: has {labels} labels, expected one score")
+    tokenizer = load_tokenizer(args)
+    template = choose_template(tokenizer, chat, table, adapter)
+    model = load_reward_model(args, tokenizer)
+    if not getattr(model, "hf_device_map", None):
+        model = model.to(device)
+    if adapter:
+        model = load_adapter(model, adapter)
+        logger.info(f"adapter: {adapter}, {next(iter(model.peft_config.values())).peft_type.value}")
+    return PairScorer(model.eval(), tokenizer, template)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One record of a test: the words, and the tokens of both answers."""
+
+    preference: Preference
+    example: PreferenceExample
+
+
+def encode_pair(scorer: PairScorer, preference: Preference, limits: PairArguments) -> tuple[Pair, bool]:
+    """A pair within the length limits, and whether it was cut. Raises RecordError where it cannot be scored."""
+    sizes = (limits.max_source_length, limits.max_target_length)
+    example, cut = encode_preference(scorer.tokenizer, scorer.template, preference, *sizes)
+    return Pair(preference, example), cut
+
+
+def pair_rows(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+    """A row of scores.jsonl for each pair: the words and every number of RM_METRICS; a tie counts one half."""
+    rows = []
+    for pair, (chosen, rejected) in zip(pairs, scores, strict=True):
+        prompt, lengths = (
+            pair.preference.prompt,
+            [_answer_tokens(pair.example, side) for side in ("chosen", "rejected")],
+        )
+        rows.append(
+            {
+                "where": pair.preference.where,
+                "system": prompt.system,
+                "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+                "chosen_answer": _words(pair.preference.chosen),
+                "rejected_answer": _words(pair.preference.rejected),
+                "chosen": chosen,
+                "rejected": rejected,
+                "margin": chosen - rejected,
+                "correct": _wins(chosen - rejected),
+                "chosen_tokens": lengths[0],
+                "rejected_tokens": lengths[1],
+                "longer_is_better": _wins(lengths[0] - lengths[1]),
+            }
+        )
+    return rows
+
+
+def _answer_tokens(example: PreferenceExample, side: str) -> int:
+    return sum(label != IGNORE_INDEX for label in getattr(example, side).labels)
+
+
+def _words(messages: Sequence[Message]) -> str:
+    return "\n".join(message.content for message in messages)
+
+
+def _wins(difference: float) -> float:
+    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0

@@ -1,0 +1,160 @@
+"""What a command line says about a model that speaks: which one, and how its answers are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import GenerationConfig
+
+from stagewise.arguments import ArgumentError
+
+MAX_NEW_TOKENS = 512
+
+
+class SpeakerError(ArgumentError):
+    """A model that cannot be talked to as asked, or a question it cannot be asked; says what to do."""
+
+
+@dataclass
+class SpeakerArguments:
+    """Which model speaks."""
+
+    _argument_group_name = "the model"
+
+    base_model: str | None = field(
+        default=None, metadata={"help": "Model directory, or a hub name; default: the one that --lora_model names."}
+    )
+    lora_model: str | None = field(
+        default=None,
+        metadata={"help": "Adapter to put on it: LoRA, AdaLoRA, prompt, P- or prefix tuning; a folder or hub name."},
+    )
+    tokenizer_path: str | None = field(default=None, metadata={"help": "Default: the adapter's, else the model's."})
+    template_name: str | None = field(
+        default=None, metadata={"help": "Chat template of template.py; default: the tokenizer's own, else vicuna."}
+    )
+    force_template: bool = field(
+        default=False, metadata={"help": "Use --template_name although the model was trained in another template."}
+    )
+    enable_thinking: bool | None = field(
+        default=None, metadata={"help": "False: a thinking model answers without thoughts. Default: its own way."}
+    )
+    torch_dtype: str = field(
+        default="auto", metadata={"help": "Weights' precision: auto (the checkpoint's), float32, bfloat16, float16."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold linear layers in 4 bit (nf4, bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold linear layers in 8 bit (bitsandbytes)."})
+    rope_scaling: str | None = field(
+        default=None, metadata={"help": "Longer context by scaled positions: dynamic (NTK), linear, yarn or longrope."}
+    )
+    rope_factor: float | None = field(
+        default=None, metadata={"help": "How many times the model's own context; default: 2."}
+    )
+    rope_factors_file: str | None = field(
+        default=None, metadata={"help": "longrope: json file with its lists short_factor and long_factor."}
+    )
+    flash_attn: bool = field(
+        default=False, metadata={"help": "FlashAttention where installed, else torch's fastest exact attention."}
+    )
+    device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu or cuda."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "`auto` spreads one process's model over its GPUs; not with torchrun."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that the model ships."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub model."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
+
+
+@dataclass
+class SamplingArguments:
+    """How an answer is drawn: transformers' names; what is not given is the model's own (generation_config.json).
+
+    Giving temperature, top_p, top_k or min_p asks for sampling, temperature 0 for the most probable token.
+    """
+
+    _argument_group_name = "its answers"
+
+    do_sample: bool | None = field(
+        default=None, metadata={"help": "Draw tokens at random; False: always the most probable."}
+    )
+    temperature: float | None = field(default=None, metadata={"help": "Below 1 bolder tokens only; 0 = no sampling."})
+    top_p: float | None = field(default=None, metadata={"help": "Draw from the fewest tokens that reach this share."})
+    top_k: int | None = field(default=None, metadata={"help": "Draw from the k most probable tokens; 0 = all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Leave out tokens less probable than this share of the most probable one."}
+    )
+    repetition_penalty: float | None = field(
+        default=None, metadata={"help": "Above 1: what was said before becomes less probable."}
+    )
+    no_repeat_ngram_size: int | None = field(
+        default=None, metadata={"help": "No n tokens in a row are said twice; 0 = no limit."}
+    )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Most tokens of an answer; default: its own, else {MAX_NEW_TOKENS}, at most half the context."
+        },
+    )
+    num_beams: int | None = field(
+        default=None, metadata={"help": "Beam search among so many candidates; not with sampling."}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "The same seed gives the same answer to the same prompt."}
+    )
+
+    def settled(self, own: GenerationConfig | None = None) -> dict[str, Any]:
+        """Every setting with its value; `own` gives those that are None here.
+
+        Raises:
+            SpeakerError: for a value out of range, or one that would have no effect.
+        """
+        asked = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        asks = [name for name, value in asked.items() if value is not None]
+        greedy = self.temperature == 0
+        if self.do_sample is False and asks and not greedy:
+            raise SpeakerError(f"--{asks[0]} has no effect with --do_sample False: leave one of them out")
+        if self.do_sample and greedy:
+            raise SpeakerError("--temperature 0 always takes the most probable token: leave --do_sample out")
+        if greedy and (others := [name for name in asks if name != "temperature"]):
+            raise SpeakerError(f"--{others[0]} has no effect with --temperature 0: leave one of them out")
+        sample = self.do_sample
+        if sample is None:
+            beams = (self.num_beams or 1) > 1
+            sample = not greedy and (bool(asks) or (bool(getattr(own, "do_sample", False)) and not beams))
+        values = {
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 50,  # transformers' own
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        }
+        for name, usual in values.items():
+            given, of_model = getattr(self, name), getattr(own, name, None)
+            values[name] = given if given is not None else usual if of_model is None else of_model
+        if sample and self.num_beams is None:
+            values["num_beams"] = 1
+        _check_ranges(values, sample)
+        if sample and values["num_beams"] > 1:
+            raise SpeakerError(f"--num_beams {values['num_beams']}: beam search draws nothing at random; leave out "
+                               "what asks for sampling (--do_sample, --temperature, --top_p …)")  # fmt: skip
+        return {**values, "do_sample": sample, "seed": self.seed}
+
+
+def _check_ranges(values: dict[str, Any], sample: bool) -> None:
+    limits = {
+        "temperature": (lambda v: v > 0, "a number above 0"),
+        "top_p": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+        "top_k": (lambda v: v >= 0, "0 or more"),
+        "min_p": (lambda v: 0 <= v <= 1, "0 to 1"),
+        "repetition_penalty": (lambda v: v > 0, "a number above 0"),
+        "no_repeat_ngram_size": (lambda v: v >= 0, "0 or more"),
+        "num_beams": (lambda v: v >= 1, "at least 1"),
+        "max_new_tokens": (lambda v: v >= 1, "at least 1"),
+    }
+    for name, (fits, expected) in limits.items():
+        if not fits(values[name]) and (sample or name not in ("temperature", "top_p", "top_k", "min_p")):
+            raise SpeakerError(f"--{name}: expected {expected}, found {values[name]}")

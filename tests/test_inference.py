@@ -1,0 +1,386 @@
+"""inference.py as a person uses it: in a terminal of its own, over files, stopped and started again."""
+
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS_ID, build_tiny_model, build_tiny_tokenizer
+from launching import environment, python, run, torchrun
+
+import inference
+from stagewise.answer_file import read_prompts
+from stagewise.conversation import Conversation, Message
+from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
+from stagewise.talk import Talk
+from stagewise.terminal_input import shown
+from template import TEMPLATES
+
+RECORDS = [
+    {"id": 1, "conversations": [{"from": "human", "value": "a fever"}, {"from": "gpt", "value": "rest"}]},
+    {"id": 2, "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "water?"}]},
+    {"id": 3, "instruction": "drink", "input": "what", "output": "water"},
+    {"id": 4, "question": "when", "answer": "now", "tags": ["甲", {"b": None}]},
+    {"id": 5, "prompt": "多喝水"},
+    {"id": 6, "prompt": "the user asks", "chosen": "A", "rejected": "B"},
+]
+
+
+def write(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def words(base: Path, data: Path, out: Path, *more) -> list[str]:
+    flags = ["--base_model", base, "--data_file", data, "--output_file", out, "--max_new_tokens", 6, *more]
+    return [str(word) for word in flags]
+
+
+# ── a file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_answers_are_in_order_and_records_keep_their_fields(tiny_checkpoint, tmp_path):
+    base, data = tiny_checkpoint("llama"), write(tmp_path / "prompts.jsonl", RECORDS)
+    inference.main(words(base, data, tmp_path / "out.jsonl", "--batch_size", 4))
+    found = read(tmp_path / "out.jsonl")
+    assert [{k: v for k, v in line.items() if not k.startswith("response")} for line in found] == RECORDS
+    assert all(isinstance(line["response"], str) and line["response_ended"] in (True, False) for line in found)
+    assert not (tmp_path / "out.jsonl.part").exists()
+    inference.main(words(base, data, tmp_path / "alone.jsonl", "--batch_size", 1))
+    assert read(tmp_path / "alone.jsonl") == found
+    with pytest.raises(SpeakerError, match="--output_file .*out.jsonl: is there already; --overwrite_output_file"):
+        inference.main(words(base, data, tmp_path / "out.jsonl"))
+    inference.main(words(base, data, tmp_path / "out.jsonl", "--overwrite_output_file", "--system_prompt", "Be brief"))
+    assert read(tmp_path / "out.jsonl") != found
+
+
+def test_what_each_record_asks(tmp_path):
+    prompts = read_prompts(write(tmp_path / "prompts.jsonl", RECORDS), "response", "Be brief")
+    asked = [(p.conversation.system, *(m.content for m in p.conversation.messages)) for p in prompts]
+    assert asked == [
+        ("Be brief", "a fever"),
+        ("S", "water?"),
+        ("Be brief", "drink\nwhat"),
+        ("Be brief", "when"),
+        ("Be brief", "多喝水"),
+        ("Be brief", "the user asks"),
+    ]
+    (tmp_path / "prompts.txt").write_text("one\n\n二\r\n", encoding="utf-8")
+    assert [p.record for p in read_prompts(tmp_path / "prompts.txt", "response")] == [
+        {"prompt": "one"},
+        {"prompt": "二"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"prompt": "a", "response": "b"},
+            "prompts.jsonl:1: has a field 'response' already: give another --answer_field",
+        ),
+        ({"text": "a"}, "prompts.jsonl:1: found a text"),
+        ({"prompt": 3}, "prompts.jsonl:1: "),
+    ],
+)
+def test_records_that_ask_nothing_are_named(tmp_path, record, message):
+    with pytest.raises(SpeakerError, match=message):
+        read_prompts(write(tmp_path / "prompts.jsonl", [record]), "response")
+    for name, hint in (("none.jsonl", "no such file"), ("x.pdf", "expected .jsonl")):
+        (tmp_path / "x.pdf").touch()
+        with pytest.raises(SpeakerError, match=hint):
+            read_prompts(tmp_path / name, "response")
+
+
+def test_a_prompt_that_is_too_long_is_an_error_or_has_no_answer(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("llama", max_position_embeddings=256)
+    long = {"prompt": "long " * 300}
+    data = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}, long, {"prompt": "b"}])
+    with pytest.raises(SpeakerError, match="prompts.jsonl:2: the last question alone is longer"):
+        inference.main(words(base, data, tmp_path / "out.jsonl"))
+    more = ("--on_bad_record", "skip", "--overwrite_output_file")
+    inference.main(words(base, data, tmp_path / "out.jsonl", *more))
+    first, second, third = read(tmp_path / "out.jsonl")
+    assert second["response"] is None and "longer than the" in second["response_error"]
+    assert first["response"] and third["response"]
+
+
+def test_a_stopped_run_goes_on_where_it_was(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("llama")
+    data = write(tmp_path / "prompts.jsonl", [{"n": n, "prompt": f"question {n}"} for n in range(60)])
+    more = ("--batch_size", 1, "--temperature", 1, "--seed", 4, "--max_new_tokens", 40)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    part = Path(f"{out}.part")
+    started = subprocess.Popen(
+        python("inference", *words(base, data, out, *more)), env=environment(), stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 240
+    while not (part.exists() and part.read_bytes().count(b"\n") > 5) and time.time() < deadline:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    lines = part.read_bytes().count(b"\n")
+    assert 5 < lines < 61 and not out.exists()
+    with part.open("ab") as file:
+        file.write(b'{"n": 99, "prom')  # as if it was killed while it wrote
+    with pytest.raises(SpeakerError, match="of a run that was stopped, with other settings .seed 4, now 5"):
+        inference.main(words(base, data, out, *more[:-4], "--seed", 5, "--max_new_tokens", 40))
+    inference.main(words(base, data, out, *more))
+    inference.main(words(base, data, whole, *more))
+    assert out.read_bytes() == whole.read_bytes()
+    assert [line["n"] for line in read(out)] == list(range(60))
+
+
+@pytest.mark.distributed
+def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("llama")
+    data = write(tmp_path / "prompts.jsonl", [{"n": n, "prompt": f"question {n}"} for n in range(7)])
+    more = ("--batch_size", 2, "--temperature", 1, "--seed", 4)
+    inference.main(words(base, data, tmp_path / "one.jsonl", *more))
+    run(torchrun("inference", *words(base, data, tmp_path / "two.jsonl", *more)))
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    failed = subprocess.run(
+        torchrun("inference", *words(base, data, tmp_path / "two.jsonl", *more)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert failed.returncode and failed.stderr.count("is there already") == 1  # said once, and nobody waits
+
+
+# ── flags ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "give --interactive to talk, or --data_file"),
+        (["--interactive", "--data_file", "x"], "not both"),
+        (["--data_file", "x"], "--output_file: missing"),
+        (["--interactive", "--batch_size", "2"], "--batch_size has no effect with --interactive"),
+        (["--interactive", "--do_sample", "False", "--top_p", "0.5"], "--top_p has no effect"),
+        (["--interactive", "--lora_model", "a", "--output_dir", "b"], "--lora_model names the adapter"),
+        (["--interactive", "--base_modle", "a"], "--base_modle: no such flag; the nearest known flag is --base_model"),
+    ],
+)
+def test_flags_that_do_not_fit_together(given, message):
+    with pytest.raises(ValueError, match=message):
+        inference.main(["--base_model", "nowhere", *given] if "--base_modle" not in given else given)
+
+
+def test_the_adapter_is_looked_for(tmp_path):
+    (tmp_path / "with").mkdir()
+    (tmp_path / "with" / "adapter_config.json").write_text("{}")
+    for first, second, found in (("with", "none", "with"), ("none", "with", "with"), ("none", None, None)):
+        which = SpeakerArguments("base")
+        args = inference.InferenceArguments(
+            checkpoint_dir=str(tmp_path / first), output_dir=second and str(tmp_path / second)
+        )
+        inference.look_for_adapter(args, which)
+        assert which.lora_model == (found and str(tmp_path / found))
+
+
+def test_help_names_every_flag_once(capsys):
+    with pytest.raises(SystemExit):
+        inference.main(["--help"])
+    text = capsys.readouterr().out
+    assert "python inference.py --base_model models/SmolLM2-135M-Instruct --interactive" in text
+    for flag in ("--base_model", "--temperature", "--output_file"):
+        assert text.count(f"\n  {flag} ") == 1
+    assert "default: None" not in text
+
+
+# ── a terminal ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Terminal:
+    """A program in a terminal of its own, 100 columns wide, with a person who types."""
+
+    def __init__(self, command: list[str], cwd: Path):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.execve(command[0], command, {**environment(), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"})
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        self.seen = ""
+
+    def read(self, seconds: float) -> str:
+        """What is written within that time, at least once something is."""
+        if not select.select([self.fd], [], [], seconds)[0]:
+            return ""
+        try:
+            return os.read(self.fd, 65536).decode("utf-8", "replace")
+        except OSError:  # the program has ended
+            raise EOFError(self.seen[-3000:]) from None
+
+    def wait_for(self, text: str, seconds: float = 240) -> str:
+        """Reads until `text` is there; returns what stood before it, and goes on behind it."""
+        deadline = time.time() + seconds
+        while text not in self.seen:
+            assert time.time() < deadline, f"waited for {text!r}; the end of what was seen:\n{self.seen[-3000:]}"
+            self.seen += self.read(1)
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def ended(self) -> int:
+        """The exit code."""
+        try:
+            while True:
+                self.read(5)
+        except EOFError:
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+PROMPT = "you:"  # the space behind it is a move of the cursor
+LEFT, BACKSPACE, ALT_ENTER, CTRL_C = "\x1b[D", "\x7f", "\x1b\r", "\x03"
+
+
+def never_ending(folder: Path) -> Path:
+    """A tiny model whose answers never come to the end marker."""
+    model = build_tiny_model("llama", max_position_embeddings=40_000)
+    with torch.no_grad():
+        model.lm_head.weight[EOS_ID] = 0
+    model.save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_talk_in_a_terminal(tmp_path):
+    base = never_ending(tmp_path / "model")
+    command = python(
+        "inference", "--base_model", base, "--interactive", "--max_new_tokens", 30_000, "--do_sample", "False"
+    )
+    terminal = Terminal(command, tmp_path)
+    try:
+        terminal.wait_for(PROMPT)
+        # Chinese, two columns wide: one character is taken back, one is put before the last
+        terminal.type(f"你好码{BACKSPACE}吗{LEFT}们\r")
+        terminal.wait_for("model: ")
+        time.sleep(1)
+        terminal.type(CTRL_C)  # the answer ends, the program does not
+        terminal.wait_for("[stopped]")
+        terminal.wait_for(PROMPT)
+        terminal.type("/save talk.jsonl\r")
+        terminal.wait_for("2 messages appended to talk.jsonl")
+        terminal.wait_for(PROMPT)
+        terminal.type("/system 简短回答\r")
+        terminal.wait_for("system prompt: 简短回答")
+        terminal.wait_for(PROMPT)
+        terminal.type("/clear\r")
+        terminal.wait_for("forgotten")
+        terminal.wait_for(PROMPT)
+        terminal.type(f"one{ALT_ENTER}two\\\rthree\r")  # three lines
+        terminal.wait_for("model: ")
+        time.sleep(0.5)
+        terminal.type(CTRL_C)
+        terminal.wait_for("[stopped]")
+        terminal.wait_for(PROMPT)
+        terminal.type("/regen\r")
+        terminal.wait_for("the most probable answer, the same every time")
+        terminal.wait_for("model: ")
+        time.sleep(0.5)
+        terminal.type(CTRL_C)
+        terminal.wait_for("[stopped]")
+        terminal.wait_for(PROMPT)
+        terminal.type("half a question")
+        terminal.type(CTRL_C)  # drops the line
+        terminal.wait_for("/quit or Ctrl-D ends")
+        terminal.wait_for(PROMPT)
+        terminal.type("/nonsense\r")
+        terminal.wait_for("/nonsense: no such command")
+        terminal.wait_for(PROMPT)
+        terminal.type("/save talk.jsonl\r")
+        terminal.wait_for("2 messages appended")
+        terminal.wait_for(PROMPT)
+        terminal.type("/quit\r")
+        assert terminal.ended() == 0
+    finally:
+        os.close(terminal.fd)
+    first, second = read(tmp_path / "talk.jsonl")
+    assert first["conversations"][0] == {"from": "human", "value": "你好们吗"}
+    assert first["conversations"][1]["from"] == "gpt" and first["conversations"][1]["value"]
+    assert second["system"] == "简短回答"
+    assert second["conversations"][0]["value"] == "one\ntwo\nthree"
+
+
+def test_a_talk_over_a_pipe_has_history_and_a_seed(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("llama", max_position_embeddings=2048)
+    script = "hello\nand \\\nmore\n/regen\n/save a.jsonl\n//slash\n/save a.jsonl\n/save /nowhere/b\n/regen now\n"
+    command = python(
+        "inference", "--base_model", base, "--interactive", "--max_new_tokens", 8, "--temperature", 1, "--seed", 3
+    )
+    outputs = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(
+            command,
+            input=script,
+            text=True,
+            capture_output=True,
+            env=environment(),
+            cwd=tmp_path / folder,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]  # the seed
+    assert "error: /nowhere/b: No such file or directory" in outputs[0]
+    first, second = read(tmp_path / "one" / "a.jsonl")
+    assert [turn["value"] for turn in first["conversations"][::2]] == ["hello", "and \nmore"]
+    assert second["conversations"][:4] == first["conversations"]
+    assert second["conversations"][4]["value"] == "/slash"
+
+
+def test_a_models_text_cannot_command_the_terminal():
+    assert shown("a\x1b[2Jb\tc\nd\x07\x9b") == "a␛[2Jb\tc\nd␇\ufffd"
+
+
+def test_the_next_answer_sees_what_was_said(tiny_checkpoint):
+    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))), TEMPLATES)
+    greedy = SamplingArguments(do_sample=False, max_new_tokens=8)
+    talk = Talk(speaker, greedy, system="S")
+    first, second = "".join(talk.ask("one")), "".join(talk.ask("two"))
+    said = (Message("user", "one"), Message("assistant", first), Message("user", "two"))
+    assert speaker.answers([Conversation(said, "S")], greedy, batch_size=1)[0].text == second
+    assert [m.content for m in talk.messages] == ["one", first, "two", second] and talk.forgotten == 0
+    assert "".join(talk.again()) == second and len(talk.messages) == 4
+    speaker.context = len(speaker.encode(Conversation(said, "S"), 8)) + 7  # one token too few for both questions
+    assert "".join(talk.again()) == speaker.answers([Conversation(said[2:], "S")], greedy, batch_size=1)[0].text
+    assert talk.forgotten == 1
+    talk.clear()
+    assert talk.messages == [] and talk.system == "S"
+
+
+@pytest.mark.real
+def test_the_small_model_talks(smollm, tmp_path):
+    command = python(
+        "inference", "--base_model", smollm, "--interactive", "--max_new_tokens", 16, "--do_sample", "False"
+    )
+    done = subprocess.run(
+        [*command, "--torch_dtype", "bfloat16"],
+        input="What is the capital of France?\n",
+        text=True,
+        capture_output=True,
+        env=environment(),
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stdout + done.stderr[-2000:]

@@ -1,0 +1,221 @@
+"""Writes a merged model as a GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio …).
+
+    python -m tools.export_gguf --model_name_or_path outputs/sft-merged --output_file outputs/sft.gguf
+    python -m tools.export_gguf --model_name_or_path outputs/sft-merged --output_file outputs/sft.gguf --outtype q8_0
+    python -m tools.export_gguf --fetch_converter      # only brings llama.cpp's script
+
+The conversion is llama.cpp's own: the script in the sources of the package `llama-cpp-python`, which pip downloads
+once (75 MB, checked by sha256) into --converter_dir. The file that it writes is then made to end answers where the
+model ends them, at the end marker of generation_config.json, and compared: chat template, end marker, vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from gguf import GGUFReader
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+PACKAGE = "llama-cpp-python==0.3.36"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+CONVERTER_DIR = "models/llama.cpp"
+SCRIPT = "convert_hf_to_gguf.py"
+TAKEN = (SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/")  # of vendor/llama.cpp
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
+
+
+class ExportError(RuntimeError):
+    """A file that could not be made; the message says what to do."""
+
+
+def check_model(folder: Path) -> dict:
+    """The model's config.json.
+
+    Raises:
+        ExportError: for an adapter, a reward model, a quantised model, or a folder that is no model.
+    """
+    flag = f"--model_name_or_path {folder}"
+    if (folder / "adapter_config.json").is_file():
+        raise ExportError(
+            f"{flag}: an adapter; merge it first: python merge_peft_adapter.py --lora_model {folder} --output_dir "
+            f"{folder}-merged"
+        )
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"{flag}: expected a directory with config.json; download a hub model first")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if any("SequenceClassification" in name for name in config.get("architectures") or []):
+        raise ExportError(f"{flag}: a reward model; a GGUF file here holds a language model")
+    if config.get("quantization_config"):
+        raise ExportError(f"{flag}: is quantised already; give the model in 16 or 32 bit, and --outtype q8_0")
+    return config
+
+
+# ── the converter ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetch_converter(folder: Path) -> Path:
+    """llama.cpp's conversion script, which is fetched if it is not there.
+
+    Raises:
+        ExportError: if pip cannot bring the sources, or they are not the ones that were tested.
+    """
+    if (folder / SCRIPT).is_file():
+        return folder / SCRIPT
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
+        source = download(Path(temporary))
+        made = Path(temporary, "made")
+        unpack(source, made)
+        folder.mkdir(exist_ok=True)
+        for path in made.iterdir():
+            os.replace(path, folder / path.name)
+    return folder / SCRIPT
+
+
+def download(folder: Path) -> Path:
+    """The package's sources, as pip brings them into `folder`."""
+    name = PACKAGE.partition("==")[0]
+    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--no-binary", name, "--dest", folder]
+    if subprocess.run([str(word) for word in command], stdout=sys.stderr).returncode != 0:
+        raise ExportError(f"pip could not download {PACKAGE} (its own words are above). Check the network")
+    (source,) = folder.glob("*.tar.gz")
+    with open(source, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise ExportError(f"{source.name}: sha256 is {found}, expected {SHA256}; it was not opened")
+    return source
+
+
+def unpack(source: Path, folder: Path) -> None:
+    """Takes the conversion script and what it imports out of the sources."""
+    with tarfile.open(source) as archive:
+        for member in archive:
+            _, found, name = member.name.partition("/vendor/llama.cpp/")
+            if found and member.isfile() and name.startswith(TAKEN):
+                member.name = name
+                archive.extract(member, folder, filter="data")
+
+
+# ── the file ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def convert(script: Path, model: Path, output: Path, outtype: str) -> None:
+    """Runs llama.cpp's script, which sees no hub.
+
+    Raises:
+        ExportError: with the script's last words.
+    """
+    command = [sys.executable, str(script), str(model), "--outfile", str(output), "--outtype", outtype]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if done.returncode != 0:
+        output.unlink(missing_ok=True)
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ExportError(f"llama.cpp's script cannot convert {model}: {said[-1] if said else 'it said nothing'}")
+
+
+def end_of(model: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id at which the model's answers end: the first of generation_config.json, else the tokenizer's.
+
+    Raises:
+        ExportError: if there is none.
+    """
+    ends = None
+    if (model / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    end = tokenizer.eos_token_id if ends[0] is None else ends[0]
+    if end is None:
+        raise ExportError(f"--model_name_or_path {model}: neither generation_config.json nor the tokenizer has an end")
+    return end
+
+
+def settle_end(output: Path, end: int) -> None:
+    """Writes the id at which answers end into the file, in its place."""
+    reader = GGUFReader(output, "r+")
+    field = reader.get_field("tokenizer.ggml.eos_token_id")
+    if field is None:
+        raise ExportError(f"{output}: the file has no end token; llama.cpp would never stop")
+    field.parts[field.data[0]][0] = end
+
+
+def compare(output: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> None:
+    """Raises ExportError where the file and the tokenizer differ: chat template, end marker, vocabulary."""
+    reader = GGUFReader(output)
+
+    def value(key: str):
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    tokens = value("tokenizer.ggml.tokens") or []
+    differing = [
+        name
+        for name, found, expected in (
+            ("chat template", value("tokenizer.chat_template"), tokenizer.chat_template),
+            ("end marker", value("tokenizer.ggml.eos_token_id"), end),
+            (
+                "text of the end marker",
+                tokens[end] if end < len(tokens) else None,
+                tokenizer.convert_ids_to_tokens(end),
+            ),
+        )
+        if found != expected
+    ]
+    if len(tokens) < len(tokenizer):
+        differing.append("vocabulary")
+    if differing:
+        raise ExportError(f"{output}: differs from the model in: {', '.join(differing)}")
+
+
+def export(model: Path, output: Path, outtype: str, converter_dir: Path, overwrite: bool) -> None:
+    """Writes `model` to `output`, which appears only once it is whole and has been compared."""
+    check_model(model)
+    if output.exists() and not overwrite:
+        raise ExportError(f"--output_file {output}: is there already; add --overwrite, or give another name")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    end = end_of(model, tokenizer)
+    script = fetch_converter(converter_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".unfinished-{output.name}")
+    try:
+        convert(script, model, unfinished, outtype)
+        settle_end(unfinished, end)
+        compare(unfinished, tokenizer, end)
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    told = f"answers end at {tokenizer.convert_ids_to_tokens(end)!r} (id {end})"
+    print(f"{output}: {output.stat().st_size / 2**20:.0f} MiB, {outtype}; {told}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", type=Path, help="Directory of a merged model.")
+    parser.add_argument("--output_file", type=Path, help="The GGUF file that is written.")
+    parser.add_argument("--fetch_converter", action="store_true", help="Only fetch llama.cpp's script, and stop.")
+    parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="Precision; auto: as the model's own.")
+    parser.add_argument("--converter_dir", type=Path, default=Path(CONVERTER_DIR), help=f"default: {CONVERTER_DIR}")
+    parser.add_argument("--overwrite", action="store_true", help="Replace --output_file.")
+    args = parser.parse_args(argv)
+    if args.fetch_converter == bool(args.model_name_or_path or args.output_file):
+        parser.error("give --model_name_or_path and --output_file, or --fetch_converter alone")
+    if not args.fetch_converter and not (args.model_name_or_path and args.output_file):
+        parser.error("--model_name_or_path and --output_file belong together")
+    try:
+        if args.fetch_converter:
+            print(f"llama.cpp's script: {fetch_converter(args.converter_dir)}", file=sys.stderr)
+            return
+        export(args.model_name_or_path, args.output_file, args.outtype, args.converter_dir, args.overwrite)
+    except ExportError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

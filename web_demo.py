@@ -1,0 +1,388 @@
+"""A page in the browser to talk to a model: answers as they come, several conversations, base beside adapter.
+
+    python web_demo.py --base_model models/SmolLM2-135M-Instruct
+    python web_demo.py --lora_model outputs/sft               # the base that the adapter names, and the adapter
+    python web_demo.py --lora_model outputs/sft --server_name 0.0.0.0 --auth users.txt    # for others, with a login
+
+It listens on 127.0.0.1 alone unless told otherwise. Answers are shown as text and Markdown; HTML in them is shown as
+it was written, nothing of it runs, and nothing is fetched from elsewhere. `pip install -r requirements-web.txt` brings
+gradio.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from loguru import logger
+from transformers.utils import logging as transformers_logging
+
+from stagewise.arguments import ArgumentError, parse
+from stagewise.chats import ADAPTER, BASE, Chat, ChatError, Desk
+from stagewise.page_texts import CHINESE, ENGLISH, said
+from stagewise.speaker import Speaker
+from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments, SpeakerError
+from stagewise.web_server import WebArguments, check_web, serve
+from template import TEMPLATES
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+try:
+    import gradio as gr
+
+    from stagewise.shown_text import FORMULAS, shown, written
+except ImportError as error:
+    sys.exit(f"error: {error.name} is not installed: pip install -r requirements-web.txt -c constraints.txt")
+
+BOTH = "both"
+SPEAKERS = {ADAPTER: (ADAPTER,), BASE: (BASE,), BOTH: (ADAPTER, BASE)}
+LONGEST = 8192  # most tokens of an answer that the page offers
+WAITING = 32  # questions that may wait for the model
+FRAME = 0.06  # seconds between two looks of a growing answer
+STYLE = """
+.pane { flex-grow: 1 }
+.pane .message-content, .pane .message { overflow-wrap: anywhere }
+#head { align-items: center; flex-wrap: nowrap }
+#head button { width: auto; min-width: max-content; flex: none; padding-inline: 12px }
+.pane .bubble-wrap { margin-top: 38px; min-height: 0 }
+#under { flex-wrap: nowrap }
+#under button { min-width: 0 }
+#note { opacity: .7; text-align: center; font-size: .85em }
+#chats label { width: 100% }
+#chats label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+#chats .wrap { max-height: 38vh; overflow-y: auto; flex-wrap: nowrap; flex-direction: column }
+@media (max-width: 640px) {
+    #panes { gap: 8px }
+    #panes:has(#pane-base):has(#pane-adapter) .pane { height: 38dvh !important; min-height: 180px !important }
+}
+"""
+DARK = """() => {
+    document.body.classList.toggle('dark');
+    document.body.style.background = 'var(--body-background-fill)';
+}"""
+LANGUAGE = "desk => [desk, document.documentElement.lang || navigator.language]"
+# On a narrow screen the sidebar lies over the page: it begins closed there.
+NARROW = """() => {
+    const open = document.querySelector('.sidebar.open .toggle-button');
+    if (open && window.innerWidth < 768) open.click();
+}"""
+
+
+# ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Page:
+    """The page over one speaker, whose questions are answered one after another.
+
+    Args:
+        speaker: what answers; `stream` is called as `Speaker.stream` is.
+        sampling: what the settings begin with, and what they have no slider for.
+        compares: whether there is an adapter that can be switched off.
+    """
+
+    def __init__(self, speaker: Speaker, sampling: SamplingArguments, args: WebArguments, *, compares: bool):
+        self.speaker, self.sampling, self.compares = speaker, sampling, compares
+        self.start = sampling.settled(speaker.defaults)
+        self.longest = min(LONGEST, max(speaker.context - 64, 16))
+        self.desks: weakref.WeakValueDictionary[str, Desk] = weakref.WeakValueDictionary()  # by browser session
+        self.words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
+        with gr.Blocks(title=args.title, analytics_enabled=False, fill_height=True) as self.blocks:
+            self.desk = gr.State(Desk(args.system_prompt))
+            self.language = gr.Textbox(visible=False)
+            with gr.Sidebar(open=True, width=330):
+                self._list()
+                self._settings()
+            with gr.Row(elem_id="head"):
+                gr.Markdown(f"## {shown(args.title)}")
+                self.dark = gr.Button(self.words("dark"), size="sm", variant="secondary", elem_id="dark")
+            self._talk()
+            self._wire()
+
+    def _list(self) -> None:
+        words = self.words
+        self.new = gr.Button(words("new"), variant="primary", elem_id="new")
+        self.chats = gr.Radio([], label=words("conversations"), elem_id="chats")
+        self.delete = gr.Button(words("delete"), size="sm", elem_id="delete")
+        names = [(words(name), name) for name in (ADAPTER, BASE, BOTH)]
+        self.who = gr.Radio(names, value=ADAPTER, label=words("who"), visible=self.compares, elem_id="who")
+
+    def _settings(self) -> None:
+        words, start = self.words, self.start
+        with gr.Accordion(words("settings"), open=False, elem_id="settings"):
+            self.system = gr.Textbox(
+                label=words("system"), info=words("system_help"), lines=2, max_lines=8, elem_id="system"
+            )
+            temperature = start["temperature"] if start["do_sample"] else 0
+            self.sliders = {
+                "max_new_tokens": gr.Slider(
+                    1, self.longest, min(start["max_new_tokens"], self.longest), step=1, label=words("max_new_tokens")
+                ),
+                "temperature": gr.Slider(
+                    0, 2, temperature, step=0.01, label=words("temperature"), info=words("temperature_help")
+                ),
+                "top_p": gr.Slider(0.01, 1, start["top_p"], step=0.01, label=words("top_p")),
+                "top_k": gr.Slider(0, 200, start["top_k"], step=1, label=words("top_k")),
+                "min_p": gr.Slider(0, 1, start["min_p"], step=0.01, label=words("min_p")),
+                "repetition_penalty": gr.Slider(
+                    0.5, 2, start["repetition_penalty"], step=0.01, label=words("repetition_penalty")
+                ),
+                "seed": gr.Number(start["seed"], precision=0, label=words("seed"), info=words("seed_help")),
+            }
+            for name, slider in self.sliders.items():
+                slider.elem_id = name
+            self.reset = gr.Button(words("reset"), size="sm", elem_id="reset")
+
+    def _talk(self) -> None:
+        words = self.words
+        looks = {
+            "height": "calc(100dvh - 250px)",
+            "min_height": 240,
+            "editable": "user",
+            "buttons": ["copy"],
+            "layout": "bubble",
+            "elem_classes": "pane",
+            "min_width": 280,
+            "latex_delimiters": [{"left": a, "right": b, "display": a != "\\("} for a, b in FORMULAS],
+            "feedback_options": None,
+            "sanitize_html": True,
+            "allow_tags": False,
+        }
+        with gr.Row(elem_id="panes"):
+            label = words("adapter" if self.compares else "model")
+            self.panes = {ADAPTER: gr.Chatbot(label=label, elem_id="pane-adapter", **looks)}
+            if self.compares:
+                self.panes[BASE] = gr.Chatbot(label=words("base"), elem_id="pane-base", visible=False, **looks)
+        self.box = gr.Textbox(
+            placeholder=words("question"), show_label=False, lines=1, max_lines=10, submit_btn=True, autofocus=True,
+            elem_id="box",
+        )  # fmt: skip
+        with gr.Row(elem_id="under"):
+            self.again = gr.Button(words("retry"), size="sm", elem_id="again")
+            self.clear = gr.Button(words("clear"), size="sm", elem_id="clear")
+        gr.Markdown(words("note"), elem_id="note")
+
+    # ── what happens ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _wire(self) -> None:
+        self.view = [*self.panes.values(), self.chats, self.box, self.system]
+        # What may be refused goes through a queue (not the model's): only from there a message is shown.
+        told = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+        at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        plain = {"inputs": [self.desk, self.who], "outputs": self.view, **at_once}
+        self._asks(self.box.submit, self.ask, [self.desk, self.system, self.who, self.box], told)
+        self._asks(self.again.click, self.retry, [self.desk, self.system, self.who], told)
+        for who, pane in self.panes.items():
+            self._asks(pane.edit, self.edit, [self.desk, self.system, self.who, gr.State(who)], told)
+            self._asks(pane.retry, self.retry, [self.desk, self.system, gr.State(who)], told)
+        self.box.stop(self.stop, trigger_mode="multiple", **plain)
+        gr.on([self.clear.click, *(pane.clear for pane in self.panes.values())], self.empty, **plain)
+        self.new.click(self.begin, **plain)
+        self.delete.click(self.drop, **plain)
+        self.chats.input(self.open, [self.desk, self.who, self.chats], self.view, **told)
+        self.system.blur(self.keep_system, [self.desk, self.system], None, **at_once)
+        self.dark.click(None, js=DARK)
+        self.reset.click(lambda: list(self._beginnings()), None, list(self.sliders.values()), **at_once)
+        self.blocks.load(self.arrive, [self.desk, self.language], self.view, js=LANGUAGE, **at_once)
+        self.blocks.load(None, js=NARROW)
+        self.blocks.unload(self.leave)
+        if self.compares:
+            self.who.change(self.show_panes, self.who, list(self.panes.values()), **at_once)
+
+    def _asks(self, trigger: Any, begin: Any, inputs: list, options: dict[str, Any]) -> None:
+        """What begins a job, followed by the job itself: one at a time over all visitors."""
+        asked = trigger(begin, inputs, self.view, **{**options, "trigger_mode": "multiple"})
+        asked.then(
+            self.answer, [self.desk, *self.sliders.values()], [*self.panes.values(), self.chats, self.box],
+            concurrency_limit=1, concurrency_id="model", trigger_mode="multiple", show_progress="minimal",
+            api_visibility="private",
+        )  # fmt: skip
+
+    def _beginnings(self) -> Iterator[Any]:
+        for slider in self.sliders.values():
+            yield slider.value
+
+    def arrive(self, desk: Desk, language: str, request: gr.Request) -> list:
+        """The first look of a visitor."""
+        desk.language = str(language)
+        self.desks[request.session_hash] = desk
+        return self.look(desk, None)
+
+    def leave(self, request: gr.Request) -> None:
+        """Ends the answers of a visitor who is gone."""
+        if request.session_hash in self.desks:
+            self.desks[request.session_hash].leave()
+
+    def ask(self, desk: Desk, system: str, who: str, question: str) -> list:
+        """Puts the question into the chat that is open."""
+        return self._job(desk, system, lambda chat: chat.ask(question, SPEAKERS[who]), emptied=True)
+
+    def retry(self, desk: Desk, system: str, who: str) -> list:
+        return self._job(desk, system, lambda chat: chat.retry(SPEAKERS[who]))
+
+    def edit(self, desk: Desk, system: str, who: str, pane: str, change: gr.EditData) -> list:
+        """A question in other words: `change.index` counts the messages of the pane that it was changed in."""
+
+        def edited(chat: Chat):
+            lines = list(chat.lines(pane))
+            place = change.index if isinstance(change.index, int) else change.index[0]
+            if not 0 <= place < len(lines) or lines[place][1] != "user":
+                raise ChatError("gone")
+            return chat.edit(lines[place][0], written(str(change.value)), SPEAKERS[who])
+
+        return self._job(desk, system, edited)
+
+    def _job(self, desk: Desk, system: str, begin: Any, *, emptied: bool = False) -> list:
+        desk.current.system = system
+        try:
+            desk.put(begin(desk.current))
+        except ChatError as error:
+            gr.Warning(said(error.key, desk.language))
+            return self.look(desk, None)
+        view = self.look(desk, None)
+        if emptied:
+            view[len(self.panes) + 1] = gr.Textbox(value="", submit_btn=False, stop_btn=True)
+        return view
+
+    def answer(self, desk: Desk, *settings: Any) -> Iterator[list]:
+        """Answers the oldest question of this visitor, piece by piece."""
+        job = desk.next_job()
+        if job is None:
+            yield [gr.skip()] * (len(self.panes) + 2)
+            return
+        try:
+            sampling = self.chosen(dict(zip(self.sliders, settings, strict=True)))
+            for who in job.speakers:
+                text, seen = "", 0.0
+                if job.stop.is_set():
+                    break
+                conversation = job.chat.conversation(job.turn, who)
+                for piece in self.speaker.stream(conversation, sampling, adapter=who == ADAPTER, stop=job.stop):
+                    text += piece
+                    job.turn.answers[who] = text
+                    if time.monotonic() - seen > FRAME:
+                        seen = time.monotonic()
+                        yield self._growing(desk, job.chat)
+                job.turn.answers[who] = text
+        except SpeakerError as error:
+            gr.Warning(str(error))
+        except Exception:
+            logger.exception("an answer failed")
+            gr.Warning(said("failed", desk.language))
+        finally:
+            job.stop.set()  # the page may be gone
+            desk.finish(job)
+        yield self._growing(desk, job.chat)
+
+    def _growing(self, desk: Desk, chat: Chat) -> list:
+        """What changes while `chat` is answered; nothing where the visitor looks at another one."""
+        if desk.current is not chat:
+            return [gr.skip()] * (len(self.panes) + 2)
+        panes = [self.messages(desk, who) for who in self.panes]
+        return [*panes, gr.skip() if chat.job else self._titles(desk), gr.skip() if chat.job else self._box(chat)]
+
+    def chosen(self, values: dict[str, Any]) -> SamplingArguments:
+        """The settings of the page; at temperature 0 what shapes a draw is left out."""
+        drawn = ("top_p", "top_k", "min_p")
+        if not values["temperature"]:
+            values |= dict.fromkeys(drawn)
+        seed, longest = values["seed"], min(int(values["max_new_tokens"]), self.longest)
+        whole = {"max_new_tokens": longest, "seed": None if seed is None else int(seed), "num_beams": 1}
+        if values["top_k"] is not None:
+            whole["top_k"] = int(values["top_k"])
+        return replace(self.sampling, **{**values, **whole}, do_sample=None)
+
+    def stop(self, desk: Desk, who: str) -> list:
+        desk.current.stop()
+        return self.look(desk, who)
+
+    def empty(self, desk: Desk, who: str) -> list:
+        desk.current.clear()
+        return self.look(desk, who)
+
+    def begin(self, desk: Desk, who: str) -> list:
+        desk.new()
+        return self.look(desk, who)
+
+    def drop(self, desk: Desk, who: str) -> list:
+        desk.delete()
+        return self.look(desk, who)
+
+    def open(self, desk: Desk, who: str, number: int) -> list:
+        try:
+            desk.open(number)
+        except ChatError as error:
+            gr.Warning(said(error.key, desk.language))
+        return self.look(desk, who)
+
+    def keep_system(self, desk: Desk, system: str) -> None:
+        desk.current.system = system
+
+    # ── what is seen ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def look(self, desk: Desk, _: str | None) -> list:
+        """All that shows the chat that is open."""
+        chat = desk.current
+        return [*(self.messages(desk, who) for who in self.panes), self._titles(desk), self._box(chat), chat.system]
+
+    def show_panes(self, who: str) -> list:
+        return [gr.Chatbot(visible=pane in SPEAKERS[who]) for pane in self.panes]
+
+    def _titles(self, desk: Desk) -> gr.Radio:
+        choices = [(chat.title or said("untitled", desk.language), chat.number) for chat in desk.chats]
+        return gr.Radio(choices, value=desk.current.number)
+
+    @staticmethod
+    def _box(chat: Chat) -> gr.Textbox:
+        return gr.Textbox(submit_btn=chat.job is None, stop_btn=chat.job is not None)
+
+    def messages(self, desk: Desk, speaker: str) -> list[dict[str, Any]]:
+        """The open chat with one speaker as gradio shows it; an answer of the other one says so."""
+        found, lines = [], list(desk.current.lines(speaker))
+        for place, (_, kind, text, own) in enumerate(lines, 1):
+            role = "user" if kind == "user" else "assistant"
+            body = shown(text) or (said("no_words", desk.language) if role == "assistant" else "")
+            message: dict[str, Any] = {"role": role, "content": {"type": "text", "text": body}}
+            if kind == "thoughts":
+                status = "pending" if desk.current.job and place == len(lines) else "done"
+                message["metadata"] = {"title": said("thoughts", desk.language), "status": status}
+            elif not own:
+                other = BASE if speaker == ADAPTER else ADAPTER
+                note = {"type": "text", "text": f"*{said(f'said_by_{other}', desk.language)}*"}
+                message["content"] = [message["content"], note]
+            found.append(message)
+        return found
+
+    def serve(self, web: WebArguments, pairs: list[tuple[str, str]] | None, *, wait: bool = True) -> str:
+        """Opens the page; returns its address, with `wait` only when the server has ended."""
+        self.blocks.queue(max_size=WAITING)
+        return serve(self.blocks, web, pairs, i18n=self.words, css=STYLE, wait=wait)
+
+
+def check(web: WebArguments, sampling: SamplingArguments) -> list[tuple[str, str]] | None:
+    """Refuses by name what cannot be honoured, before weights are read; returns the logins."""
+    if sampling.num_beams not in (None, 1):
+        raise ArgumentError("--num_beams: an answer that is read as it comes has one beam; inference.py has more")
+    sampling.settled()
+    return check_web(web)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, sampling, web = parse([SpeakerArguments, SamplingArguments, WebArguments], argv)
+    pairs = check(web, sampling)
+    speaker = Speaker.load(args, TEMPLATES)
+    Page(speaker, sampling, web, compares=speaker.adapter is not None).serve(web, pairs)
+
+
+if __name__ == "__main__":
+    logger.remove()
+    logger.add(sys.stderr, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>")
+    transformers_logging.set_verbosity_error()
+    try:
+        main()
+    except ArgumentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
