@@ -193,7 +193,7 @@ class RolloutTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         if self.args.save_eval_records:
             # Processes are handed whole batches, so the last ones may repeat a record.
-            answers = {answer["where"]: answer for answer in gather_object(self.answers)}
+            answers = {(answer["where"], answer["number"]): answer for answer in gather_object(self.answers)}
             if self.args.should_save:
                 path = Path(self.args.output_dir) / "eval_records" / f"answers-step-{self.state.global_step}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -230,6 +230,7 @@ CHINESE: dict[str, str] = {
     "Clip of the policy's ratio.": "策略比率的裁剪范围。",
     "Clip of the value head's change.": "价值头变化的裁剪范围。",
     "Weight of the value loss.": "价值损失的权重。",
+    "Answers to each validation prompt; its numbers are their means.": "每个验证提示回答几次；它的各项数值取平均。",
     # StageArguments
     "Replace a finished run in --output_dir.": "替换 --output_dir 中已完成的运行。",
     "Arguments, data and one batch; predicted memory and time; then stop.": (
