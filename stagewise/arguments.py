@@ -74,7 +74,9 @@ class DataArguments:
     )
     max_train_samples: int = field(default=-1, metadata={"help": "Use at most this many training records; -1 = all."})
     max_eval_samples: int = field(default=-1, metadata={"help": "The same for validation records."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that encode the data."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that encode the data; default: one a core, at most four."}
+    )
     overwrite_cache: bool = field(default=False, metadata={"help": "Encode again what --cache_dir already holds."})
     on_bad_record: str = field(
         default="error", metadata={"help": "error: stop at the first; skip: count it, write it to rejected.jsonl."}

@@ -26,6 +26,7 @@ LAYERS = [
         "examples",
         "tokenization",
         "truncation",
+        "words",
         "preparation",
     },
     {
