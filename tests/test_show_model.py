@@ -57,6 +57,18 @@ def test_structure_kinds_and_share_by_hand(config_only, capsys):
     assert f"| all | {total:,} | 100.0% | {adapter:,} ({adapter / total:.2%}) | |" in text
 
 
+def test_experts_are_in_4_bit_with_the_rest_and_take_no_adapter(config_only, capsys):
+    text = shown(capsys, config_only("mixtral"), *BASE, "--qlora")
+    experts = re.search(
+        r"^model\.layers\.\*\.mlp\.experts\.gate_up_proj +(\S+ × \S+ × \S+) +×2 +4 bit$", text, re.MULTILINE
+    )
+    assert experts and experts[1] == "4 × 128 × 32"
+    # rank 8 on q 32x32, k and v 16x32, o 32x32, in two layers
+    assert f"| adapter | {2 * 8 * (64 + 48 + 48 + 64):,} |" in text
+    text = shown(capsys, config_only("mixtral"), *BASE, "--qlora", "--quantize_experts", "False")
+    assert re.search(r"experts\S*\.lora_A\.default\.weight", text)
+
+
 def test_a_tied_head_is_said_and_counted_once(config_only, capsys):
     text = shown(capsys, config_only(tie_word_embeddings=True), *BASE)
     assert "head and embedding are one weight" in text
