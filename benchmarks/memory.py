@@ -17,6 +17,7 @@ full16 (in bfloat16), lora, qlora8, qlora4 (bitsandbytes int8 and nf4 with doubl
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import logging
 import math
@@ -168,6 +169,7 @@ def random_model(cell: argparse.Namespace, device):
                 del value
             setattr(module, name, made[id(empty)])
             if cell.method == "qlora4_experts" and empty.dim() == 3:
+                del made[id(empty)]  # else all experts would stay in 16 bit until the model is whole
                 quantise_experts(module, name)
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # the rotary frequencies
@@ -402,10 +404,8 @@ def table(rows: list[dict]) -> str:
 
 def heading(args: argparse.Namespace, device: str) -> str:
     """How the rows of a run are measured."""
-    from stagewise.manifest import versions
-
     names = ("torch", "transformers", "peft", "bitsandbytes")
-    used = ", ".join(f"{name} {version}" for name, version in versions().items() if name in names)
+    used = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     how = "with" if args.checkpointing else "without"
     flash = ", --flash_attn" if args.flash_attn else ""
     return f"{device}: one row of {args.tokens} tokens, {how} gradient checkpointing, {args.optim}{flash}; {used}"

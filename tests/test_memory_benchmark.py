@@ -1,8 +1,10 @@
 """benchmarks/memory.py without a GPU: which cells it plans, what it keeps, and its table."""
 
 import json
+import weakref
 
 import pytest
+import torch
 
 from benchmarks import memory as benchmark
 
@@ -101,6 +103,22 @@ def test_a_cell_that_does_not_exist_is_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_arguments(words)
     assert message in capsys.readouterr().err
+
+
+def test_experts_leave_16_bit_before_the_next_ones_are_made(monkeypatch):
+    quantise, held = benchmark.quantise_experts, []
+
+    def watched(module, name):
+        assert not [each for each in held if each() is not None]
+        held.append(weakref.ref(getattr(module, name)))
+        quantise(module, name)
+
+    monkeypatch.setattr(benchmark, "quantise_experts", watched)
+    cell = benchmark.parse_arguments(["--cells", "tiny_moe:qlora4_experts", *SMALL])
+    cell.shape, cell.method = "tiny_moe", "qlora4_experts"
+    model = benchmark.random_model(cell, torch.device("cpu"))
+    assert len(held) == 4  # two layers, two parameters each
+    assert not [p for p in model.parameters() if p.dim() == 3]
 
 
 def test_small_cells_run_in_processes_of_their_own(tmp_path):
