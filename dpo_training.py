@@ -13,7 +13,8 @@ frozen second copy with --use_peft False. --per_device_train_batch_size counts p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +41,7 @@ from stagewise.packing import PreferenceCollator
 from stagewise.pairs import PairTrainer, read_pairs
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
 from stagewise.readers import RECORD_FILES
+from stagewise.router import BalancesExperts, RouterLoss, router_loss
 from stagewise.run import start
 from stagewise.settings import StageArguments
 from stagewise.splits import SplitReader, Splits
@@ -59,11 +61,13 @@ class DPOArguments:
             raise ArgumentError(f"--beta: expected a number above 0, found {self.beta}")
 
 
-class DPOTrainer(PairTrainer):
-    def __init__(self, *args, beta: float, reference: PreTrainedModel | None, **kwargs):
+class DPOTrainer(BalancesExperts, PairTrainer):
+    def __init__(
+        self, *args, beta: float, reference: PreTrainedModel | None, router: RouterLoss | None = None, **kwargs
+    ):
         """`reference` None: the model with its adapter switched off."""
         super().__init__(*args, **kwargs)
-        self.beta = beta
+        self.beta, self.router = beta, router
         self.keep_logits = takes_kept_logits(self.model) and (reference is None or takes_kept_logits(reference))
         self.reference = None if reference is None else prepare_reference(reference, self.accelerator)
         self.known = {}  # reference log-probabilities of validation batches, by their pairs' indices
@@ -90,7 +94,7 @@ class DPOTrainer(PairTrainer):
         """Mean DPO loss of the pairs of the whole batch, over all processes."""
         reference = self.reference_logps(inputs)
         losses, chosen, rejected = dpo_loss(*self.logps(model, inputs), *reference, self.beta)
-        loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
         self.see(chosen, rejected)
         self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
         return loss
@@ -174,7 +178,8 @@ def main() -> None:
             model = attach_adapter(model, adapter_args, "CAUSAL_LM")
         else:
             name = dpo_args.ref_model_name_or_path
-            other = replace(model_args, model_name_or_path=name) if name else model_args
+            other = copy(model_args)
+            other.model_name_or_path, other.router_aux_loss = name or model_args.model_name_or_path, False
             reference = load_causal_lm(other, tokenizer=tokenizer, for_training=False, deepspeed_zero3=run.zero3)
             reference = reference if name else merge_predecessor(run, predecessor_args, reference)
 
@@ -193,6 +198,7 @@ def main() -> None:
             guard=guard,
             beta=dpo_args.beta,
             reference=reference,
+            router=router_loss(model, model_args),
         )
         run.note(template=template.name, data=splits.as_dict())
         run.attach(trainer, table, guard)

@@ -39,10 +39,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from stagewise.adapter import fold, load_adapter, read_adapter_config, refuse_unmergeable
+from stagewise.adapter import fold, load_adapter
+from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
 from stagewise.arguments import ArgumentError, ModelArguments, parse
 from stagewise.manifest import read_manifest
 from stagewise.model import find_source, guard_4bit, hub_options, load_config, reward_config
+from stagewise.rope import write_rope
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
@@ -113,6 +115,7 @@ def prepare(args: MergeArguments) -> Job:
     model_args = ModelArguments(name, trust_remote_code=args.trust_remote_code, **shared)
     model_args.model_name_or_path = base = fetch(find_source(name, model_args, "base_model"), model_args)
     check_predecessor(adapter, base)
+    model_args.kept_rope = (read_manifest(adapter) or {}).get("rope")
     base_config = load_config(model_args)
     tokenizer = read_tokenizer(args, adapter, model_args)
     weights = {k.removeprefix(PREFIX): v for k, v in load_peft_weights(str(adapter), device="cpu").items()}
@@ -235,7 +238,11 @@ def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
 def merge_in_place(job: Job, folder: Path) -> torch.dtype:
     """Loads the base, adds the adapter in place and saves; returns the merged model's precision."""
     quantised = quantisation(job.base_config) is not None
-    model = fold(load_adapter(load_base(job, "auto"), job.adapter))
+    # PiSSA first takes from the base what it then adds to: in 16 bit the first rounding would not be undone.
+    exact = str(getattr(job.config, "init_lora_weights", "")).startswith("pissa")
+    model = fold(load_adapter(load_base(job, torch.float32 if exact else "auto"), job.adapter))
+    if exact and not quantised:
+        model = model.to(job.base_config.dtype or torch.float32)
     if quantised:
         # The dequantised model still carries what turns it back; its weights go into a plain one.
         del job.skeleton.config.quantization_config
@@ -252,6 +259,8 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
     raw = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
     if raw.get("model_type") != job.base_config.model_type:  # the text part of a model with images or sound
         raw = job.base_config.to_diff_dict()
+    if (read_manifest(job.adapter) or {}).get("rope"):
+        write_rope(raw, job.base_config)
     if plan.untied:
         logger.info("embedding and head were trained apart: they are not tied in the merged model")
         raw["tie_word_embeddings"] = False

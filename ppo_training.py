@@ -56,6 +56,7 @@ from stagewise.predecessor import PredecessorArguments, check_predecessor, merge
 from stagewise.readers import RECORD_FILES
 from stagewise.reward import Scorer, load_scorer
 from stagewise.rollout import EVALUATION, ROLLOUT, RolloutEnds, RolloutTrainer, Schedule, read_prompts
+from stagewise.router import BalancesExperts, RouterLoss, router_loss
 from stagewise.run import Run, start
 from stagewise.settings import StageArguments
 from stagewise.splits import SplitReader, Splits
@@ -130,7 +131,7 @@ class PPOArguments:
     )
 
 
-class PPOTrainer(RolloutTrainer):
+class PPOTrainer(BalancesExperts, RolloutTrainer):
     def __init__(
         self,
         *args: Any,
@@ -141,9 +142,11 @@ class PPOTrainer(RolloutTrainer):
         scorer: Scorer,
         conversations: dict[str, dict[str, Conversation]],
         policy: Policy,
+        router: RouterLoss | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, kl_coef=ppo.init_kl_coef, **kwargs)
+        self.router = router
         self.guard, self.ppo, self.sampling, self.scorer, self.policy = guard, ppo, sampling, scorer, policy
         self.max_target_length, self.conversations = max_target_length, conversations
         self.moved = torch.zeros((), device=self.args.device)  # nats from the rollout's policy, of an update's answers
@@ -226,7 +229,7 @@ class PPOTrainer(RolloutTrainer):
         policy, clipped = ppo_policy_loss(logps, inputs["old_logps"], inputs["advantages"], self.ppo.cliprange)
         value = value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.cliprange_value)
         mean = self.accelerator.num_processes / num_items_in_batch
-        loss = (policy.sum() + self.ppo.vf_coef * value.sum()) * mean
+        loss = (policy.sum() + self.ppo.vf_coef * value.sum()) * mean + self.router_share()
         self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
         self.meter.add(policy_loss=policy, value_loss=value, clip_fraction=clipped)
         self.moved += kl_to_older(logps.detach(), inputs["old_logps"]).sum()
@@ -415,6 +418,7 @@ def main() -> None:
             scorer=scorer,
             conversations=conversations,
             policy=Policy(model, reference, ppo_args.temperature),
+            router=router_loss(model, model_args),
         )
         run.note(template=template.name, data=splits.as_dict())
         run.attach(trainer, table, guard)

@@ -41,9 +41,6 @@ launch ppo_training.py \
     --per_device_eval_batch_size 32 \
     --learning_rate 2e-4 \
     --lr_scheduler_type constant \
-    --target_modules all \
-    --lora_rank 8 \
-    --lora_alpha 16 \
     --lora_dropout 0 \
     --logging_steps 1 \
     --save_steps 100 \

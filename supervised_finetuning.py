@@ -34,6 +34,7 @@ from stagewise.metrics import language_model_metrics
 from stagewise.model import load_causal_lm, load_config, load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.readers import RECORD_FILES
+from stagewise.router import router_loss
 from stagewise.run import start
 from stagewise.settings import StageArguments
 from stagewise.splits import SplitReader, Splits
@@ -61,7 +62,7 @@ class SFTTrainer(LanguageModelTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean negative log-likelihood of the learned tokens of the whole batch, over all processes."""
         nll, _ = self.token_losses(model, inputs)
-        loss = nll.sum() / num_items_in_batch * self.accelerator.num_processes
+        loss = nll.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
         self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
         return loss
 
@@ -124,7 +125,9 @@ def main() -> None:
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
         model = load_causal_lm(model_args, tokenizer=tokenizer, deepspeed_zero3=run.zero3)
-        rows, collate, how = training_rows(splits.train, model, tokenizer, limit, rows_args.packing)
+        rows, collate, how = training_rows(
+            splits.train, model, tokenizer, limit, rows_args.packing, adapter_args.padded_because
+        )
         if adapter_args.trains_adapter:
             model = attach_adapter(model, adapter_args, "CAUSAL_LM")
 
@@ -142,6 +145,7 @@ def main() -> None:
             processing_class=tokenizer,
             guard=guard,
             neft_alpha=rows_args.neft_alpha,
+            router=router_loss(model, model_args),
         )
         run.note(template=template.name, rows=how, data=splits.as_dict())
         run.attach(trainer, table, guard)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from loguru import logger
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 FALSE_WORDS = {"false", "no", "0", "none", "off"}
+ROPE_SCALINGS = ("linear", "dynamic", "yarn", "longrope")
 
 
 class ArgumentError(ValueError):
@@ -52,6 +53,53 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model repository ships."}
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the linear layers in 4 bit (nf4, bitsandbytes)."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the linear layers in 8 bit (bitsandbytes)."})
+    qlora: bool = field(
+        default=False, metadata={"help": "4 bit as QLoRA does it: nf4, its scales quantised once more."}
+    )
+    quantize_experts: bool = field(
+        default=True,
+        metadata={"help": "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit, to be adapted."},
+    )
+    rope_scaling: str | None = field(
+        default=None,
+        metadata={"help": "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope."},
+    )
+    rope_factor: float | None = field(
+        default=None,
+        metadata={"help": "How many times the model's own context; default: as many as the run's length needs."},
+    )
+    rope_factors_file: str | None = field(
+        default=None, metadata={"help": "longrope: json file with its lists short_factor and long_factor."}
+    )
+    router_aux_loss: bool = field(
+        default=False,
+        metadata={"help": "Mixture of experts: add the routers' loss, which keeps the experts in use alike."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of --router_aux_loss; default: the checkpoint's own."}
+    )
+    flash_attn: bool = field(
+        default=False,
+        metadata={"help": "FlashAttention where installed, else torch's fastest exact attention on this GPU."},
+    )
+    shift_attn: bool = field(
+        default=False, metadata={"help": "Shifted sparse attention (S²-Attn) in training; full attention elsewhere."}
+    )
+    shift_group_ratio: float = field(default=0.25, metadata={"help": "--shift_attn: a group's share of the row."})
+
+    # (flag, tokens): the length that the run trains on, which `check_shared` finds among the other flags. No flag.
+    rope_length = None
+    # "rope" of run.json: how positions were scaled where the adapter that is to be put on this model was trained.
+    kept_rope = None
+
+    @property
+    def bits(self) -> int | None:
+        """4 or 8 where the base is quantised while it loads, else None."""
+        return 4 if self.load_in_4bit or self.qlora else 8 if self.load_in_8bit else None
 
 
 @dataclass
@@ -128,7 +176,12 @@ class AdapterArguments:
     """What is trained: an adapter, or all weights."""
 
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; False trains all weights."})
-    fine_tuning_type: str = field(default="lora", metadata={"help": "lora, or full (the same as --use_peft False)."})
+    fine_tuning_type: str = field(
+        default="lora",
+        metadata={
+            "help": "full (the same as --use_peft False), lora, adalora, prompt_tuning, p_tuning or prefix_tuning."
+        },
+    )
     target_modules: str = field(default="all", metadata={"help": "`all` linear layers, or names joined by commas."})
     lora_rank: int = field(default=8, metadata={"help": "Rank r of the adapter."})
     lora_alpha: float = field(default=16.0, metadata={"help": "Scale: the adapter's output times alpha / r."})
@@ -137,24 +190,87 @@ class AdapterArguments:
         default=None, metadata={"help": "Modules trained in full beside the adapter, e.g. embed_tokens,lm_head."}
     )
     peft_path: str | None = field(default=None, metadata={"help": "Adapter to go on from."})
+    longlora_plus: bool = field(
+        default=True, metadata={"help": "With --shift_attn: embedding and norms train in full beside the adapter."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "LoRA's scale is alpha / sqrt(r) (rsLoRA)."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Weights are split into magnitude and direction; LoRA turns the latter."}
+    )
+    init_lora_weights: str = field(
+        default="default",
+        metadata={
+            "help": "LoRA's start: default (B = 0), gaussian, or pissa (the base's largest singular directions)."
+        },
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: the learning rate of B is this many times that of A."}
+    )
+    init_r: int = field(default=12, metadata={"help": "AdaLoRA: rank of each matrix at first."})
+    target_r: int = field(default=8, metadata={"help": "AdaLoRA: average rank at the end."})
+    tinit: int = field(default=0, metadata={"help": "AdaLoRA: steps before ranks begin to fall."})
+    tfinal: int = field(default=0, metadata={"help": "AdaLoRA: steps at the end in which ranks stay as they are."})
+    deltaT: int = field(default=1, metadata={"help": "AdaLoRA: ranks are chosen anew every so many steps."})
+    beta1: float = field(default=0.85, metadata={"help": "AdaLoRA: how slowly a weight's importance is averaged."})
+    beta2: float = field(default=0.85, metadata={"help": "AdaLoRA: how slowly its uncertainty is averaged."})
+    orth_reg_weight: float = field(
+        default=0.5, metadata={"help": "AdaLoRA: weight of the term that keeps its matrices orthogonal."}
+    )
+    num_virtual_tokens: int = field(
+        default=20, metadata={"help": "Prompt, P- and prefix tuning: learned tokens before the text."}
+    )
+    encoder_hidden_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "P-tuning, and prefix tuning with --prefix_projection: width of the network that the virtual "
+            "tokens are trained through; default: the embedding's."
+        },
+    )
+    prefix_projection: bool = field(
+        default=False, metadata={"help": "Prefix tuning: train the prefix through a network of two layers."}
+    )
+    # Names of the flags that stood on the command line, also with their default values; set by `run.start`.
+    given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
     @property
     def trains_adapter(self) -> bool:
         return self.use_peft and self.fine_tuning_type != "full"
 
+    @property
+    def method(self) -> str:
+        """One of METHODS."""
+        return self.fine_tuning_type if self.use_peft else "full"
+
+    @property
+    def padded_because(self) -> str | None:
+        """Why rows cannot be packed with this method, or None."""
+        if self.method not in VIRTUAL_TOKENS:
+            return None
+        return f"{self.method}: the virtual tokens stand before a row, not before each of its documents"
+
+    def asks(self, name: str) -> bool:
+        """Whether a flag was given, or has a value that is not its default."""
+        default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+        return name in self.given or getattr(self, name) != default
+
+
+VIRTUAL_TOKENS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+_LAYERS = ("target_modules", "lora_alpha", "lora_dropout", "modules_to_save")
+_SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+# Method -> the flags that say how it is done.
+METHODS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "lora": (*_LAYERS, "lora_rank", "use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
+    "adalora": (*_LAYERS, *_SCHEDULE),
+    "prompt_tuning": ("num_virtual_tokens",),
+    "p_tuning": ("num_virtual_tokens", "encoder_hidden_size"),
+    "prefix_tuning": ("num_virtual_tokens", "encoder_hidden_size", "prefix_projection"),
+}
+
 
 # Flags of later versions: given with a value that asks for them, they are refused by name.
 NOT_YET = {
-    "qlora": "load in 16 bit with --torch_dtype bfloat16",
-    "load_in_4bit": "load in 16 bit with --torch_dtype bfloat16",
-    "load_in_8bit": "load in 16 bit with --torch_dtype bfloat16",
-    "quantization": "load in 16 bit with --torch_dtype bfloat16",
-    "quantization_bit": "load in 16 bit with --torch_dtype bfloat16",
-    "cpm_quantization_target": "load in 16 bit with --torch_dtype bfloat16",
-    "rope_scaling": "train within the model's own context",
-    "rope_factor": "train within the model's own context",
-    "flash_attn": "leave it out: the exact attention of torch runs",
-    "shift_attn": "leave it out: full attention runs",
+    "cpm_quantization_target": "train with --qlora; tools.quantize_model writes the CPM form of a finished model",
 }
 
 # Names of earlier pipelines -> today's name; the value is taken over as it is.
@@ -168,7 +284,15 @@ RENAMED = {
     "reward_model_checkpoint": "reward_model_name_or_path",
     "quantized_or_merged_output_dir": "output_dir",
     "max_length": "model_max_length",
+    "quantization": "load_in_4bit",  # these two by `_quantisation`, which reads the value
+    "quantization_bit": "load_in_4bit",
+    "adalora_init_r": "init_r",
+    "adalora_tinit": "tinit",
+    "adalora_tfinal": "tfinal",
+    "adalora_delta_t": "deltaT",
+    "adalora_target_r": "target_r",
     "neftune_noise_alpha": "neft_alpha",
+    "output_router_logits": "router_aux_loss",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "train_dir": "train_file_dir",
@@ -284,6 +408,8 @@ def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | Non
     if name == "group_by_length":
         logger.info(f"--group_by_length is --train_sampling_strategy {'group_by_length' if asked else 'random'} today")
         return ("train_sampling_strategy", ["group_by_length"]) if asked else (None, [])
+    if name in ("quantization", "quantization_bit") and "load_in_4bit" in known:
+        return _quantisation(name, values, asked)
     if name in NOT_YET:
         if asked:
             raise ArgumentError(f"--{name}: not in this version. {NOT_YET[name][0].upper()}{NOT_YET[name][1:]}.")
@@ -292,6 +418,20 @@ def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | Non
         logger.info(f"--{name} is --{RENAMED[name]} today")
         return RENAMED[name], values
     return name, values
+
+
+def _quantisation(name: str, values: list[str], asked: bool) -> tuple[str | None, list[str]]:
+    """`--quantization bnb --quantization_bit 4`, which earlier pipelines said for --load_in_4bit."""
+    value = values[0] if values else ""
+    if not asked or (name, value) == ("quantization", "bnb"):
+        return None, []
+    if name == "quantization_bit" and value in ("4", "8"):
+        logger.info(f"--quantization_bit {value} is --load_in_{value}bit today")
+        return f"load_in_{value}bit", ["True"]
+    raise ArgumentError(
+        f"--{name} {value}: a model is quantised while it loads by bitsandbytes alone: --load_in_4bit, --load_in_8bit "
+        "or --qlora"
+    )
 
 
 def _refuse_unknown(argv: list[str], known: set[str]) -> None:
@@ -321,6 +461,9 @@ def check_shared(*arguments: Any) -> None:
     for part in arguments:
         if isinstance(part, ModelArguments):
             check_choice("torch_dtype", part.torch_dtype, ("auto", "float32", "bfloat16", "float16"))
+            part.rope_length = longest_row(arguments)
+            _check_context(part)
+            _check_router(part)
         elif isinstance(part, DataArguments):
             _check_data(part)
         elif isinstance(part, PairArguments):
@@ -329,6 +472,41 @@ def check_shared(*arguments: Any) -> None:
                     raise ArgumentError(f"--{name}: expected at least 1, found {getattr(part, name)}")
         elif isinstance(part, AdapterArguments):
             _check_adapter(part)
+
+
+def longest_row(parts: Sequence[Any]) -> tuple[str, int] | None:
+    """The flag that says how long a stage's rows get, and its tokens; None where no flag does."""
+    for part in parts:
+        for name in ("model_max_length", "block_size"):
+            if hasattr(part, name):
+                return f"--{name}", getattr(part, name)
+        if isinstance(part, PairArguments):
+            return "--max_source_length + --max_target_length", part.max_source_length + part.max_target_length
+    return None
+
+
+def _check_context(model: ModelArguments) -> None:
+    if model.rope_scaling is not None:
+        check_choice("rope_scaling", model.rope_scaling, ROPE_SCALINGS)
+    for name in ("rope_factor", "rope_factors_file"):
+        if getattr(model, name) is not None and model.rope_scaling is None:
+            raise ArgumentError(f"--{name} needs --rope_scaling, one of {', '.join(ROPE_SCALINGS)}")
+    if model.rope_factor is not None and not 1 < model.rope_factor < float("inf"):
+        raise ArgumentError(f"--rope_factor: expected a number above 1, found {model.rope_factor}")
+    if model.rope_factors_file is not None and model.rope_scaling != "longrope":
+        raise ArgumentError(f"--rope_factors_file has no effect on {model.rope_scaling}: it belongs to longrope")
+    if not 0 < model.shift_group_ratio <= 0.5:
+        raise ArgumentError(f"--shift_group_ratio: expected above 0, at most 0.5, found {model.shift_group_ratio}")
+    if not model.shift_attn and model.shift_group_ratio != ModelArguments.shift_group_ratio:
+        raise ArgumentError("--shift_group_ratio has no effect without --shift_attn: add it, or leave it out")
+
+
+def _check_router(model: ModelArguments) -> None:
+    weight = model.router_aux_loss_coef
+    if weight is not None and not model.router_aux_loss:
+        raise ArgumentError("--router_aux_loss_coef has no effect without --router_aux_loss: add it, or leave it out")
+    if weight is not None and not 0 < weight < float("inf"):
+        raise ArgumentError(f"--router_aux_loss_coef: expected a number above 0, found {weight}")
 
 
 def _check_data(data: DataArguments) -> None:
@@ -355,20 +533,54 @@ def _check_data(data: DataArguments) -> None:
 
 
 def _check_adapter(adapter: AdapterArguments) -> None:
-    later = ("adalora", "prompt_tuning", "p_tuning", "prefix_tuning", "qlora")
-    if adapter.fine_tuning_type in later:
-        raise ArgumentError(f"--fine_tuning_type {adapter.fine_tuning_type}: not in this version. Use lora or full.")
-    check_choice("fine_tuning_type", adapter.fine_tuning_type, ("lora", "full"))
-    if adapter.lora_rank < 1:
-        raise ArgumentError(f"--lora_rank: expected at least 1, found {adapter.lora_rank}")
-    if adapter.trains_adapter:
-        return
-    defaults = {f.name: f.default for f in dataclasses.fields(AdapterArguments)}
-    if adapter.modules_to_save or adapter.peft_path:
-        name = "modules_to_save" if adapter.modules_to_save else "peft_path"
-        raise ArgumentError(f"--{name} has no effect when all weights are trained: leave it out, or --use_peft True")
-    for name in ("target_modules", "lora_rank", "lora_alpha", "lora_dropout"):
-        if getattr(adapter, name) not in (defaults[name], 0):  # no dropout is true of full training, too
+    check_choice("fine_tuning_type", adapter.fine_tuning_type, tuple(METHODS))
+    named, trained = adapter.fine_tuning_type, adapter.use_peft
+    if not trained and named != "full" and adapter.asks("fine_tuning_type"):
+        raise ArgumentError(f"--use_peft False trains all weights, --fine_tuning_type {named} an adapter: give one")
+    if named == "full" and trained and "use_peft" in adapter.given:
+        raise ArgumentError("--use_peft True trains an adapter, --fine_tuning_type full all weights: give one of them")
+    if adapter.peft_path and not adapter.trains_adapter:
+        raise ArgumentError("--peft_path has no effect when all weights are trained: leave it out, or --use_peft True")
+    for name in ("lora_rank", "init_r", "target_r", "deltaT", "num_virtual_tokens", "encoder_hidden_size"):
+        if (value := getattr(adapter, name)) is not None and value < 1:
+            raise ArgumentError(f"--{name}: expected at least 1, found {value}")
+    for name in ("tinit", "tfinal", "orth_reg_weight"):
+        if getattr(adapter, name) < 0:
+            raise ArgumentError(f"--{name}: expected 0 or more, found {getattr(adapter, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 < getattr(adapter, name) < 1:
+            raise ArgumentError(f"--{name}: expected between 0 and 1, found {getattr(adapter, name)}")
+    if not 0 <= adapter.lora_dropout < 1:
+        raise ArgumentError(f"--lora_dropout: expected 0 to below 1, found {adapter.lora_dropout}")
+    if adapter.loraplus_lr_ratio is not None and adapter.loraplus_lr_ratio < 1:
+        raise ArgumentError(f"--loraplus_lr_ratio: expected at least 1, found {adapter.loraplus_lr_ratio}")
+    # PEFT's faster forms of PiSSA draw random numbers, which loading such an adapter would draw anew.
+    check_choice("init_lora_weights", adapter.init_lora_weights, ("default", "gaussian", "pissa"))
+    if not adapter.peft_path:  # else the adapter says which method it is
+        check_flags_of_method(adapter)
+
+
+def check_flags_of_method(adapter: AdapterArguments) -> None:
+    """Raises ArgumentError for a flag of another method than the one that is trained."""
+    method = adapter.method
+    for name in sorted({name for names in METHODS.values() for name in names} - set(METHODS[method])):
+        # No dropout, no projection … is true of every method.
+        if not adapter.asks(name) or getattr(adapter, name) in (None, False, 0):
+            continue
+        if method == "full":
             raise ArgumentError(
-                f"--{name} belongs to an adapter and has no effect when all weights are trained: leave it out"
+                f"--{name} belongs to an adapter and has no effect when all weights are trained: leave it out, or "
+                "--use_peft True"
             )
+        hint = (
+            "--init_r and --target_r are its ranks" if (method, name) == ("adalora", "lora_rank") else "leave it out"
+        )
+        known = ", ".join(f"--fine_tuning_type {m}" for m, names in METHODS.items() if name in names)
+        raise ArgumentError(f"--{name} has no effect on {method}: {hint}, or train with {known}")
+    if method == "prefix_tuning" and adapter.encoder_hidden_size and not adapter.prefix_projection:
+        raise ArgumentError("--encoder_hidden_size has no effect without --prefix_projection: add it, or leave it out")
+    if method == "adalora" and adapter.init_r <= adapter.target_r:
+        raise ArgumentError(
+            f"--init_r {adapter.init_r} must be above --target_r {adapter.target_r}: AdaLoRA's ranks fall from one to "
+            "the other; for a fixed rank take --fine_tuning_type lora"
+        )

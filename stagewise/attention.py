@@ -9,6 +9,12 @@ from loguru import logger
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+
+from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.fast_attention import FASTEST, HOPPER
+from stagewise.rope import rotations
+from stagewise.shifted_attention import is_shifted, register_shifted
 
 # Families for which packed = alone was measured, with use_cache=False and no attention_mask (tests/test_attention.py).
 PACKS_EXACTLY = frozenset(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"))
@@ -19,16 +25,99 @@ PROBE_LENGTHS = (5, 9, 7)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-def choose_attention(config: PretrainedConfig) -> str:
-    """Returns "sdpa", or "eager" for an architecture that has no scaled-dot-product attention."""
+def choose_attention(config: PretrainedConfig, args: ModelArguments | None = None) -> str:
+    """Returns the name of the attention that runs, for `attn_implementation`, and logs one line that says why.
+
+    Without flags it is "sdpa", or "eager" for an architecture that has no scaled-dot-product attention.
+
+    Raises:
+        ArgumentError: --shift_attn on an architecture whose attention cannot be replaced.
+    """
+    asks_for_fast, asks_for_shifted = (args.flash_attn, args.shift_attn) if args else (False, False)
     text = config.get_text_config()
     known = next((c for c in (config, text) if type(c) in MODEL_FOR_CAUSAL_LM_MAPPING), None)
-    if known is None:  # remote code: eager is what every model has
-        return "eager"
-    if MODEL_FOR_CAUSAL_LM_MAPPING[type(known)]._supports_sdpa:
+    architecture = None if known is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(known)]
+    has_sdpa = architecture is not None and bool(architecture._supports_sdpa)
+    if asks_for_shifted:
+        refuse_unshiftable(config, architecture)
+        fastest = asks_for_fast and torch.cuda.is_available()
+        kernel = "torch's fastest kernel" if fastest else "sdpa"
+        logger.info(
+            f"attention: shifted in training, groups of {args.shift_group_ratio:g} of a row; "
+            f"full attention by {kernel} in evaluation and generation"
+        )
+        return register_shifted(args.shift_group_ratio, fastest)
+    if asks_for_fast:
+        name, why = fastest_exact(config, architecture, args)
+    elif has_sdpa:
         return "sdpa"
-    logger.info(f"attention: eager ({config.model_type} has no scaled-dot-product attention)")
-    return "eager"
+    else:  # remote code: eager is what every model has
+        name, why = "eager", f"{config.model_type} has no scaled-dot-product attention"
+        if architecture is None:
+            return name
+    logger.info(f"attention: {name} ({why})")
+    return name
+
+
+def refuse_unshiftable(config: PretrainedConfig, architecture: type[PreTrainedModel] | None) -> None:
+    """Raises ArgumentError where --shift_attn would be without effect or wrong."""
+    text = config.get_text_config()
+    reason = None
+    kinds = {kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"}
+    if architecture is None or not architecture._supports_attention_backend:
+        reason = "its attention does not go through transformers' interface, which the shifted one needs"
+    elif not architecture._supports_sdpa or getattr(text, "attn_logit_softcapping", None):
+        reason = "its attention has terms of its own (sinks, or capped scores), which the shifted one has not"
+    elif kinds or getattr(text, "sliding_window", None):
+        reason = f"it has {', '.join(sorted(kinds)) or 'sliding windows'}, which see less than a row already"
+    if reason:
+        raise ArgumentError(f"--shift_attn: not for {config.model_type}: {reason}; leave it out")
+
+
+def installed_flash_attention() -> list[int]:
+    """The versions of FlashAttention that are installed and that transformers can call."""
+    tests = {2: is_flash_attn_2_available, 3: is_flash_attn_3_available, 4: is_flash_attn_4_available}
+    return [version for version, is_available in tests.items() if is_available()]
+
+
+def capability() -> tuple[int, int] | None:
+    """The GPU's compute capability; None without a CUDA GPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+# The versions that run on a GPU, the faster first: by the first number of its compute capability.
+FLASH_BY_GPU = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2,)}
+
+
+def fastest_exact(
+    config: PretrainedConfig, architecture: type[PreTrainedModel] | None, args: ModelArguments
+) -> tuple[str, str]:
+    """What --flash_attn asks for: an attention's name, and why that one."""
+    if architecture is None:
+        return "eager", "the model's own code brings its attention"
+    own = "sdpa" if architecture._supports_sdpa else "eager"
+    gpu = capability()
+    if gpu is None:
+        return own, "FlashAttention and its like run on CUDA GPUs, and there is none"
+    installed = installed_flash_attention()
+    fitting = [version for version in FLASH_BY_GPU.get(gpu[0], ()) if version in installed]
+    dtype = config.get_text_config().dtype if args.torch_dtype == "auto" else args.torch_dtype
+    in_16_bit = str(dtype).removeprefix("torch.") in ("float16", "bfloat16")
+    if not architecture._supports_flash_attn:
+        reason = f"{config.model_type} has no FlashAttention"
+    elif not fitting:
+        found = f"found {', '.join(map(str, installed))}" if installed else "not installed"
+        reason = f"FlashAttention for this GPU: {found}"
+    elif not in_16_bit:
+        reason = "FlashAttention computes in 16 bit, the weights are in float32"
+    else:
+        return f"flash_attention_{fitting[0]}", f"FlashAttention {fitting[0]} is installed"
+    text = config.get_text_config()
+    replaceable = architecture._supports_attention_backend and architecture._supports_sdpa
+    if not replaceable or getattr(text, "attn_logit_softcapping", None):
+        return own, f"{reason}; {config.model_type} takes no other"
+    order = "cuDNN's kernel first, then torch's flash kernel" if gpu >= HOPPER else "torch's flash kernel first"
+    return FASTEST, f"{reason}; {order}, packed rows without a dense mask"
 
 
 def attention_for_generation() -> AbstractContextManager[None]:
@@ -43,7 +132,7 @@ def attention_for_generation() -> AbstractContextManager[None]:
 def known_to_pack(config: PretrainedConfig) -> tuple[bool | None, str]:
     """What `packs_exactly` says by the config alone, and why; None where a probe of the model has to find out."""
     text = config.get_text_config()
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = (rotations(text) or {}).get("rope_type", "default")
     if rope in ROW_DEPENDENT_ROPE:
         return False, f"{rope} position scaling depends on the row's length"
     if getattr(text, "attention_chunk_size", None):
@@ -63,6 +152,8 @@ def packs_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Returns:
         (True or False, the reason in words for the log).
     """
+    if is_shifted(model):
+        return False, "--shift_attn cuts a row into groups, which belong to one document"
     exact, reason = known_to_pack(model.config)
     if exact is not None:
         return exact, reason

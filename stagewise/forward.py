@@ -37,6 +37,7 @@ def learned_logits(
     features = {name: value for name, value in inputs.items() if name not in ("labels", "index")}
     positions = learned_positions(labels)
     targets = labels[:, positions + 1]
+    positions = positions - labels.shape[1]  # from the end: virtual tokens of an adapter may stand before the row
     if keep_logits:
         return model(**features, use_cache=False, logits_to_keep=positions).logits, targets
     return model(**features, use_cache=False).logits[:, positions], targets

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import torch
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -80,11 +81,12 @@ def draw(shares: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def ready_to_speak(model: nn.Module) -> Iterator[None]:
-    """LoRA folded into the weights for the time of the context: a token then costs what it costs the base alone.
+    """LoRA and AdaLoRA folded into the weights for the context: a token then costs what it costs the base alone.
 
     Weights and adapters are put back as they were, the same objects. Where the copies would take more than half of
-    the free memory, or a layer cannot be folded (quantised weights, DoRA), all stay unfolded and only their float32
-    matrices are lowered to the precision of their layers, which saves two casts a layer and token.
+    the free memory, or a layer cannot be folded (quantised weights, DoRA, experts in one parameter), all stay
+    unfolded and only LoRA's float32 matrices are lowered to the precision of their layers, which saves two casts a
+    layer and token.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     folds = all(map(_folds, layers)) and _fits([layer.get_base_layer().weight for layer in layers])
@@ -135,6 +137,8 @@ def _lowered(layer: LoraLayer) -> list[tuple[nn.Linear, torch.Tensor]]:
     """The adapter's matrices of another precision than their layer, and their weights in the layer's."""
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear) or not base.weight.dtype.is_floating_point:
+        return []
+    if isinstance(layer, AdaLoraLayer) or any(layer.use_dora.values()):  # their other parts stay in float32
         return []
     matrices = [matrix for part in (layer.lora_A, layer.lora_B) for matrix in part.values()]
     dtype = base.weight.dtype

@@ -17,6 +17,7 @@ from stagewise.encoding import IGNORE_INDEX, Example
 from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
 from stagewise.losses import token_nll
 from stagewise.packing import PackedRows, PaddedCollator, collate_packed
+from stagewise.router import BalancesExperts, RouterLoss
 from stagewise.sampling import GroupsByLength
 from stagewise.streamed_training import TakesStreams
 from stagewise.streaming import RecordStream
@@ -29,15 +30,19 @@ def training_rows(
     tokenizer: PreTrainedTokenizerBase,
     capacity: int,
     packing: bool,
+    padded_because: str | None = None,
 ) -> tuple[Dataset | Sequence[Example], WithIndex, str]:
     """Packs examples into rows of at most `capacity` tokens where that is exact for the model, else leaves them alone.
 
-    A stream is told which of the two it shall do while training runs.
+    A stream is told which of the two it shall do while training runs. `padded_because` says why the training method
+    cannot have packed rows, or is None.
 
     Returns:
         the training set, the collator of both splits, and what was chosen, in words for the log and run.json.
     """
-    exact, reason = packs_exactly(model, tokenizer) if packing else (False, "--packing False")
+    exact, reason = False, "--packing False" if not packing else padded_because
+    if reason is None:
+        exact, reason = packs_exactly(model, tokenizer)
     collate = (
         WithIndex(collate_packed, rows=True)
         if exact
@@ -60,13 +65,21 @@ def training_rows(
     return rows, collate, how
 
 
-class LanguageModelTrainer(TakesStreams, GroupsByLength, Trainer):
+class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Trainer):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, guard: NonFiniteGuard, neft_alpha: float | None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        guard: NonFiniteGuard,
+        neft_alpha: float | None,
+        router: RouterLoss | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self.router = router
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the learned tokens of the whole batch
         self.guard = guard
         self.noise = EmbeddingNoise(self.model, neft_alpha) if neft_alpha else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from loguru import logger
 from packaging.version import Version
 from torch import nn
@@ -18,14 +19,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+import stagewise.row_quantisation  # noqa: F401  (from_pretrained then knows models saved in that form)
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.attention import choose_attention
+from stagewise.rope import scale_rope
+from stagewise.router import check_router
 
 MODELSCOPE_PREFIX = "modelscope://"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,7 +143,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_config(args: ModelArguments) -> PretrainedConfig:
-    """Loads config.json and checks --model_type against it.
+    """Loads config.json, checks --model_type against it, and scales its positions as --rope_scaling asks.
 
     Raises:
         ModelError: for an adapter directory, an architecture that transformers does not know, code that would have
@@ -168,6 +173,8 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
             )
         raise ModelError(f"--model_name_or_path {source}: {hint} ({error})") from error
     check_model_type(args, config)
+    check_router(args, config)
+    scale_rope(config, args)
     return config
 
 
@@ -296,7 +303,7 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Loads the weights; returns the model and the names that the checkpoint did not have."""
     source = find_source(args.model_name_or_path, args)
-    attention = attention or choose_attention(config)
+    attention = attention or choose_attention(config, args)
     dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
     try:
         model, info = auto.from_pretrained(
@@ -306,6 +313,7 @@ def _load(
             attn_implementation=attention,
             device_map=choose_device_map(args, deepspeed_zero3=zero3),
             output_loading_info=True,
+            **quantisation_options(args, config),
             **hub_options(source, args),
         )
     except torch.OutOfMemoryError:
@@ -313,6 +321,9 @@ def _load(
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"--model_name_or_path {source}: {error}") from error
     guard_4bit(model)
+    if args.bits == 4 and args.quantize_experts:
+        quantise_experts(model, twice=args.qlora)
+    held = f", linear layers in {args.bits} bit" if args.bits else ""
     placed = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     if for_training and len(placed) > 1 and placed & {"cpu", "disk"}:
         raise ModelError(
@@ -321,19 +332,71 @@ def _load(
     model.train(for_training)
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     logger.info(
-        f"model: {source}, {type(model).__name__}, {size / 1e6:,.1f} M parameters in {model.dtype}, {attention}"
+        f"model: {source}, {type(model).__name__}, {size / 1e6:,.1f} M parameters in {model.dtype}{held}, {attention}"
     )
     return model, sorted(info["missing_keys"])
 
 
-def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) -> str | None:
+def quantisation_options(args: ModelArguments, config: PretrainedConfig) -> dict[str, Any]:
+    """from_pretrained's options for a base that is quantised while it loads; none where it is not.
+
+    4 bit is nf4, which follows the weights' distribution (https://arxiv.org/abs/2305.14314); --qlora quantises the
+    scales of its blocks, too. The output head, and what an adapter trains in full, stay as they are.
+
+    Raises:
+        ModelError: for a checkpoint that is quantised already.
+    """
+    if args.bits is None:
+        return {}
+    flag = "--qlora" if args.qlora else f"--load_in_{args.bits}bit"
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{flag}: {args.model_name_or_path} is quantised already; leave the flag out")
+    if args.bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    own = config.get_text_config().dtype or torch.float32
+    compute = (own if isinstance(own, torch.dtype) else DTYPES[own]) if args.torch_dtype == "auto" else None
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=args.qlora,
+        bnb_4bit_compute_dtype=compute or DTYPES[args.torch_dtype],
+    )
+    return {"quantization_config": how}
+
+
+def quantise_experts(model: nn.Module, *, twice: bool) -> None:
+    """Holds experts that are one 3-D parameter in 4 bit, too: no linear layers, which from_pretrained leaves alone.
+
+    They come back to the precision of their scales for each forward pass, and get no gradient.
+
+    Args:
+        model: loaded with its linear layers in 4 bit; changed in place.
+        twice: quantise the scales once more.
+    """
+    experts = [
+        (module, name)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and "expert" in f"{path}.{name}"
+    ]
+    if not experts:
+        return
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    for module, name in experts:
+        replace_parameter_4bit(module, name, compress_statistics=twice, quant_type="nf4")
+    logger.info(f"experts: {len(experts)} 3-D parameters in 4 bit (--quantize_experts False leaves them)")
+
+
+def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) -> str | dict[str, Any] | None:
     """The device map that from_pretrained gets; each of several processes holds its own whole model.
 
     Raises:
         ModelError: for a map that cannot take effect.
     """
     if args.device_map in (None, "", "None", "none"):
-        return None
+        # bitsandbytes quantises on the device on which the model then stays; --use_cpu is in accelerate's state alone.
+        return {"": PartialState().device} if args.bits and PartialState._shared_state else None
     if deepspeed_zero3:
         raise ModelError("--device_map has no effect under ZeRO-3, which places the weights: leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -7,10 +7,12 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from stagewise.adapter import AdapterError, merge_in_memory, read_adapter_config, refuse_unmergeable
+from stagewise.adapter import merge_in_memory
+from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
 from stagewise.arguments import AdapterArguments, ArgumentError
 from stagewise.manifest import read_manifest
 from stagewise.run import Run
+from stagewise.targets import AdapterError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

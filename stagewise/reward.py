@@ -16,11 +16,13 @@ from loguru import logger
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
-from stagewise.adapter import load_adapter, read_adapter_config
+from stagewise.adapter import load_adapter
+from stagewise.adapter_files import read_adapter_config
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.conversation import Conversation, Message, RecordError
 from stagewise.encoding import AnyTemplate, encode_segments
+from stagewise.manifest import read_manifest
 from stagewise.model import (
     DTYPES,
     Float32Linear,
@@ -33,6 +35,7 @@ from stagewise.model import (
 )
 from stagewise.own_template import choose_template
 from stagewise.rendering import Template
+from stagewise.rope import context_of
 
 FLAG = "--reward_model_name_or_path"
 ROWS = 16  # answers scored at a time
@@ -122,7 +125,7 @@ class Scorer:
 
 def position_limit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The most tokens a model reads, or None if nothing says so."""
-    known = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    known = [context_of(config), tokenizer.model_max_length]
     return min((n for n in known if n and 0 < n < 10**9), default=None)
 
 
@@ -154,6 +157,9 @@ def load_scorer(
     """
     own = replace(args, model_name_or_path=name, tokenizer_name_or_path=None, model_type="auto", model_revision="main")
     own.device_map = None
+    own.qlora = own.load_in_4bit = own.load_in_8bit = False  # the scores are what is learned from: not rounded
+    own.router_aux_loss, own.router_aux_loss_coef = False, None
+    own.rope_scaling, own.rope_factor, own.rope_factors_file, own.shift_attn = None, None, None, False
     folder = Path(name)
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     try:
@@ -187,6 +193,7 @@ def _adapter(args: ModelArguments, label: int | None) -> tuple[nn.Module, PreTra
     if str(getattr(config.task_type, "value", config.task_type)) != "SEQ_CLS":
         raise RewardError(f"{FLAG} {folder}: an adapter for {config.task_type}, expected a reward model's (SEQ_CLS)")
     args = replace(args, model_name_or_path=config.base_model_name_or_path, tokenizer_name_or_path=folder)
+    args.kept_rope = (read_manifest(folder) or {}).get("rope")
     tokenizer = load_tokenizer(args)
     return load_adapter(load_reward_model(args, tokenizer), folder), tokenizer, _label(1, label, {0: "score"})
 
@@ -201,7 +208,7 @@ def _classifier(args: ModelArguments, label: int | None) -> tuple[nn.Module, Pre
         source,
         config=config,
         dtype="auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype],
-        attn_implementation=choose_attention(config),
+        attn_implementation=choose_attention(config, args),
         output_loading_info=True,
         **hub_options(source, args),
     )

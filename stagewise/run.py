@@ -15,21 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from loguru import logger
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from stagewise.arguments import ArgumentError, DataArguments, check_shared, parse
+from stagewise.adapter import method_callbacks
+from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, check_shared, parse
 from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, Progress, WholeCheckpoints
 from stagewise.checkpoint import checkpoints, resume_point
 from stagewise.encoding import Example, PreferenceExample
 from stagewise.manifest import MANIFEST, device_name, given_flags, read_manifest, versions, without_tokens
+from stagewise.methods import check_methods
 from stagewise.model import finish_generation_config
 from stagewise.results import draw_curves, show_sample, write_results
-from stagewise.settings import StageArguments, device_words, settle_precision, settle_what_to_do
+from stagewise.rope import kept_rope
+from stagewise.settings import (
+    StageArguments,
+    device_words,
+    settle_long_context,
+    settle_precision,
+    settle_what_to_do,
+)
 from stagewise.validation import EvaluationTable
+
+PREEMPTED = 143  # exit code of a run that was stopped by SIGTERM after a whole checkpoint
 
 
 def is_main() -> bool:
@@ -46,6 +58,15 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not is_main() or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+
+
+def leave_processes() -> None:
+    """Ends the group of processes where all of them have come to their end.
+
+    Threads of gloo that are still there when Python ends abort the process, and a finished run would count as failed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -68,10 +89,15 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
 
     try:
         args, *parts = parse([StageArguments, *dataclass_types], argv, before=before)
+        for part in parts:
+            if isinstance(part, AdapterArguments):
+                part.given = frozenset(word[2:] for word in given if word.startswith("--"))
         check_shared(*parts)
         data = next((part for part in parts if isinstance(part, DataArguments)), None)
         settle_what_to_do(args, data)
         settle_precision(args, parts)
+        settle_long_context(stage, parts)
+        check_methods(stage, args, parts)
         if args.dry_run and is_deepspeed_zero3_enabled():
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
         _check_output_dir(args)
@@ -121,6 +147,7 @@ class Run:
         self.output_dir = Path(args.output_dir)
         self.started = time.time()
         self.preemption: Preemption | None = None
+        self.adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
         base = getattr(next((p for p in parts if hasattr(p, "model_name_or_path")), None), "model_name_or_path", None)
         before = read_manifest(base) if base and Path(base).is_dir() else None
         self.manifest: dict[str, Any] = {
@@ -152,6 +179,8 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> bool:
+        if error is None or (isinstance(error, SystemExit) and error.code == PREEMPTED):
+            leave_processes()
         if error is None or isinstance(error, SystemExit):
             return False
         message = _out_of_memory_advice(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
@@ -189,11 +218,16 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         self.preemption = Preemption()
         keep, self.args.save_total_limit = self.args.save_total_limit, None
-        own: list[TrainerCallback] = [Progress(), guard, self.preemption, WholeCheckpoints(keep)]
+        own: list[TrainerCallback] = [Progress(), guard, self.preemption]
+        own += [*method_callbacks(trainer, self.adapter), WholeCheckpoints(keep)]
         if table is not None and self.args.save_eval_records:
             own.append(EvaluationRows(table))
         for callback in own:
             trainer.add_callback(callback)
+        config = trainer.model.config
+        self.note(attention=config.get_text_config()._attn_implementation)
+        if "rope_scaling" in self.manifest["flags"]:
+            self.note(rope=kept_rope(config))
 
     def train(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """Evaluates, trains, saves and writes the results as the flags say; ends the program if it was preempted.
@@ -224,7 +258,7 @@ class Run:
             logger.warning(
                 "stopped by SIGTERM after a whole checkpoint; --resume_from_checkpoint True goes on from it"
             )
-            raise SystemExit(143)
+            raise SystemExit(PREEMPTED)
         metrics = {"train": result.metrics}
         if args.do_eval:
             metrics["eval"] = trainer.evaluate()

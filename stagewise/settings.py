@@ -14,7 +14,9 @@ from loguru import logger
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, ModelArguments
+from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments, ArgumentError, DataArguments, ModelArguments
+from stagewise.manifest import read_manifest
+from stagewise.rope import check_continued
 
 USER_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
@@ -114,6 +116,32 @@ def settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None:
         raise ArgumentError(
             "evaluation is asked for without validation records: give --validation_file_dir or "
             "--validation_split_percentage, or leave out --do_eval, --eval_strategy and --eval_on_start"
+        )
+
+
+def settle_long_context(stage: str, parts: Sequence[Any]) -> None:
+    """Scaled positions must be those of an adapter that the run goes on from; --shift_attn must be able to act."""
+    model = next((part for part in parts if isinstance(part, ModelArguments)), None)
+    adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
+    if not (model and adapter):
+        return
+    for flag in ("peft_path", "checkpoint_dir"):
+        folder = next((value for part in parts if (value := getattr(part, flag, None))), None)
+        if folder:
+            check_continued(model, flag, folder, (read_manifest(folder) or {}).get("rope"))
+    if adapter.asks("longlora_plus") and not (model.shift_attn and adapter.trains_adapter):
+        missing = "without --shift_attn" if adapter.trains_adapter else "when all weights are trained"
+        raise ArgumentError(f"--longlora_plus has no effect {missing}: leave it out")
+    if not model.shift_attn:
+        return
+    if stage in ("dpo", "ppo"):
+        raise ArgumentError(
+            f"--shift_attn: not in {stage.upper()}, which compares the model in training with one in evaluation, "
+            "where attention is full; use it in pretraining or supervised finetuning"
+        )
+    if adapter.method in VIRTUAL_TOKENS:
+        raise ArgumentError(
+            f"--shift_attn: not with {adapter.method}, whose virtual tokens stand before every row; use lora"
         )
 
 

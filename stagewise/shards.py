@@ -87,10 +87,12 @@ def plan_shards(
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in stored), None)
 
     layers = adapted_layers(skeleton, config, lora)
-    if lost := [name for name in layers if stored_as(name) is None]:
+    whole = {name: tensor for name, tensor in weights.items() if name not in lora}
+    # a base has no reward head, and may leave a tied head out
+    needed = [*layers, *(name for name in whole if name not in ("score.weight", head))]
+    if lost := [name for name in needed if stored_as(name) is None]:
         return f"the base's files have no {lost[0]} (one of {len(lost)}): such names are converted while loading"
     plan = Plan(files, {stored_as(name): layer for name, layer in layers.items()})
-    whole = {name: tensor for name, tensor in weights.items() if name not in lora}
     if head in whole:
         plan.untied = not torch.equal(whole[head], whole[embedding])
         if not plan.untied:
@@ -111,6 +113,8 @@ def _needs_memory(config: PeftConfig, base: PretrainedConfig, weights: dict[str,
         return f"{config.peft_type.value} layers are merged by PEFT"
     special = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
     asked = [name for name in special if getattr(config, name, None)]
+    if config.init_lora_weights not in (True, False, "gaussian"):  # PiSSA and its kin begin by changing the base
+        asked.append(f"init_lora_weights {config.init_lora_weights}")
     if asked or config.bias != "none" or any(".base_layer." in name for name in weights):
         return f"adapters with {asked[0] if asked else 'trained biases or embeddings'} are merged by PEFT"
     return None

@@ -12,18 +12,11 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stagewise.adapter import (
-    AdapterError,
-    attach_adapter,
-    check_continuation,
-    fold,
-    fused_experts,
-    linear_targets,
-    load_adapter,
-    merge_in_memory,
-    read_adapter_config,
-)
+from stagewise.adapter import attach_adapter, fold, load_adapter, merge_in_memory
+from stagewise.adapter_files import read_adapter_config
 from stagewise.arguments import AdapterArguments
+from stagewise.methods import check_continuation
+from stagewise.targets import AdapterError, fused_experts, linear_targets
 
 LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 ROW = torch.tensor([[11, 12, 13, 14, 15, 16, 17]])
@@ -97,12 +90,33 @@ def test_a_model_without_linear_layers_is_an_error():
         linear_targets(model)
 
 
-def test_experts_in_one_parameter_are_named_as_left_out(log):
+def test_experts_in_one_parameter_are_taken_without_dropout(log):
     model = build_tiny_model("mixtral")
     assert fused_experts(model) == ["experts.down_proj", "experts.gate_up_proj"]
-    attach_adapter(model, AdapterArguments(), "CAUSAL_LM")
-    assert "LoRA on k_proj, o_proj, q_proj, v_proj" in log[-1]
-    assert "left out (3-D expert parameters): experts.down_proj, experts.gate_up_proj" in log[-1]
+    before = logits(model)
+    wrapped = attach_adapter(model, AdapterArguments(), "CAUSAL_LM").eval()
+    assert "LoRA on k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj" in log[-1]
+    assert "no dropout" in log[-2]
+    assert torch.equal(logits(wrapped), before)
+    assert len([name for name in trainable(wrapped) if "experts" in name]) == 2 * 2 * 2  # layers, parameters, A and B
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "--lora_dropout 0"),
+        ({"use_dora": True}, "--use_dora"),
+        ({"init_lora_weights": "pissa"}, "--init_lora_weights"),
+        ({"fine_tuning_type": "adalora"}, "AdaLoRA takes linear layers alone"),
+    ],
+)
+def test_experts_that_the_method_cannot_take_are_left_out_or_refused_by_name(flags, reason, log):
+    attach_adapter(build_tiny_model("mixtral"), AdapterArguments(**flags), "CAUSAL_LM")
+    assert "left out" in log[-1] and reason in log[-1]
+    assert "experts.down_proj, experts.gate_up_proj" in log[-1]
+    with pytest.raises(AdapterError, match=f"--target_modules experts.gate_up_proj: .*{reason}"):
+        args = AdapterArguments(target_modules="q_proj,gate_up_proj", **flags)
+        attach_adapter(build_tiny_model("mixtral"), args, "CAUSAL_LM")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +132,7 @@ def test_experts_in_one_parameter_are_named_as_left_out(log):
             {"target_modules": "q_proj"},
             "has no q_proj; there are dense, dense_4h_to_h, dense_h_to_4h, lm_head",
         ),
-        ("mixtral", {"target_modules": "gate_up_proj"}, "experts held as one 3-D parameter"),
+        ("mixtral", {"target_modules": "w1"}, "has no w1; there are .*experts.gate_up_proj"),
         (
             "llama",
             {"modules_to_save": "wte"},
@@ -252,13 +266,28 @@ def test_an_adapter_of_another_task_is_an_error(adapter):
         attach_adapter(build_tiny_model("llama", task="score"), args, "SEQ_CLS")
 
 
-def test_a_prompt_tuning_adapter_is_neither_gone_on_from_nor_merged(tmp_path):
+def test_a_prompt_tuning_adapter_is_not_merged(tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     get_peft_model(build_tiny_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="a PROMPT_TUNING adapter"):
-        attach_adapter(build_tiny_model("llama"), AdapterArguments(peft_path=str(tmp_path)), "CAUSAL_LM")
     with pytest.raises(AdapterError, match="cannot be merged; load it with PEFT"):
         merge_in_memory(build_tiny_model("llama"), tmp_path)
+
+
+def test_a_flag_that_contradicts_the_adapter_with_its_default_value_is_an_error(adapter):
+    args = AdapterArguments(peft_path=str(adapter))
+    check_continuation(args, read_adapter_config(adapter), "CAUSAL_LM")
+    for name, shown in (("lora_rank", "8"), ("lora_alpha", "16.0"), ("target_modules", "all")):
+        args.given = frozenset([name])
+        with pytest.raises(AdapterError, match=f"--{name} {shown}: the adapter of --peft_path has"):
+            attach_adapter(build_tiny_model("llama"), args, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_all_agrees_with_an_adapter_on_all(family, tmp_path):
+    trained(build_tiny_model(family)).save_pretrained(tmp_path)
+    args = AdapterArguments(peft_path=str(tmp_path))
+    args.given = frozenset(["target_modules", "lora_rank"])
+    attach_adapter(build_tiny_model(family), args, "CAUSAL_LM")
 
 
 def as_bin(adapter):

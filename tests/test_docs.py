@@ -26,11 +26,16 @@ PAIRS = [
             "data",
             "distributed",
             "labels",
+            "long_context",
+            "memory",
+            "methods",
             "output",
+            "quantisation",
             "show_data",
             "streaming",
             "templates",
             "tools",
+            "vocabulary",
         )
     ),
 ]
@@ -44,11 +49,17 @@ STARTED_BY = {
     "run_ppo.sh": "ppo_training",
     "run_dpo.sh": "dpo_training",
 }
-ARGPARSE = ("convert_dataset", "tools.fetch_small_model", "tools.report")  # scripts that have a plain argparse parser
+ARGPARSE = (
+    "convert_dataset",
+    "tools.build_tokenizer",
+    "tools.extend_vocabulary",
+    "tools.fetch_small_model",
+    "tools.report",
+)  # scripts that have a plain argparse parser
 WITHOUT_FLAGS = {"run_pipeline.sh", "tools.document_flags", "tools.check_environment"}
 # Files that a run, or its reader, makes.
 MADE = {"run.json", "run.yaml", "rejected.jsonl", "whole.json", "config.json", "alpaca.json", "faq.csv", "sft.jsonl"}
-MADE |= {"stream-N.json", "rejected-N.jsonl"}
+MADE |= {"stream-N.json", "rejected-N.jsonl", "quantization.json", "tokenizer.json"}
 
 
 def read(name: str) -> str:
@@ -70,9 +81,14 @@ def prose(text: str) -> str:
 @cache
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every script that takes flags, by module name."""
-    from tools.document_flags import parsers as of_dataclasses
+    from transformers.hf_argparser import HfArgumentParser
 
-    return {**of_dataclasses(), **{name: argparse_of(name) for name in ARGPARSE}}
+    from tools.document_flags import parsers as of_dataclasses
+    from tools.quantize_model import QuantizeArguments
+
+    stages = of_dataclasses()
+    quantize = HfArgumentParser([QuantizeArguments], allow_abbrev=False)
+    return {**stages, "tools.quantize_model": quantize, **{name: argparse_of(name) for name in ARGPARSE}}
 
 
 def argparse_of(name: str) -> argparse.ArgumentParser:
@@ -122,6 +138,8 @@ def target(words: list[str]) -> tuple[str | None, list[str], list[str]]:
     """(script, words before it, words behind it) of a command that starts one of ours; script None for others."""
     for place, word in enumerate(words):
         name = Path(word).name
+        if word == "-m" and words[place + 1] == "tools.show_model":  # a stage's script and its flags
+            return words[place + 2].removesuffix(".py"), words[:place], [*words[place + 3 :], "--output_dir", "x"]
         if word == "-m" and words[place + 1].startswith("tools."):
             return words[place + 1], words[:place], words[place + 2 :]
         if (name.endswith(".py") or name.startswith("run_")) and (ROOT / name).is_file():
@@ -451,7 +469,8 @@ def own_files() -> list[Path]:
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in NOT_OURS and (name == ".ci" or name[0] != ".")]
-        found += [Path(folder, name) for name in names if Path(name).suffix in TEXT]
+        # in a worktree `.git` is a file, whose one line is a path
+        found += [Path(folder, name) for name in names if Path(name).suffix in TEXT and name != ".git"]
     return sorted(found)
 
 

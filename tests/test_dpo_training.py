@@ -244,7 +244,7 @@ def test_a_flag_that_cannot_be_honoured_ends_before_the_model_is_looked_for(stag
 
 def test_an_adapter_of_another_stage_is_no_peft_path(stage, words, sft_adapter, capsys):
     with pytest.raises(SystemExit):
-        stage("dpo_training", *words(model="nowhere/at/all", peft_path=sft_adapter[1]))
+        stage("dpo_training", *words(model="nowhere/at/all", peft_path=sft_adapter[1], lora_dropout=None))
     assert "--checkpoint_dir" in (error := capsys.readouterr().err) and "an adapter of stage sft" in error
 
 

@@ -98,6 +98,35 @@ class TestEmbeddingNoise:
         assert (found <= bounds + 1e-6).all()
         assert (found > 0.98 * bounds).all()
 
+    def test_it_is_uniform_and_drawn_anew(self, tiny_model):
+        model, size, alpha = tiny_model("llama"), 32, 5.0
+        noise = EmbeddingNoise(model, alpha)
+        embed = model.get_input_embeddings().train()
+        batch = collate_packed([EXAMPLES[:2]])
+        noise.see(batch)
+        torch.manual_seed(0)
+        drawn = torch.stack([embed(batch["input_ids"]) - embed.weight[batch["input_ids"]] for _ in range(400)])
+        assert not torch.equal(drawn[0], drawn[1])
+        for tokens, length in ((slice(0, 5), 5), (slice(5, 8), 3)):
+            share = (drawn[:, 0, tokens] / (alpha / math.sqrt(length * size))).double().flatten()
+            # of a uniform distribution on [-1, 1], a share (x + 1) / 2 lies below x, and the variance is 1 / 3
+            below = torch.stack([(share < x).double().mean() for x in torch.linspace(-0.9, 0.9, 19)])
+            torch.testing.assert_close(below, (torch.linspace(-0.9, 0.9, 19).double() + 1) / 2, rtol=0, atol=0.01)
+            assert share.square().mean().item() == pytest.approx(1 / 3, abs=0.01)
+
+    def test_it_reaches_an_embedding_that_is_trained_in_full(self, tiny_model):
+        from stagewise.adapter import attach_adapter
+        from stagewise.arguments import AdapterArguments
+
+        model = attach_adapter(tiny_model("llama"), AdapterArguments(modules_to_save="embed_tokens"), "CAUSAL_LM")
+        noise, batch = EmbeddingNoise(model, 5.0), collate_packed([EXAMPLES])
+        noise.see(batch)
+        model.train()
+        embed = model.get_input_embeddings()
+        assert (embed(batch["input_ids"]) - embed(batch["input_ids"])).abs().max() > 0
+        model.eval()
+        assert torch.equal(embed(batch["input_ids"]), embed(batch["input_ids"]))
+
     def test_nothing_is_added_outside_training(self, tiny_model):
         model = tiny_model("llama")
         noise = EmbeddingNoise(model, 5.0)

@@ -87,7 +87,7 @@ def groups() -> dict[str, tuple[type, list[str]]]:
 
 def own_fields(kind: type) -> list[dataclasses.Field]:
     """The fields that a dataclass declares itself, without those of the class that it extends."""
-    return [field for field in dataclasses.fields(kind) if field.name in inspect.get_annotations(kind)]
+    return [field for field in dataclasses.fields(kind) if field.init and field.name in inspect.get_annotations(kind)]
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

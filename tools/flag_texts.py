@@ -105,6 +105,32 @@ CHINESE: dict[str, str] = {
         "`auto` 把一个进程的模型分布到多个 GPU 上;不与 torchrun 同用。"
     ),
     "Run Python code that the model repository ships.": "运行模型仓库自带的 Python 代码。",
+    "Hold the linear layers in 4 bit (nf4, bitsandbytes).": "线性层以 4 位保存(nf4,bitsandbytes)。",
+    "Hold the linear layers in 8 bit (bitsandbytes).": "线性层以 8 位保存(bitsandbytes)。",
+    "Mixture of experts: add the routers' loss, which keeps the experts in use alike.": (
+        "混合专家模型:加上路由器的损失,使各专家得到均衡使用。"
+    ),
+    "Weight of --router_aux_loss; default: the checkpoint's own.": ("--router_aux_loss 的权重;默认用检查点自带的值。"),
+    "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit, to be adapted.": (
+        "4 位时,合成一个三维参数的专家权重也一起量化;False:保持 16 位,可以加适配器。"
+    ),
+    "4 bit as QLoRA does it: nf4, its scales quantised once more.": ("QLoRA 的 4 位:nf4,缩放系数再量化一次。"),
+    "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope.": (
+        "缩放位置以加长上下文:linear、dynamic(NTK)、yarn 或 longrope。"
+    ),
+    "How many times the model's own context; default: as many as the run's length needs.": (
+        "模型原有上下文的倍数;默认:本次运行的长度所需的倍数。"
+    ),
+    "longrope: json file with its lists short_factor and long_factor.": (
+        "longrope:含有 short_factor 和 long_factor 两个列表的 json 文件。"
+    ),
+    "FlashAttention where installed, else torch's fastest exact attention on this GPU.": (
+        "已安装则用 FlashAttention,否则用 torch 在该 GPU 上最快的精确注意力。"
+    ),
+    "Shifted sparse attention (S²-Attn) in training; full attention elsewhere.": (
+        "训练时使用移位稀疏注意力(S²-Attn);其他时候为完整注意力。"
+    ),
+    "--shift_attn: a group's share of the row.": "--shift_attn:一组占行长的比例。",
     # DataArguments
     "File, or folder searched with its subfolders; several joined by commas; or a .yaml list.": (
         "文件,或目录(连同子目录);多个用逗号连接;或 .yaml 列表。"
@@ -159,7 +185,9 @@ CHINESE: dict[str, str] = {
     ),
     # AdapterArguments, PredecessorArguments
     "Train an adapter; False trains all weights.": "训练适配器;False 表示训练全部权重。",
-    "lora, or full (the same as --use_peft False).": "lora,或 full(等同于 --use_peft False)。",
+    "full (the same as --use_peft False), lora, adalora, prompt_tuning, p_tuning or prefix_tuning.": (
+        "full(等同于 --use_peft False)、lora、adalora、prompt_tuning、p_tuning 或 prefix_tuning。"
+    ),
     "`all` linear layers, or names joined by commas.": "`all` 表示所有线性层,或用逗号连接的名称。",
     "Rank r of the adapter.": "适配器的秩 r。",
     "Scale: the adapter's output times alpha / r.": "缩放:适配器的输出乘以 alpha / r。",
@@ -168,6 +196,35 @@ CHINESE: dict[str, str] = {
         "与适配器一起完整训练的模块,例如 embed_tokens,lm_head。"
     ),
     "Adapter to go on from.": "在这个适配器的基础上继续训练。",
+    "LoRA's scale is alpha / sqrt(r) (rsLoRA).": "LoRA 的缩放为 alpha / sqrt(r)(rsLoRA)。",
+    "Weights are split into magnitude and direction; LoRA turns the latter.": (
+        "把权重拆成大小与方向,LoRA 只改变方向(DoRA)。"
+    ),
+    "LoRA's start: default (B = 0), gaussian, or pissa (the base's largest singular directions).": (
+        "LoRA 的起点:default(B = 0)、gaussian,或 pissa(基座最大的奇异方向)。"
+    ),
+    "LoRA+: the learning rate of B is this many times that of A.": "LoRA+:B 的学习率是 A 的多少倍。",
+    "AdaLoRA: rank of each matrix at first.": "AdaLoRA:每个矩阵最初的秩。",
+    "AdaLoRA: average rank at the end.": "AdaLoRA:结束时的平均秩。",
+    "AdaLoRA: steps before ranks begin to fall.": "AdaLoRA:秩开始下降之前的步数。",
+    "AdaLoRA: steps at the end in which ranks stay as they are.": "AdaLoRA:最后多少步内秩不再改变。",
+    "AdaLoRA: ranks are chosen anew every so many steps.": "AdaLoRA:每隔多少步重新选择一次秩。",
+    "AdaLoRA: how slowly a weight's importance is averaged.": "AdaLoRA:权重重要性滑动平均的系数。",
+    "AdaLoRA: how slowly its uncertainty is averaged.": "AdaLoRA:重要性不确定度滑动平均的系数。",
+    "AdaLoRA: weight of the term that keeps its matrices orthogonal.": "AdaLoRA:保持矩阵正交的那一项的权重。",
+    "Prompt, P- and prefix tuning: learned tokens before the text.": (
+        "prompt tuning、P-tuning 与 prefix tuning:文本之前要学习的虚拟 token 数。"
+    ),
+    "P-tuning, and prefix tuning with --prefix_projection: width of the network that the virtual "
+    "tokens are trained through; default: the embedding's.": (
+        "P-tuning,以及带 --prefix_projection 的 prefix tuning:训练虚拟 token 所经过的网络的宽度;默认与嵌入相同。"
+    ),
+    "Prefix tuning: train the prefix through a network of two layers.": (
+        "prefix tuning:让前缀经过一个两层网络来训练。"
+    ),
+    "With --shift_attn: embedding and norms train in full beside the adapter.": (
+        "与 --shift_attn 同用时:嵌入和归一化层与适配器一起完整训练。"
+    ),
     "SFT adapter to start from: merged into the model in memory, and so part of the reference. "
     "--peft_path goes on from an adapter of this stage, which the reference is without.": (
         "作为起点的 SFT 适配器:在内存中合并进模型,因此也是参考模型的一部分。"
@@ -268,8 +325,7 @@ CHINESE: dict[str, str] = {
     "the samples and steps a second are always logged": "每秒样本数和步数总会记入日志",
     "weights are always loaded without a second copy": "加载权重时从不多留一份副本",
     # arguments.NOT_YET
-    "load in 16 bit with --torch_dtype bfloat16": "用 --torch_dtype bfloat16 以 16 位加载",
-    "train within the model's own context": "在模型原有的上下文长度内训练",
-    "leave it out: the exact attention of torch runs": "去掉它:使用 torch 的精确注意力",
-    "leave it out: full attention runs": "去掉它:使用完整注意力",
+    "train with --qlora; tools.quantize_model writes the CPM form of a finished model": (
+        "训练时用 --qlora;tools.quantize_model 可把训练好的模型写成 CPM 形式"
+    ),
 }

@@ -1,0 +1,75 @@
+"""An adapter's directory: its config, and the names of its weights without reading them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors import safe_open
+
+from stagewise.targets import AdapterError
+
+# What adapter_config.json calls a method -> --fine_tuning_type.
+METHOD_OF = {
+    "LORA": "lora",
+    "ADALORA": "adalora",
+    "PROMPT_TUNING": "prompt_tuning",
+    "P_TUNING": "p_tuning",
+    "PREFIX_TUNING": "prefix_tuning",
+}
+
+
+def read_adapter_config(folder: str | Path) -> PeftConfig:
+    """Reads adapter_config.json of a local directory.
+
+    Raises:
+        AdapterError: if there is none, or its weights are missing.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder}: expected an adapter, found no adapter_config.json")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise AdapterError(f"{folder}: the adapter has no adapter_model.safetensors (or .bin)")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{folder}/adapter_config.json: {error}") from error
+
+
+def method_of(config: PeftConfig, folder: str | Path) -> str:
+    """The --fine_tuning_type that made an adapter.
+
+    Raises:
+        AdapterError: for a kind of adapter that no stage trains.
+    """
+    kind = config.peft_type.value
+    if kind not in METHOD_OF:
+        raise AdapterError(
+            f"--peft_path {folder}: a {kind} adapter; this version goes on from {', '.join(METHOD_OF)} adapters"
+        )
+    return METHOD_OF[kind]
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names of an adapter's weights; a .bin that holds more than tensors is refused."""
+    path = folder / "adapter_model.safetensors"
+    if path.is_file():
+        with safe_open(path, framework="pt") as weights:
+            return list(weights.keys())
+    path = folder / "adapter_model.bin"
+    try:
+        return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise AdapterError(f"{path}: refused, not a plain file of tensors: {error}") from error
+
+
+def refuse_unmergeable(config: PeftConfig, folder: str | Path) -> None:
+    """Raises AdapterError for prompt, P- and prefix tuning, which add virtual tokens and change no weight."""
+    if config.is_prompt_learning:
+        raise AdapterError(
+            f"{folder}: a {config.peft_type.value} adapter adds virtual tokens and cannot be merged; load it with "
+            "PEFT beside its base: PeftModel.from_pretrained(base, adapter)"
+        )

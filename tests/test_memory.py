@@ -1,0 +1,218 @@
+"""The estimate against a count of what autograd keeps, and its parts against sums by hand."""
+
+import pytest
+import torch
+
+from stagewise import memory
+from stagewise.layers import EstimateError, parameters_of, skeleton
+from stagewise.memory import Step, estimate, layers_in_bits, quantised_bytes
+
+SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
+HEAD_DIM = {"head_dim": 16}
+
+
+@pytest.fixture
+def build(tiny_model):
+    """A real model and the same without weights, both with or without a LoRA adapter."""
+
+    def make(family: str, method: str, dtype: torch.dtype, dropout: float = 0.0, **changes):
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        changes = {**SHAPE, "num_key_value_heads": 4, **HEAD_DIM, **changes}
+        real = tiny_model(family, **changes).to(dtype).train()
+        empty = skeleton(real.config, AutoModelForCausalLM, dtype)
+        if method == "lora":
+            targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            targets += [] if family == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+            config = LoraConfig(r=8, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
+            real.enable_input_require_grads()  # else the first layer keeps less than the others
+            real, empty = get_peft_model(real, config), get_peft_model(empty, config)
+        return real, empty
+
+    return make
+
+
+def kept_by_autograd(model, autocast: bool, positions=None, rows=2, tokens=64) -> int:
+    """Bytes of all tensors that the layers keep for the backward pass, each storage once, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor  # held, so that its place is not given to another
+        return tensor
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ids = torch.randint(4, 300, (rows, tokens))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        out = base.model(input_ids=ids, position_ids=positions, use_cache=False)
+    assert out.last_hidden_state.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "autocast"),
+    [
+        ("full", torch.float32, False),
+        ("full", torch.bfloat16, False),
+        ("full", torch.float32, True),
+        ("lora", torch.bfloat16, True),
+        ("lora", torch.bfloat16, False),
+        ("lora", torch.float32, True),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_activations_are_what_autograd_keeps(family, method, dtype, autocast, build):
+    real, empty = build(family, method, dtype)
+    wanted = kept_by_autograd(real, autocast)
+    found = estimate(empty, Step(rows=2, tokens=64, logit_tokens=0, autocast=autocast), set())
+    # with 32-bit weights under autocast the estimate also has the head's 16-bit copy, which is not run here
+    assert found.activations == pytest.approx(wanted, rel=0.06 if dtype == torch.float32 and autocast else 0.03)
+
+
+@pytest.mark.parametrize("family", sorted(memory.COMPARED - {"llama", "qwen3"}))
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_family_that_is_called_compared_is(family, method, build):
+    changes = {"num_local_experts": 4} if family == "mixtral" else {}
+    real, empty = build(family, method, torch.bfloat16, **changes)
+    wanted = kept_by_autograd(real, method == "lora")
+    found = estimate(empty, Step(rows=2, tokens=64, logit_tokens=0, autocast=method == "lora"), set())
+    assert found.activations == pytest.approx(wanted, rel=0.1)
+
+
+def test_a_mask_costs_what_autograd_keeps_of_it(build):
+    real, empty = build("llama", "full", torch.bfloat16)
+    positions = torch.cat([torch.arange(20), torch.arange(44)])[None]  # two documents in a row
+    wanted = kept_by_autograd(real, False, positions=positions, rows=1)
+    found = estimate(empty, Step(rows=1, tokens=64, logit_tokens=0, mask_width=64), set())
+    assert found.activations == pytest.approx(wanted, rel=0.03)
+    alone = estimate(empty, Step(rows=1, tokens=64, logit_tokens=0), set())
+    assert alone.activations < 0.97 * wanted
+
+
+def test_one_layer_by_hand(build):
+    _, empty = build("llama", "full", torch.bfloat16)
+    found = estimate(empty, Step(rows=3, tokens=10, logit_tokens=7), set())
+    # a layer: two norms (4 + 2) · 128; inputs of q, k, v and of gate, up 2 · 128 each, of down 2 · 352; attention
+    # 2 · (2 · 128 + 2 · 64) and 4 · 8 heads; the feed-forward layer 3 · 2 · 352
+    layer = 2 * 6 * 128 + 2 * (2 * 128 + 352) + 2 * 384 + 32 + 6 * 352
+    # the last norm's input in float32 and, at 7 positions, what the trained head reads
+    assert found.activations == 30 * (4 * layer + 4 * 128) + 7 * 2 * 128
+    assert found.logits == 12 * 320 * 7
+    # q 128·128, k and v 64·128, o 128·128, gate, up and down 352·128, two norms; embedding, head and the last norm
+    numbers = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 352 * 128 + 2 * 128) + 2 * 320 * 128 + 128
+    assert (found.weights, found.gradients, found.optimizer) == (2 * numbers, 2 * numbers, 4 * numbers)
+    beside = 30 * 2 * 2 * 352
+    worst = max(found.activations + found.logits, found.gradients + 30 * layer + beside)
+    assert found.peak == 6 * numbers + memory.WORKSPACE + worst
+
+
+def test_checkpointing_keeps_the_layers_inputs_and_one_layer(build):
+    _, empty = build("llama", "lora", torch.bfloat16)
+    step = {"rows": 4, "tokens": 500, "logit_tokens": 0, "autocast": True}
+    found = estimate(empty, Step(**step, checkpointing=True), set())
+    whole = estimate(empty, Step(**step), set())
+    assert found.activations == 2000 * (4 * 2 * 128 + 4 * 128)
+    assert found.moment == "the backward pass of the last layers"
+    layers = (whole.activations - 2000 * 4 * 128) / 4
+    assert found.working == pytest.approx(layers + 2000 * 352 * (4 + 8) + memory.WORKSPACE)
+
+
+def test_dropout_keeps_a_byte_for_each_input(build):
+    step = Step(rows=1, tokens=10, logit_tokens=0, autocast=True)
+    _, without = build("llama", "lora", torch.bfloat16)
+    _, with_dropout = build("llama", "lora", torch.bfloat16, dropout=0.1)
+    more = estimate(with_dropout, step, set()).activations - estimate(without, step, set()).activations
+    assert more == 10 * 4 * (6 * 128 + 352)  # q, k, v, o, gate and up read 128 numbers, down 352
+
+
+def test_bytes_in_4_and_8_bit_by_hand():
+    assert quantised_bytes(4096 * 256, 256, 8, False) == 4096 * 256 + 4 * 256
+    # 16,384 blocks of 64, a float32 scale each; or a byte each and a float32 for each 256 blocks
+    assert quantised_bytes(4096 * 256, 256, 4, False) == 2048 * 256 + 4 * 16384
+    assert quantised_bytes(4096 * 256, 256, 4, True) == 2048 * 256 + 16384 + 4 * 64
+
+
+def test_the_head_stays_out_of_the_bits(build):
+    _, empty = build("llama", "full", torch.bfloat16)
+    in_bits = layers_in_bits(empty)
+    assert len(in_bits) == 4 * 7
+    assert id(empty.lm_head.weight) not in in_bits
+
+
+def test_weights_in_bits_by_hand(build):
+    _, empty = build("llama", "full", torch.bfloat16)
+    in_bits = layers_in_bits(empty)
+    empty.requires_grad_(False)
+    numbers = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 352 * 128)
+    rows = 4 * (128 + 64 + 64 + 128 + 352 + 352 + 128)
+    others = 2 * (4 * 2 * 128 + 2 * 320 * 128 + 128)
+    step = {"rows": 1, "tokens": 8, "logit_tokens": 0}
+    assert estimate(empty, Step(**step, bits=8), in_bits).weights == numbers + 4 * rows + others
+    double = estimate(empty, Step(**step, bits=4), in_bits).weights
+    assert double == pytest.approx(numbers / 2 + numbers / 64 * (1 + 4 / 256) + others)
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_each"),
+    [("adamw_torch_fused", 8), ("adamw_torch", 8), ("sgd", 0), ("paged_adamw_32bit", 8), ("adamw_bnb_8bit", 2.03125)],
+)
+def test_optimizer_states_by_hand(optim, bytes_each):
+    parameters = [torch.nn.Parameter(torch.empty(1000)), torch.nn.Parameter(torch.empty(24))]
+    assert memory.optimizer_bytes(parameters, optim) == 1024 * bytes_each
+
+
+def test_sixteen_bit_weights_have_sixteen_bit_states():
+    assert memory.optimizer_bytes([torch.nn.Parameter(torch.empty(10, dtype=torch.bfloat16))], "adamw_torch") == 40
+
+
+def test_torch_has_the_states_that_are_counted():
+    weight = torch.nn.Parameter(torch.ones(1000))
+    for name, kind in (("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad)):
+        optimizer = kind([weight])
+        weight.grad = torch.ones(1000)
+        optimizer.step()
+        states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
+        assert sum(v.numel() * v.element_size() for v in states) == memory.optimizer_bytes([weight], name)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(EstimateError, match="--optim lomo: no estimate for it; there are adamw_torch"):
+        memory.optimizer_bytes([], "lomo")
+
+
+def test_tied_weights_count_once_and_gradients_meet_at_the_end(build):
+    _, tied = build("llama", "full", torch.bfloat16, tie_word_embeddings=True)
+    kinds = {}
+    for parameter in parameters_of(tied):
+        kinds[parameter.kind] = kinds.get(parameter.kind, 0) + parameter.numel
+    assert kinds == {
+        "embedding": 320 * 128,
+        "attention": 4 * (2 * 128 * 128 + 2 * 64 * 128),
+        "MLP": 4 * 3 * 352 * 128,
+        "norms": 4 * 2 * 128 + 128,
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mixtral", "bloom", "falcon", "qwen3_5", "gpt2"])
+def test_kinds_cover_every_family(family, tiny_model):
+    model = tiny_model(family)
+    found = parameters_of(model)
+    assert sum(p.numel for p in found) == sum(p.numel() for p in model.parameters())
+    kinds = {p.kind for p in found}
+    assert {"embedding", "attention", "norms"} <= kinds
+    assert "experts" in kinds if family == "mixtral" else "MLP" in kinds
+    assert estimate(model, Step(rows=1, tokens=16, logit_tokens=16), set()).peak > 0
+
+
+def test_accumulated_gradients_stay_while_the_next_batch_is_computed(build):
+    _, empty = build("llama", "full", torch.bfloat16)
+    step = {"rows": 8, "tokens": 64, "logit_tokens": 512}
+    once, more = (estimate(empty, Step(**step, accumulates=many), set()) for many in (False, True))
+    assert once.moment == more.moment == "the loss"
+    assert more.peak - once.peak == once.gradients

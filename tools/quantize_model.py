@@ -1,0 +1,342 @@
+"""Saves a model in 4 or 8 bit, with its size and its perplexity on a text before and after.
+
+    python -m tools.quantize_model --model_name_or_path outputs/sft-merged --output_dir outputs/sft-4bit \
+        --quantization bnb --quantization_bit 4 --text_file text.txt
+    python -m tools.quantize_model --model_name_or_path outputs/sft-merged --output_dir outputs/sft-int8 \
+        --quantization cpm --quantization_bit 8 --text_file text.txt
+
+`bnb`: bitsandbytes (nf4 with double quantisation, or int8), which `from_pretrained` loads as it is. `cpm`: whole steps
+of one scale a row, in plain torch (`stagewise/row_quantisation.py` loads it). The output head stays as it was. What
+was saved is loaded again from --output_dir before its perplexity is measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from loguru import logger
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging as transformers_logging
+
+from stagewise.arguments import ArgumentError, ModelArguments, check_choice, parse
+from stagewise.manifest import read_manifest, versions
+from stagewise.metrics import perplexity
+from stagewise.model import DTYPES, find_source, guard_4bit, hub_options, load_causal_lm, load_config, load_tokenizer
+from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
+
+# What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
+WRITTEN = (
+    *("config.json", "generation_config.json", "model*.safetensors*", "quantization.json", "run.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
+)
+
+
+@dataclass
+class QuantizeArguments:
+    model_name_or_path: str = field(metadata={"help": "Model in 16 or 32 bit: directory, or hub name."})
+    output_dir: str = field(metadata={"help": "Where the quantised model is written."})
+    quantization: str = field(default="bnb", metadata={"help": "bnb (bitsandbytes), or cpm (row-wise, plain torch)."})
+    quantization_bit: int = field(default=4, metadata={"help": "4 or 8."})
+    text_file: str | None = field(default=None, metadata={"help": "Text on which perplexity is measured."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a window of that text."})
+    max_tokens: int = field(default=20000, metadata={"help": "Measure on at most so many tokens; -1 = all."})
+    torch_dtype: str = field(default="auto", metadata={"help": "Precision of what is not quantised."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model at --output_dir."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where a hub model is cached."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that the model ships."})
+
+    def model_arguments(self) -> ModelArguments:
+        shared = ("model_name_or_path", "tokenizer_name_or_path", "cache_dir", "model_revision", "hf_hub_token")
+        shared += ("torch_dtype", "trust_remote_code")
+        return ModelArguments(**{name: getattr(self, name) for name in shared})
+
+
+class QuantizeError(ArgumentError):
+    """A model that cannot be quantised as asked; the message names the flag and what to do."""
+
+
+# ── before any weight is read ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_flags(args: QuantizeArguments) -> None:
+    """Raises QuantizeError or ArgumentError for flags that cannot be honoured."""
+    check_choice("quantization", args.quantization, ("bnb", "cpm"))
+    check_choice("torch_dtype", args.torch_dtype, ("auto", *DTYPES))
+    if args.quantization_bit not in (4, 8):
+        raise QuantizeError(f"--quantization_bit: expected 4 or 8, found {args.quantization_bit}")
+    if args.quantization == "bnb" and importlib.util.find_spec("bitsandbytes") is None:
+        raise QuantizeError("--quantization bnb: bitsandbytes is missing: pip install bitsandbytes, or take cpm")
+    if args.max_length < 2:
+        raise QuantizeError(f"--max_length: expected at least 2 tokens, found {args.max_length}")
+    if args.max_tokens != -1 and args.max_tokens < 2:
+        raise QuantizeError(f"--max_tokens: expected -1 (all) or at least 2, found {args.max_tokens}")
+    folder = Path(args.output_dir)
+    if folder.is_file():
+        raise QuantizeError(f"--output_dir {folder}: is a file; give a folder")
+    if Path(args.model_name_or_path).is_dir() and folder.resolve() == Path(args.model_name_or_path).resolve():
+        raise QuantizeError(f"--output_dir {folder}: is the model itself; give another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
+        raise QuantizeError(
+            f"--output_dir {folder}: holds files; --overwrite_output_dir replaces a model there; or give another"
+        )
+
+
+def read_windows(args: QuantizeArguments, tokenizer: Any) -> list[torch.Tensor]:
+    """The text as windows of (1, at most --max_length) ids; empty without --text_file.
+
+    Raises:
+        QuantizeError: for a file that is not there, is not UTF-8 text, or is shorter than two tokens.
+    """
+    if args.text_file is None:
+        return []
+    path = Path(args.text_file)
+    if not path.is_file():
+        raise QuantizeError(f"--text_file {path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantizeError(f"--text_file {path}: not a text file in UTF-8: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = ids if args.max_tokens == -1 else ids[: args.max_tokens]
+    windows = [torch.tensor([ids[i : i + args.max_length]]) for i in range(0, len(ids), args.max_length)]
+    windows = [window for window in windows if window.shape[1] > 1]  # one token alone has nothing to predict it
+    if not windows:
+        raise QuantizeError(f"--text_file {path}: expected at least two tokens, found {len(ids)}")
+    return windows
+
+
+def check_model(args: QuantizeArguments, config: PretrainedConfig) -> None:
+    """Refuses what has no such form, by a skeleton without weights.
+
+    Raises:
+        QuantizeError: for a model that is quantised already, a reward model, or one without layers to quantise.
+    """
+    name = args.model_name_or_path
+    if getattr(config, "quantization_config", None):
+        raise QuantizeError(f"--model_name_or_path {name}: is quantised already; give the model in 16 or 32 bit")
+    if any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
+        raise QuantizeError(f"--model_name_or_path {name}: a reward model; only language models are quantised here")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    if args.quantization == "cpm":
+        check_rows(skeleton, args.quantization_bit)
+    elif not bnb_layers(skeleton):
+        raise QuantizeError(
+            f"--quantization bnb: {type(skeleton).__name__} has no layers that it takes; use --quantization cpm"
+        )
+    bare = sum(p.numel() for n, p in skeleton.named_parameters() if p.dim() == 3 and "expert" in n)
+    if bare:
+        share = bare / sum(p.numel() for p in skeleton.parameters())
+        logger.info(f"experts are held as 3-D parameters, no layers: {share:.0%} of the weights stay as they are")
+
+
+def bnb_layers(model: PreTrainedModel) -> list[str]:
+    """The layers that transformers replaces when it loads through bitsandbytes."""
+    kept = get_keys_to_not_convert(model)
+    kinds = {n for n, m in model.named_modules() if type(m) is torch.nn.Linear or isinstance(m, Conv1D)}
+    return sorted(name for name in kinds if should_convert_module(name, kept))
+
+
+# ── measuring ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights; tied ones count once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def text_loss(model: PreTrainedModel, windows: list[torch.Tensor]) -> tuple[float, int]:
+    """Mean negative log-likelihood in nats of every token but each window's first, and their number."""
+    device = model.get_input_embeddings().weight.device
+    total, tokens = 0.0, 0
+    for window in windows:
+        window = window.to(device)
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+        total += float(F.cross_entropy(logits, window[0, 1:], reduction="sum"))
+        tokens += window.shape[1] - 1
+    return total / tokens, tokens
+
+
+def measured(model: PreTrainedModel, windows: list[torch.Tensor]) -> dict[str, float]:
+    found: dict[str, float] = {"bytes": weight_bytes(model)}
+    if windows:
+        began = time.time()
+        loss, tokens = text_loss(model, windows)
+        if not math.isfinite(loss):
+            raise QuantizeError(f"--text_file: the loss is {loss}; the model's numbers overflow in {model.dtype}")
+        found |= {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+        logger.info(f"perplexity {found['perplexity']:.3f} on {tokens} tokens ({time.time() - began:.0f} s)")
+    return found
+
+
+# ── quantising and loading ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(args: QuantizeArguments) -> PreTrainedModel:
+    return load_causal_lm(args.model_arguments(), for_training=False).to(device())
+
+
+def load_for_bnb(args: QuantizeArguments) -> PreTrainedModel:
+    """The base, quantised by bitsandbytes while it loads."""
+    source = find_source(args.model_name_or_path, args.model_arguments())
+    dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
+    if args.quantization_bit == 8:
+        form = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        compute = load_config(args.model_arguments()).dtype if dtype == "auto" else dtype
+        form = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute or torch.float32,
+        )
+    options = hub_options(source, args.model_arguments())
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=form, dtype=dtype, device_map={"": str(device())}, **options
+    )
+    guard_4bit(model)
+    return model.eval()
+
+
+def load_saved(args: QuantizeArguments) -> PreTrainedModel:
+    """What was written, as its reader will load it."""
+    options = {"dtype": "auto", "device_map": {"": str(device())}, "trust_remote_code": args.trust_remote_code}
+    if args.quantization == "cpm":
+        return load_row_quantised(args.output_dir, **options)
+    model = AutoModelForCausalLM.from_pretrained(args.output_dir, **options)
+    guard_4bit(model)
+    return model.eval()
+
+
+def clear(folder: Path) -> None:
+    """Removes an earlier model; other files stay."""
+    for path in {path for pattern in WRITTEN for path in folder.glob(pattern)}:
+        if path.is_file():
+            path.unlink()
+
+
+def save(model: PreTrainedModel, tokenizer: Any, args: QuantizeArguments) -> None:
+    """Writes beside --output_dir first, so that an interrupted run leaves no half of a model there."""
+    folder = Path(args.output_dir)
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.overwrite_output_dir:
+        clear(folder)
+    for path in temporary.iterdir():
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def quantize(args: QuantizeArguments) -> dict[str, Any]:
+    """Does what the flags say and returns the account that is written to quantization.json.
+
+    Raises:
+        ArgumentError: (or a kind of it) naming the flag, before any weight is read, where it cannot be honoured.
+    """
+    check_flags(args)
+    config = load_config(args.model_arguments())
+    check_model(args, config)
+    tokenizer = load_tokenizer(args.model_arguments())
+    windows = read_windows(args, tokenizer)
+    model = load_base(args)
+    before = measured(model, windows)
+    if args.quantization == "bnb":
+        del model
+        free()
+        model = load_for_bnb(args)
+    else:
+        model = quantise_model(model, args.quantization_bit)
+    save(model, tokenizer, args)
+    del model
+    free()
+    saved = load_saved(args)
+    after = measured(saved, windows)
+    files = sum(path.stat().st_size for path in Path(args.output_dir).glob("*.safetensors"))
+    account = {
+        "base_model": args.model_name_or_path,
+        "quantization": args.quantization,
+        "quantization_bit": args.quantization_bit,
+        "before": before,
+        "after": {**after, "file_bytes": files},
+        "versions": versions(),
+    }
+    write_account(args, account)
+    return account
+
+
+def write_account(args: QuantizeArguments, account: dict[str, Any]) -> None:
+    """quantization.json, and run.json with the lineage where the base has one."""
+    folder = Path(args.output_dir)
+    text = json.dumps(account, indent=2, ensure_ascii=False, default=str)
+    (folder / "quantization.json").write_text(text + "\n", encoding="utf-8")
+    earlier = read_manifest(args.model_name_or_path) if Path(args.model_name_or_path).is_dir() else None
+    if earlier:
+        step = {"stage": "quantize", "base_model": args.model_name_or_path, "form": account["quantization"]}
+        lineage = [*earlier.get("lineage", []), {**step, "bits": account["quantization_bit"]}]
+        manifest = {"stage": "quantize", "status": "finished", "lineage": lineage, "versions": account["versions"]}
+        (folder / "run.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def as_table(account: dict[str, Any]) -> str:
+    """Size and perplexity, before and after, as Markdown."""
+    before, after = account["before"], account["after"]
+    name = f"{account['quantization']} {account['quantization_bit']} bit"
+    lines = ["| | weights MiB | perplexity |", "|---|---:|---:|"]
+    for title, found in (("before", before), (name, after)):
+        shown = f"{found['perplexity']:.3f}" if "perplexity" in found else "not measured"
+        lines.append(f"| {title} | {found['bytes'] / 2**20:,.1f} | {shown} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that it casts to float16
+    logger.remove()
+    logger.add(lambda message: sys.stderr.write(message), level="INFO", format="{time:HH:mm:ss} {message}")
+    try:
+        (args,) = parse([QuantizeArguments], argv)
+        account = quantize(args)
+    except ValueError as error:
+        if not type(error).__module__.startswith(("stagewise", "tools", "__main__")):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(as_table(account))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""A model's structure, its parameters by kind, what a stage would train, and the memory that it would need.
+
+    python -m tools.show_model supervised_finetuning.py --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 \
+        --gradient_checkpointing --model_max_length 4096
+
+The first word is a stage's script, the others are its flags. config.json is read and no weights: the model is built
+without them. The memory is that of one process on one GPU; docs/memory.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from loguru import logger
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from stagewise import layers, memory
+from stagewise.adapter import attach_adapter, read_adapter_config
+from stagewise.arguments import FALSE_WORDS, AdapterArguments, ArgumentError, ModelArguments, check_shared, parse
+from stagewise.forward import takes_kept_logits
+from stagewise.methods import check_methods
+from stagewise.model import DTYPES, load_config
+from stagewise.settings import settle_precision
+from stagewise.targets import linear_targets, names_of
+from tools.document_flags import STAGES, dataclasses_of
+
+NAMES = {script: title.lower() for script, title in STAGES.items()}
+# What a stage can do and the estimate cannot.
+NOT_ESTIMATED = {
+    "deepspeed": "the estimate is for a process that holds the whole model; leave it out",
+    "fsdp": "the estimate is for a process that holds the whole model; leave it out",
+    "use_liger_kernel": "its kernels keep other activations; leave it out",
+    "device_map": "the estimate is for one GPU; leave it out",
+}
+
+
+@dataclass
+class Described:
+    """A stage's model as its flags make it, without weights."""
+
+    stage: str
+    model: PreTrainedModel | PeftModel
+    config: PretrainedConfig
+    in_bits: set[int]  # ids of weights in 4 or 8 bit
+    step: memory.Step
+    method: str
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+
+def words_for_a_gpu(words: list[str]) -> list[str]:
+    """The flags as a GPU would take them, also where there is none.
+
+    Raises:
+        ArgumentError: for flags whose effect is not estimated.
+    """
+    kept = []
+    for place, word in enumerate(words):
+        name = word.removeprefix("--")
+        following = words[place + 1] if place + 1 < len(words) else ""
+        off = following.lower() in FALSE_WORDS
+        if word.startswith("--") and name in NOT_ESTIMATED and not off:
+            raise ArgumentError(f"--{name}: {NOT_ESTIMATED[name]}")
+        kept.append("--bf16" if word == "--fp16" else word)  # the same memory; torch refuses --fp16 without a GPU
+    if "--output_dir" not in kept:
+        kept += ["--output_dir", "outputs"]  # nothing is written
+    if not torch.accelerator.is_available() and "--use_cpu" not in kept:
+        kept += ["--use_cpu", "True"]
+    return kept
+
+
+def read_flags(script: str, words: list[str]) -> tuple[str, Any, list[Any]]:
+    """A stage's flags, parsed and checked as the stage does: (stage, its TrainingArguments, its other dataclasses).
+
+    Raises:
+        ArgumentError: naming the flag.
+    """
+    name = script.removesuffix(".py")
+    if name not in NAMES:
+        raise ArgumentError(f"expected a stage's script first, one of {', '.join(NAMES)}; found {script!r}")
+    args, *parts = parse(dataclasses_of(name), words, before=words_for_a_gpu)
+    given = frozenset(word[2:].partition("=")[0] for word in words if word.startswith("--"))
+    for part in parts:
+        if isinstance(part, AdapterArguments):
+            part.given = given
+    check_shared(*parts)
+    settle_precision(args, parts)
+    gpu = {"device": torch.device("cuda"), "optim": args.optim, "max_steps": args.max_steps, "deepspeed": None}
+    check_methods(NAMES[name], SimpleNamespace(**gpu, gradient_checkpointing=args.gradient_checkpointing), parts)
+    return NAMES[name], args, parts
+
+
+def flag(parts: list[Any], name: str, default: Any = None) -> Any:
+    """The value of a flag, whichever dataclass has it."""
+    return next((getattr(part, name) for part in parts if hasattr(part, name)), default)
+
+
+def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> memory.Step:
+    """What a training step of the stage holds; every position is taken to be learned, and every row to be full."""
+    model = next(part for part in parts if isinstance(part, ModelArguments))
+    batch = args.per_device_train_batch_size
+    if stage in ("pt", "sft"):
+        rows, tokens = batch, flag(parts, "model_max_length") or flag(parts, "block_size")
+        logit_tokens = rows * tokens
+    else:
+        answer = flag(parts, "max_target_length")
+        rows, tokens = 2 * batch, flag(parts, "max_source_length") + answer
+        # chosen and rejected answer of a pair begin at one position, those of other pairs elsewhere
+        logit_tokens = 0 if stage == "rm" else rows * (min(tokens, batch * answer) if kept_logits else tokens)
+    adapter = next(part for part in parts if isinstance(part, AdapterArguments))
+    packed = stage in ("pt", "sft") and flag(parts, "packing", False)
+    # torch's own attention takes several documents in a row, or padding, as a mask; a batch of one has no padding
+    masked = not model.flash_attn and (packed or rows > 1)
+    return memory.Step(
+        rows=rows,
+        tokens=tokens,
+        logit_tokens=logit_tokens,
+        autocast=bool(args.bf16 or args.fp16),
+        mask_width=(rows * tokens if packed else tokens) if masked else 0,
+        checkpointing=bool(args.gradient_checkpointing),
+        accumulates=args.gradient_accumulation_steps > 1,
+        optim=str(getattr(args.optim, "value", args.optim)),
+        bits=model.bits,
+        double_quantisation=model.qlora,
+        experts_in_bits=bool(model.bits == 4 and flag(parts, "quantize_experts", False)),
+        reference=stage == "dpo" and not adapter.trains_adapter,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def describe(script: str, words: list[str]) -> Described:
+    """Builds the stage's model without weights, its adapter on it.
+
+    Raises:
+        ArgumentError: (or a kind of it) naming the flag.
+    """
+    stage, args, parts = read_flags(script, words)
+    model_args = next(part for part in parts if isinstance(part, ModelArguments))
+    adapter = next(part for part in parts if isinstance(part, AdapterArguments))
+    config = load_config(model_args)
+    auto = AutoModelForCausalLM
+    if stage == "rm":
+        auto, config = AutoModelForSequenceClassification, config.get_text_config()
+        config.num_labels = 1
+    model = layers.skeleton(config, auto, dtype_of(model_args, config), model_args.trust_remote_code)
+    in_bits = memory.layers_in_bits(model) if model_args.bits else set()
+    step = step_of(stage, args, parts, takes_kept_logits(model))
+    if step.experts_in_bits:
+        in_bits |= {id(p) for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name}
+    if adapter.trains_adapter:
+        task = "SEQ_CLS" if stage == "rm" else "CAUSAL_LM"
+        if adapter.peft_path:
+            known = read_adapter_config(adapter.peft_path)
+            known.inference_mode = False
+            model = get_peft_model(model, known)
+        else:
+            # PiSSA decomposes weights, of which there are none; its shapes are LoRA's
+            changed = replace_start(adapter)
+            if step.experts_in_bits and names_of(adapter.target_modules) in (["all"], ["all-linear"]):
+                changed.target_modules = ",".join(linear_targets(model))  # quantised experts take no adapter
+            model = attach_adapter(model, changed, task)
+    return Described(stage, model, config, in_bits, step, adapter.fine_tuning_type if adapter.use_peft else "full")
+
+
+def replace_start(adapter: AdapterArguments) -> AdapterArguments:
+    changed = replace(adapter, init_lora_weights="default")
+    changed.given = adapter.given
+    return changed
+
+
+def dtype_of(args: ModelArguments, config: PretrainedConfig) -> torch.dtype:
+    if args.torch_dtype != "auto":
+        return DTYPES[args.torch_dtype]
+    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------- printing
+
+
+def structure(found: list[layers.Parameter]) -> list[str]:
+    """One line for each kind of weight, layers of one shape together: `layers.*.mlp.up_proj.weight (64, 32) ×2`."""
+    shapes: dict[tuple[str, tuple[int, ...], str, bool], int] = Counter()
+    for p in found:
+        shapes[
+            re.sub(r"(?<=\.)\d+(?=\.)", "*", p.name.removeprefix("base_model.model.")), p.shape, p.dtype, p.trained
+        ] += 1
+    width = max(len(name) for name, *_ in shapes)
+    return [
+        f"{name:<{width}}  {' × '.join(map(str, shape)):<20} ×{count:<4} {dtype}{'  trained' if trained else ''}"
+        for (name, shape, dtype, trained), count in shapes.items()
+    ]
+
+
+def kinds_table(found: list[layers.Parameter]) -> list[str]:
+    total = sum(p.numel for p in found)
+    lines = ["| kind | parameters | share | trained | precision |", "|---|---:|---:|---:|---|"]
+    for kind in layers.KINDS:
+        ours = [p for p in found if p.kind == kind]
+        if ours:
+            size, trained = sum(p.numel for p in ours), sum(p.numel for p in ours if p.trained)
+            dtypes = ", ".join(sorted({p.dtype for p in ours}))
+            lines.append(f"| {kind} | {size:,} | {size / total:.1%} | {trained:,} | {dtypes} |")
+    trained = sum(p.numel for p in found if p.trained)
+    lines.append(f"| all | {total:,} | 100.0% | {trained:,} ({trained / total:.2%}) | |")
+    return lines
+
+
+def memory_table(found: memory.Memory) -> list[str]:
+    lines = ["| memory | GiB |", "|---|---:|"]
+    lines += [f"| {name} | {value / 2**30:.2f} |" for name, value in found.rows() if value]
+    return [*lines, f"| peak, in {found.moment} | {found.peak / 2**30:.2f} |"]
+
+
+def report(described: Described) -> str:
+    """Everything that the program prints."""
+    found = layers.parameters_of(described.model, described.in_bits, described.step.bits)
+    base = described.model.get_base_model() if isinstance(described.model, PeftModel) else described.model
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    step = described.step
+    bits = f", linear layers in {step.bits} bit" if step.bits else ""
+    lines = [f"{type(base).__name__} ({described.config.model_type}), {described.method}{bits}", ""]
+    lines += structure(found)
+    lines += ["head and embedding are one weight" if tied else "", "", *kinds_table(found), ""]
+    if described.stage == "ppo":
+        return "\n".join(
+            [*lines, "memory: not estimated for PPO, which also holds a reward model and what it generates"]
+        )
+    lines.append(
+        f"one step: {step.rows} × {step.tokens} tokens, logits at {step.logit_tokens} positions, "
+        f"{'an attention mask, ' if step.mask_width else ''}{'autocast to 16 bit, ' if step.autocast else ''}"
+        f"{'with' if step.checkpointing else 'without'} gradient checkpointing, {step.optim}"
+    )
+    lines += ["", *memory_table(memory.estimate(described.model, step, described.in_bits))]
+    if described.config.model_type not in memory.COMPARED:
+        lines.append(
+            f"\n{described.config.model_type}: its activations were never compared with a count; a rough figure"
+        )
+    lines += ["", "The CUDA context, about half a GiB, and what torch keeps in reserve come on top."]
+    if step.optim in memory.PAGED:
+        lines.append("Paged states can leave the GPU; they are counted here as if they stayed.")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    # renamings inside transformers, which a user can do nothing about
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logger.remove()
+    logger.add(lambda message: sys.stderr.write(message), level="INFO", format="{message}")
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\nstages: {', '.join(NAMES)}")
+        return
+    try:
+        print(report(describe(words[0], words[1:])))
+    except ValueError as error:
+        if not isinstance(error, ArgumentError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
