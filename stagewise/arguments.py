@@ -472,6 +472,9 @@ def check_shared(*arguments: Any) -> None:
                     raise ArgumentError(f"--{name}: expected at least 1, found {getattr(part, name)}")
         elif isinstance(part, AdapterArguments):
             _check_adapter(part)
+    longest = longest_row(arguments)
+    if longest is not None and longest[1] < 1:
+        raise ArgumentError(f"{longest[0]}: expected at least 1, found {longest[1]}")
 
 
 def longest_row(parts: Sequence[Any]) -> tuple[str, int] | None:
