@@ -62,7 +62,7 @@ set_up() {
         fail "pip could not install $requirements; its own words are above"
 }
 
-# Sets GPUS, NPROC and PRECISION. Weights are bfloat16 and the adapter float32; a GPU computes in mixed precision.
+# Sets GPUS, NPROC and PRECISION: weights are bfloat16, the adapter is float32, and both are computed with in bfloat16.
 find_devices() {
     find_python
     if [ -z "${GPUS:-}" ]; then
@@ -70,8 +70,7 @@ find_devices() {
             fail "$PYTHON cannot import torch: 'bash launch.sh set_up' installs what is missing"
     fi
     NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
-    PRECISION=(--torch_dtype bfloat16)
-    if [ "$GPUS" -gt 0 ]; then PRECISION+=(--bf16); fi
+    PRECISION=(--torch_dtype bfloat16 --bf16)
 }
 
 # Sets MODEL, unless the environment did, to the first of the directories given that holds a model, else the small model.

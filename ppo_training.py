@@ -126,6 +126,9 @@ class PPOArguments:
     cliprange: float = field(default=0.2, metadata={"help": "Clip of the policy's ratio."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value head's change."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    eval_answers: int = field(
+        default=1, metadata={"help": "Answers to each validation prompt; its numbers are their means."}
+    )
 
 
 class PPOTrainer(BalancesExperts, RolloutTrainer):
@@ -250,7 +253,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
     def judge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and values of the policy, log-probabilities of the reference: (N,) each."""
         with self.compute_loss_context_manager():
-            return *self.policy.logps_and_values(self.model, batch), self.policy.reference_logps(batch)
+            return *self.policy.logps_and_values(self.model, batch), *self.policy.reference_logps(batch)
 
     def batches_of(self, prompts: Sequence[Example], answers: Sequence[list[int]]) -> list[Batch]:
         """Prompts with their answers as minibatches on the device."""
@@ -265,24 +268,33 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
 
     # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Answers validation prompts, from the same random numbers each time: COLUMNS, (B, 6), and index, (B,)."""
-        index = inputs["index"].tolist()
-        prompts = [self.eval_dataset.examples[i] for i in index]
-        answers = self.generate(prompts, [(EVALUATION, i) for i in index])
+        """Answers validation prompts, from the same random numbers each time: COLUMNS, (B, 6), and index, (B,).
+
+        A prompt's row is the mean over its --eval_answers answers.
+        """
+        keys = [(i, number) for i in inputs["index"].tolist() for number in range(self.ppo.eval_answers)]
+        prompts = [self.eval_dataset.examples[i] for i, _ in keys]
+        answers = self.generate(prompts, [(EVALUATION, *key) for key in keys])
         scores, lengths = self.score("validation", prompts, answers), [len(answer) for answer in answers]
-        batches = self.batches_of(prompts, answers)
-        logps, _, reference = (torch.cat(parts) for parts in zip(*map(self.judge, batches), strict=True))
-        plain = reference
-        if self.sampling.temperature != 1:
-            plain = torch.cat([self.policy.reference_logps(batch, temperature=1.0) for batch in batches])
-        kl, nll = (torch.stack([row.sum() for row in flat.split(lengths)]) for flat in (logps - reference, -plain))
+        logps, reference, plain = [], [], []
+        for batch in self.batches_of(prompts, answers):
+            with self.compute_loss_context_manager():
+                logps.append(self.policy.logps_and_values(self.model, batch)[0])
+                for kept, part in zip((reference, plain), self.policy.reference_logps(batch, 1.0), strict=True):
+                    kept.append(part)
+        nats, plain = torch.cat(logps) - torch.cat(reference), torch.cat(plain)
+        kl, nll = (torch.stack([row.sum() for row in flat.split(lengths)]) for flat in (nats, -plain))
         repeated = scores.new_tensor([repetition(answer) for answer in answers])
         rows = torch.stack([scores, kl, scores.new_tensor(lengths), nll, self.ended(answers).float(), repeated], dim=1)
-        ended = self.ended(answers).tolist()
-        for prompt, answer, score, whole in zip(prompts, answers, scores.tolist(), ended, strict=True):
+        rows = rows.unflatten(0, (-1, self.ppo.eval_answers)).mean(dim=1)
+        said = zip(keys, prompts, answers, scores.tolist(), self.ended(answers).tolist(), strict=True)
+        for (_, number), prompt, answer, score, ended in said:
             text = self.processing_class.decode(answer, skip_special_tokens=True)
-            self.answers.append({"where": prompt.where, "answer": text, "score": score, "ended": whole})
+            self.answers.append(
+                {"where": prompt.where, "number": number, "answer": text, "score": score, "ended": ended}
+            )
         return None, rows, inputs["index"]
 
 
@@ -305,7 +317,8 @@ def check_arguments(run: Run, ppo: PPOArguments) -> None:
     mini = ppo.mini_batch_size or min(args.per_device_train_batch_size, ppo.batch_size)
     if given.get("per_device_train_batch_size", mini) != mini:
         raise ArgumentError("--mini_batch_size and --per_device_train_batch_size are the same thing: give one of them")
-    for name in ("batch_size", "ppo_epochs", "temperature", "cliprange", "cliprange_value", "rollouts", "target_kl"):
+    positive = ("batch_size", "ppo_epochs", "temperature", "cliprange", "cliprange_value", "rollouts", "target_kl")
+    for name in (*positive, "eval_answers"):
         if (value := getattr(ppo, name)) is not None and value <= 0:
             raise ArgumentError(f"--{name}: expected more than 0, found {value}")
     for name in ("top_p", "gamma", "lam"):

@@ -20,8 +20,10 @@ PT=(--block_size 512 --per_device_train_batch_size 1 --max_steps 16 --learning_r
 SFT=(--model_max_length 512 --per_device_train_batch_size 1 --max_steps 36 --learning_rate 1e-3)
 RM=(--max_source_length 512 --max_target_length 256 --per_device_train_batch_size 4 --max_steps 24 --learning_rate 5e-4)
 RM+=(--train_sampling_strategy group_by_length)
-PPO=(--max_source_length 512 --max_target_length 48 --temperature 0.7 --batch_size 16 --mini_batch_size 8 --ppo_epochs 2)
-PPO+=(--rollouts 8 --learning_rate 5e-4 --init_kl_coef 0.05 --lam 1.0)
+# Of this model's Chinese, which it hardly speaks, the reward model's scores are noise.
+PPO=(--train_file_dir data/finetune/train/english.jsonl)
+PPO+=(--max_source_length 128 --max_target_length 48 --temperature 0.7 --batch_size 32 --mini_batch_size 16 --ppo_epochs 2)
+PPO+=(--rollouts 8 --learning_rate 6e-4 --init_kl_coef 0.05 --lam 1.0 --eval_answers 2 --per_device_eval_batch_size 26)
 DPO=(--max_source_length 512 --max_target_length 256 --per_device_train_batch_size 4 --max_steps 14 --learning_rate 5e-4)
 DPO+=(--train_sampling_strategy group_by_length)
 
@@ -34,13 +36,43 @@ export PYTHON GPUS NPROC OUTPUTS
 mkdir -p "$OUTPUTS"
 printf 'started\t%s\n' "$(date +%s)" >"$OUTPUTS/seconds.tsv"
 
+if [ "$GPUS" -gt 0 ]; then # two stages run beside each other below: without a limit each would keep every core spinning
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+fi
+
+# Loading the libraries takes each process seconds. Where one process is a stage, they are loaded once, and each command
+# is a fork of the process that has them: it gets the command's words and answers with its exit status.
+LOADED=
+if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ] && [ -z "${LAUNCH_DRY:-}" ]; then
+    pipes=$(mktemp -d)
+    mkfifo "$pipes/commands" "$pipes/statuses"
+    "$PYTHON" -m tools.preloaded 3>&1 <"$pipes/commands" >"$pipes/statuses" &
+    exec 4>"$pipes/commands" 5<"$pipes/statuses"
+    rm -r "$pipes"
+    LOADED=1
+fi
+
+# perform WORDS…: shows a command and runs it; `python` and its script or module come first.
+perform() {
+    show "$@"
+    if [ -n "${LAUNCH_DRY:-}" ]; then return; fi
+    if [ -z "$LOADED" ]; then "$@"; return; fi
+    local status
+    { printf '%s\0' $(($# - 1)) && printf '%s\0' "${@:2}"; } >&4
+    read -r status <&5 || fail "the process that ran the command is gone; its own words are above"
+    return "$status"
+}
+
 # stage NAME FLAGS…: runs run_NAME.sh from MODEL, merges its adapter into MODEL, and writes down the seconds of both.
 stage() {
-    local name=$1 began=$SECONDS
+    local name=$1 began=$SECONDS recipe
+    local -a command
     shift
     say "" && say "━━ $name ━━"
-    MODEL=$MODEL bash "run_$name.sh" "${EVERY[@]}" "$@"
-    run "$PYTHON" merge_peft_adapter.py --base_model "$MODEL" --lora_model "$OUTPUTS/$name" \
+    recipe=$(MODEL=$MODEL LAUNCH_DRY=1 bash "run_$name.sh" "${EVERY[@]}" "$@")
+    eval "command=($recipe)"
+    perform "${command[@]}"
+    perform "$PYTHON" merge_peft_adapter.py --base_model "$MODEL" --lora_model "$OUTPUTS/$name" \
         --tokenizer_path "$OUTPUTS/$name" --output_dir "$OUTPUTS/$name-merged" --overwrite_output_dir
     printf '%s\t%s\n' "$name" $((SECONDS - began)) >>"$OUTPUTS/seconds.tsv"
 }
@@ -48,10 +80,27 @@ stage() {
 # ── stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 MODEL=$BASE stage pt "${PT[@]}"
 MODEL=$OUTPUTS/pt-merged stage sft "${SFT[@]}"
+
+# The reward model and DPO both start from the finetuned model: where there is a GPU, DPO runs beside RM and PPO.
+dpo() { MODEL=$OUTPUTS/sft-merged stage dpo "${DPO[@]}"; }
+beside=
+if [ "$GPUS" -gt 0 ] && [ -z "${LAUNCH_DRY:-}" ]; then
+    say "" && say "dpo: runs meanwhile; what it says comes after PPO, and is in $OUTPUTS/dpo.log"
+    (unset MASTER_PORT && LOADED= && dpo) >"$OUTPUTS/dpo.log" 2>&1 &
+    beside=$!
+    trap 'kill $beside 2>/dev/null || true' EXIT
+fi
 MODEL=$OUTPUTS/sft-merged stage rm "${RM[@]}"
 MODEL=$OUTPUTS/sft-merged REWARD_MODEL=$OUTPUTS/rm-merged stage ppo "${PPO[@]}"
-MODEL=$OUTPUTS/sft-merged stage dpo "${DPO[@]}"
+if [ -n "$beside" ]; then
+    status=0
+    wait "$beside" || status=$?
+    cat "$OUTPUTS/dpo.log" >&2
+    [ $status = 0 ] || exit $status
+else
+    dpo
+fi
 
 # ── report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 say "" && say "━━ report ━━"
-run "$PYTHON" -m tools.report --outputs "$OUTPUTS"
+perform "$PYTHON" -m tools.report --outputs "$OUTPUTS"

@@ -1,18 +1,23 @@
 """What training costs on one GPU: peak memory and tokens a second of published shapes, with the estimate beside them.
 
-    python benchmarks/memory.py --shapes 0.5B,1.5B,8B --methods lora,qlora8,qlora4
+    python benchmarks/memory.py --shapes 0.5B,1.5B,8B --methods lora,qlora8,qlora4 --output memory.jsonl
+    python benchmarks/memory.py --cells 32B:qlora4,8x7B:qlora4_experts --output memory.jsonl
+    python benchmarks/memory.py --dry_run --gpu_gib 80         # what would fit, without a GPU
+    python benchmarks/memory.py --table memory.jsonl           # the table of what has been measured
 
 Each cell is a process of its own with a time limit: a model of the shape with random weights is made on the GPU, layer
 by layer (quantised as it is made), and takes a few steps of supervised finetuning through the stage's own trainer on
-one row of --tokens random tokens. What the estimate of stagewise/memory.py says cannot fit is skipped, saying so. The
-table is Markdown and is printed as it grows. Peak: torch.cuda.max_memory_allocated of the steps, without the CUDA
-context. methods: full (weights in float32, computed in bfloat16, as the stages do), full16 (in bfloat16), lora,
-qlora8, qlora4 (bitsandbytes int8 and nf4 with double quantisation), qlora4_experts (experts in nf4, too).
+one row of --tokens random tokens. What the estimate of stagewise/memory.py says cannot fit is skipped, saying so. Each
+row is told and kept as it is finished; the table, in Markdown, is printed last. Peak: torch.cuda.max_memory_allocated
+of the steps, without the CUDA context. methods: full (weights in float32, computed in bfloat16, as the stages do),
+full16 (in bfloat16), lora, qlora8, qlora4 (bitsandbytes int8 and nf4 with double quantisation), qlora4_experts
+(experts in nf4, too).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import logging
 import math
@@ -164,6 +169,7 @@ def random_model(cell: argparse.Namespace, device):
                 del value
             setattr(module, name, made[id(empty)])
             if cell.method == "qlora4_experts" and empty.dim() == 3:
+                del made[id(empty)]  # else all experts would stay in 16 bit until the model is whole
                 quantise_experts(module, name)
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # the rotary frequencies
@@ -296,29 +302,59 @@ def losses(history: list[dict]) -> list[float]:
     return [log["loss"] for log in history if "loss" in log]
 
 
-def run_cell(cell: argparse.Namespace) -> dict:
-    import torch
+def quiet() -> None:
+    """Nothing but the rows, and what goes wrong."""
     from loguru import logger
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that it casts to float16
     logger.remove()
+
+
+def run_cell(cell: argparse.Namespace) -> dict:
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    estimate = predicted(cell)
-    found = {"weights": estimate.weights, "estimate": estimate.peak, "moment": estimate.moment}
-    room = torch.cuda.mem_get_info()[1] if device.type == "cuda" else math.inf
-    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    if cell.method == "qlora4_experts" and "num_local_experts" not in SHAPES[cell.shape]:
-        return {**found, "skipped": "no experts"}
-    if estimate.peak * MARGIN + CONTEXT > room:
-        return {**found, "skipped": f"cannot fit: the GPU has {room / 2**30:.1f} GiB"}
     try:
-        return found | train(cell, device)
+        return train(cell, device)
     except torch.OutOfMemoryError as error:
-        return {**found, "skipped": f"out of memory: {str(error).splitlines()[0][:80]}"}
+        return {"skipped": f"out of memory: {str(error).splitlines()[0][:80]}"}
 
 
-# ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── which cells ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cells_of(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(shape, method) of every cell that was asked for, in order; experts in 4 bit only where there are experts."""
+    if args.cells:
+        return [tuple(cell.split(":")) for cell in args.cells.split(",")]
+    grid = [(shape, method) for shape in args.shapes.split(",") for method in args.methods.split(",")]
+    return [(s, m) for s, m in grid if m != "qlora4_experts" or "num_local_experts" in SHAPES[s]]
+
+
+def gpu_room(args: argparse.Namespace) -> tuple[float, str]:
+    """Bytes of the GPU and its name; asked in another process, whose CUDA context is gone when a cell begins."""
+    if args.gpu_gib:
+        return args.gpu_gib * 2**30, f"a GPU of {args.gpu_gib:g} GiB"
+    ask = (
+        "import torch; there = torch.cuda.is_available(); "
+        "print(torch.cuda.mem_get_info()[1] if there else 'inf', torch.cuda.get_device_name() if there else 'CPU')"
+    )
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split(" ", 1)
+    return float(told[0]), told[1].strip()
+
+
+def plan(args: argparse.Namespace, room: float) -> list[dict]:
+    """A row for each cell with its estimate; "skipped" says which cannot fit into `room` bytes."""
+    rows = []
+    for shape, method in cells_of(args):
+        estimate = predicted(argparse.Namespace(**vars(args) | {"shape": shape, "method": method}))
+        row = {"shape": shape, "method": method, "weights": estimate.weights, "estimate": estimate.peak}
+        row["moment"] = estimate.moment
+        if estimate.peak * MARGIN + CONTEXT > room:
+            row["skipped"] = f"cannot fit: the GPU has {room / 2**30:.1f} GiB"
+        rows.append(row)
+    return rows
 
 
 def start_cell(shape: str, method: str, args: argparse.Namespace, seconds: float) -> dict:
@@ -342,7 +378,10 @@ def start_cell(shape: str, method: str, args: argparse.Namespace, seconds: float
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def row(shape: str, method: str, found: dict) -> str:
+# ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def line(found: dict) -> str:
     """A line of the table."""
 
     def gib(name: str) -> str:
@@ -350,43 +389,54 @@ def row(shape: str, method: str, found: dict) -> str:
 
     ratio = f"{found['estimate'] / found['peak']:.2f}" if found.get("peak") else ""
     speed = f"{found['tokens_per_second']:,.0f}" if "tokens_per_second" in found else ""
-    cells = (shape, method, gib("weights"), gib("peak"), gib("estimate"), ratio, speed, found.get("skipped", ""))
-    return "| " + " | ".join(cells) + " |"
+    cells = (found["shape"], found["method"], gib("weights"), gib("peak"), gib("estimate"), ratio, speed)
+    return "| " + " | ".join((*cells, found.get("skipped", ""))) + " |"
 
 
-def heading(args: argparse.Namespace) -> str:
-    from stagewise.manifest import versions
+def table(rows: list[dict]) -> str:
+    """Rows as Markdown, those that were measured in one way under one heading; of a cell measured twice the last."""
+    parts: dict[str, dict[tuple[str, str], dict]] = {}
+    for row in rows:
+        parts.setdefault(row["how"], {})[row["shape"], row["method"]] = row
+    head = "| " + " | ".join(COLUMNS) + " |\n" + "|---|---|" + "---:|" * 5 + "---|"
+    return "\n\n".join("\n".join([how, "", head, *map(line, cells.values())]) for how, cells in parts.items())
 
-    used = {name: version for name, version in versions().items() if name in ("torch", "transformers", "peft")}
+
+def heading(args: argparse.Namespace, device: str) -> str:
+    """How the rows of a run are measured."""
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    used = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     how = "with" if args.checkpointing else "without"
-    lines = [
-        f"One row of {args.tokens} tokens, {how} gradient checkpointing, {args.optim}, "
-        + ", ".join(f"{name} {version}" for name, version in used.items()),
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---:|" * 5 + "---|",
-    ]
-    return "\n".join(lines)
+    flash = ", --flash_attn" if args.flash_attn else ""
+    return f"{device}: one row of {args.tokens} tokens, {how} gradient checkpointing, {args.optim}{flash}; {used}"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(PUBLISHED), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--cells", help="in place of both: shape:method, joined by commas, in this order")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=4, help=f"timed steps, after {WARM_UP} others")
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--no_gradient_checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--flash_attn", action="store_true", help="as the stages' flag")
     parser.add_argument("--seconds", type=float, default=240, help="limit of a cell")
-    parser.add_argument("--minutes", type=float, help="limit of the table: no cell goes on beyond it")
-    parser.add_argument("--output", type=Path, help="also write every cell's numbers here, as jsonl")
+    parser.add_argument("--minutes", type=float, help="limit of the run: no cell goes on beyond it")
+    parser.add_argument("--output", type=Path, help="every row is added to this file, as jsonl, once it is finished")
+    parser.add_argument("--dry_run", action="store_true", help="the estimates and what fits; nothing is measured")
+    parser.add_argument("--gpu_gib", type=float, help="take the GPU to have this much; default: ask it")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these files of --output, and end")
     parser.add_argument("--cell", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name, known in (("shapes", SHAPES), ("methods", METHODS)):
-        unknown = set(getattr(args, name).split(",")) - set(known)
-        if unknown:
-            parser.error(f"--{name}: expected some of {', '.join(known)}, found {', '.join(sorted(unknown))}")
+    asked = [cell.partition(":")[::2] for cell in args.cells.split(",")] if args.cells else []
+    shapes, methods = zip(*asked, strict=True) if asked else (args.shapes.split(","), args.methods.split(","))
+    flags = ("cells", "cells") if asked else ("shapes", "methods")
+    for flag, found, known in zip(flags, (shapes, methods), (SHAPES, METHODS), strict=True):
+        if unknown := sorted(set(found) - set(known)):
+            parser.error(f"--{flag}: expected some of {', '.join(known)}, found {', '.join(map(repr, unknown))}")
+    if lacking := [s for s, m in asked if m == "qlora4_experts" and "num_local_experts" not in SHAPES[s]]:
+        parser.error(f"--cells {lacking[0]}:qlora4_experts: the shape has no experts")
     if args.tokens < 2 or args.steps < 1:
         parser.error("--tokens: expected at least 2, and --steps at least 1")
     return args
@@ -394,23 +444,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.table:
+        lines = [text for path in args.table for text in path.read_text(encoding="utf-8").splitlines()]
+        print(table([json.loads(text) for text in lines]))
+        return
+    quiet()
     if args.cell:
         args.shape, args.method = args.shapes, args.methods
         args.cell.write_text(json.dumps(run_cell(args)), encoding="utf-8")
         return
     began = time.time()
-    print(heading(args), flush=True)
-    for shape in args.shapes.split(","):
-        for method in args.methods.split(","):
-            left = args.minutes * 60 - (time.time() - began) if args.minutes else math.inf
+    room, device = gpu_room(args)
+    how, rows = heading(args, device), plan(args, room)
+    for number, row in enumerate(rows, 1):
+        row["how"] = how
+        left = args.minutes * 60 - (time.time() - began) if args.minutes else math.inf
+        if "skipped" not in row and not args.dry_run:
             seconds = min(args.seconds, left)
-            if method == "qlora4_experts" and "num_local_experts" not in SHAPES[shape]:
-                continue
-            found = start_cell(shape, method, args, seconds) if seconds > 20 else {"skipped": "the time was up"}
-            print(row(shape, method, found), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"shape": shape, "method": method, **found}) + "\n")
+            found = start_cell(row["shape"], row["method"], args, seconds) if seconds > 20 else {}
+            row.update(found or {"skipped": "the time was up"})
+        print(f"{number}/{len(rows)} {line(row)}", file=sys.stderr, flush=True)
+        if args.output and not args.dry_run:
+            with open(args.output, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    print(table(rows), flush=True)
 
 
 if __name__ == "__main__":

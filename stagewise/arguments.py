@@ -123,7 +123,9 @@ class DataArguments:
     )
     max_train_samples: int = field(default=-1, metadata={"help": "Use at most this many training records; -1 = all."})
     max_eval_samples: int = field(default=-1, metadata={"help": "The same for validation records."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that encode the data."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that encode the data; default: one a core, at most four."}
+    )
     overwrite_cache: bool = field(default=False, metadata={"help": "Encode again what --cache_dir already holds."})
     on_bad_record: str = field(
         default="error", metadata={"help": "error: stop at the first; skip: count it, write it to rejected.jsonl."}
@@ -491,6 +493,9 @@ def check_shared(*arguments: Any) -> None:
                     raise ArgumentError(f"--{name}: expected at least 1, found {getattr(part, name)}")
         elif isinstance(part, AdapterArguments):
             _check_adapter(part)
+    longest = longest_row(arguments)
+    if longest is not None and longest[1] < 1:
+        raise ArgumentError(f"{longest[0]}: expected at least 1, found {longest[1]}")
 
 
 def longest_row(parts: Sequence[Any]) -> tuple[str, int] | None:

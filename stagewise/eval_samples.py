@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 
+from stagewise.attention import attention_for_generation
 from stagewise.encoding import IGNORE_INDEX, Example, PreferenceExample
 from stagewise.generation import left_padded, ready_to_speak
 from stagewise.rope import context_of
@@ -107,7 +108,7 @@ def likeliest_answers(
     training = model.training
     model.eval()
     try:
-        with nullcontext() if synced else ready_to_speak(model):
+        with attention_for_generation(), nullcontext() if synced else ready_to_speak(model):
             rows = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=how, synced_gpus=synced, **options
             )

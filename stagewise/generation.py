@@ -22,6 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from stagewise.attention import attention_for_generation
+
 # Rows are dropped when at most this share of the batch still speaks: dropping copies the whole cache once.
 STILL_SPEAKING = 0.8
 
@@ -186,7 +188,8 @@ def sample_answers(
         if "logits_to_keep" in accepted:
             # As a tensor: an int is a slice, whose strides make the product with the head copy the head for each row.
             features["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=device)
-        output = model(**features)
+        with attention_for_generation():
+            output = model(**features)
         cache = output.get("past_key_values")
         if cache is None:
             raise GenerationError(f"{type(base).__name__} keeps no keys and values: it cannot be sampled from")

@@ -130,6 +130,8 @@ class Layer:
 
     norms: list[Norm] = field(default_factory=list)
     inputs: int = 0  # of the linear layers, where layers that read the same tensor count it once
+    attended: int = 0  # input of the attention's output layer, which `inputs` leaves out
+    downward: int = 0  # input of the linear layers that lead from I back to H
     input_copies: int = 0  # of the linear layers, each for itself
     trained_inputs: int = 0
     trained_copies: int = 0
@@ -240,6 +242,8 @@ def _add_linear(found: Layer, name: str, module: nn.Module, shared: dict[tuple[s
         found.inputs += inputs
         found.trained_inputs += inputs * trained
         shared[group] = trained
+        found.downward += inputs * (inputs == found.middle and not into_middle)
+    found.attended += inputs * already
     if hasattr(module, "lora_A"):
         adapters = [module.lora_A[key] for key in module.lora_A]
         found.adapter_inputs += inputs

@@ -12,7 +12,7 @@ with (2 in 16 bit, 4 in 32), s bytes of a number in the residual stream (those o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from peft import PeftModel
 from torch import nn
@@ -77,13 +77,18 @@ class Memory:
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
+    # with checkpointing, which cannot free them; without it the inputs are among the activations
+    inputs_of_8_bit_layers: float = field(default=0.0, metadata={"called": "inputs of 8 bit layers"})
+    outliers_of_8_bit_layers: float = field(default=0.0, metadata={"called": "outliers of 8 bit layers, at most"})
     logits: float = 0.0
     working: float = 0.0  # at the worst moment, what is none of the above
     peak: float = 0.0
     moment: str = ""
 
     def rows(self) -> list[tuple[str, float]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("peak", "moment")]
+        """(what it is called, its bytes) for each part of the peak."""
+        parts = [f for f in fields(self) if f.name not in ("peak", "moment")]
+        return [(f.metadata.get("called", f.name), getattr(self, f.name)) for f in parts]
 
 
 # -------------------------------------------------------------------------------------------------------- quantities
@@ -182,6 +187,20 @@ def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> fl
     return kept
 
 
+def held_in_8_bit(layer: Layer, compute: int) -> tuple[int, int]:
+    """Bytes a token that bitsandbytes' int8 product holds on to in a layer, whether it is checkpointed or not.
+
+    It keeps them as attributes of its autograd node and not with `save_for_backward`, so that checkpointing does not
+    see them, and they stay until the graph is gone, which is after the whole backward pass.
+
+    Returns:
+        (inputs, outliers): the input of every linear layer, c each, once for layers that read the same tensor; and
+        another copy of those of its columns that have a value of 6 or more in any token. The product of gate and up
+        is where such values are. How many depends on the weights: all I are counted, as random ones of 8B have them.
+    """
+    return compute * (layer.inputs + layer.attended), compute * layer.downward
+
+
 def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:
     """The memory of a training step of a model without weights, with its adapter, if it has one.
 
@@ -228,6 +247,11 @@ def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:
         kept += compute * hidden * step.logit_tokens * _trains(head) + compute * numbers * (compute < stream)
         memory.logits = float(LOGIT_BYTES * head.weight.shape[0] * step.logit_tokens)
     memory.activations = kept
+    if step.bits == 8 and step.checkpointing:
+        inputs, outliers = zip(*(held_in_8_bit(layer, compute) for layer in layers), strict=True)
+        memory.inputs_of_8_bit_layers, memory.outliers_of_8_bit_layers = tokens * sum(inputs), tokens * sum(outliers)
+    held = memory.inputs_of_8_bit_layers + memory.outliers_of_8_bit_layers
+    kept += held
 
     beside = _beside(layers[widest], step, compute) * tokens + _put_together(layers[widest], step)
     tied = head is not None and head.weight is embedding.weight and embedding.weight.requires_grad
@@ -237,7 +261,7 @@ def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:
     moments = {
         "the loss": (before + kept + memory.logits, 0.0),
         "the backward pass of the last layers": (before + kept + anew + beside, anew + beside),
-        "the end of the backward pass": (memory.gradients + last, last),
+        "the end of the backward pass": (memory.gradients + held + last, last),
     }
     if step.optim in COPIES_PARAMETERS:
         moments["the optimizer's step"] = (2.0 * memory.gradients, float(memory.gradients))

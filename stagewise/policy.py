@@ -66,22 +66,36 @@ class Policy:
     def _see(self, head: nn.Module, args: tuple) -> None:
         self.hidden = args[0]
 
-    def logps_and_values(
-        self, model: nn.Module, batch: Batch, temperature: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each answer token's log-probability, and the value from before it on.
+    def logps_and_values(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each answer token's log-probability at the policy's temperature, and the value from before it on.
 
         Args:
-            model: the model, wrapped (DDP, DeepSpeed) or not, or the reference.
+            model: the model, wrapped (DDP, DeepSpeed) or not.
             batch: what `answer_batch` made, on the model's device.
-            temperature: default: the policy's.
 
         Returns:
             (N,) and (N,) in float32, for the N tokens of the batch's answers, row after row.
         """
+        logits, hidden, targets = self._before_answers(model, batch)
+        answered = targets != IGNORE_INDEX
+        values = self.model.value_head(hidden[answered]).squeeze(1).float()
+        return _logps(logits, targets, self.temperature), values
+
+    @torch.no_grad()
+    def reference_logps(self, batch: Batch, *others: float) -> list[torch.Tensor]:
+        """Log-probabilities of the answers' tokens under the reference, at the policy's and at other temperatures.
+
+        Returns:
+            (N,) for the policy's temperature, then one for each of `others`.
+        """
+        with self.model.disable_adapter() if self.reference is None else nullcontext():
+            logits, _, targets = self._before_answers(self.reference or self.model, batch)
+        return [_logps(logits, targets, temperature) for temperature in (self.temperature, *others)]
+
+    def _before_answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (B, A, V) and hidden states (B, A, H) at the columns before answers' tokens, and those, (B, A)."""
         features = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         places = learned_positions(batch["labels"])
-        targets = batch["labels"][:, places + 1]
         if self.takes_positions:
             features["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         if self.keep_logits:
@@ -90,13 +104,10 @@ class Policy:
         hidden, self.hidden = self.hidden, None
         if not self.keep_logits:
             logits, hidden = logits[:, places], hidden[:, places]
-        temperature = temperature or self.temperature
-        logps = -token_nll(logits if temperature == 1 else logits.float() / temperature, targets)
-        answered = targets != IGNORE_INDEX
-        return logps[answered], self.model.value_head(hidden[answered]).squeeze(1).float()
+        return logits, hidden, batch["labels"][:, places + 1]
 
-    @torch.no_grad()
-    def reference_logps(self, batch: Batch, temperature: float | None = None) -> torch.Tensor:
-        """Log-probabilities of the answers' tokens under the reference: (N,)."""
-        with self.model.disable_adapter() if self.reference is None else nullcontext():
-            return self.logps_and_values(self.reference or self.model, batch, temperature)[0]
+
+def _logps(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of the targets that are tokens: (B, A, V), (B, A) -> (N,)."""
+    logps = -token_nll(logits if temperature == 1 else logits.float() / temperature, targets)
+    return logps[targets != IGNORE_INDEX]

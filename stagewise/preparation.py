@@ -19,7 +19,7 @@ from stagewise.examples import Example, Examples, ExampleWriter, PreferenceExamp
 from stagewise.records import Account, check_on_bad_record, write_rejected
 
 CHUNK = 128  # records that are encoded together: enough for the tokenizer to work outside of Python for long
-THREADS = 4  # more would wait for each other: what is done in Python is done by one at a time
+AT_ONCE = 4  # chunks; more threads would wait for each other, more processes for the one that reads
 
 
 class Encoded(NamedTuple):
@@ -54,7 +54,8 @@ def encode_all(
             ConversationEncoder) is asked for many records at a time.
         account: records that raise RecordError leave `account.kept`, as in load_records.
         on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`.
-        num_workers: processes that encode; None or 1 is this one, with threads on its cores.
+        num_workers: processes that encode; 1 is this one, with threads on its cores; None is one a core, at most
+            four, for more than a few hundred records on Linux.
         raw: where → the record as it was read, for `rejected_path`.
         quiet: no bar.
 
@@ -94,14 +95,17 @@ def _outcomes(
     records: Iterator[Any], encode: Callable[[Any], Any], num_workers: int | None
 ) -> Iterator[tuple[Any, Encoded | RecordError]]:
     """Every record with its outcome, in order; a few chunks are under way at a time."""
-    work, workers = encode_chunk, num_workers or 1
+    chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
+    first = list(itertools.islice(chunks, AT_ONCE))
+    # Forked workers start at once and take any `encode`; for few records not even they are worth it.
+    forks = len(first) == AT_ONCE and sys.platform == "linux"
+    workers = num_workers or (_cores() if forks else 1)
+    work = encode_chunk if workers > 1 else partial(encode_chunk, encode=encode)
     with _pool(workers, encode) as pool:
-        if workers == 1:
-            work, workers = partial(encode_chunk, encode=encode), THREADS
         waiting: deque[tuple[list[Any], Future]] = deque()
-        while chunk := list(itertools.islice(records, CHUNK)):
+        for chunk in itertools.chain(first, chunks):
             waiting.append((chunk, pool.submit(work, chunk)))
-            if len(waiting) > workers:
+            if len(waiting) > max(workers, AT_ONCE):
                 yield from _results(*waiting.popleft())
         while waiting:
             yield from _results(*waiting.popleft())
@@ -112,17 +116,20 @@ def _results(chunk: list[Any], future: Future) -> Iterator[tuple[Any, Encoded | 
 
 
 def _pool(workers: int, encode: Callable[[Any], Any]) -> Executor:
+    # Each thread or process calls the tokenizer; its own threads would only be in the way, and complain when this
+    # process is forked, here or by a data loader.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if workers == 1:
-        # Each thread calls the tokenizer, which lets the others go on; its own threads would only be in the way, and
-        # complain when a data loader forks this process.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        # How many cores this process may use is told on Linux only.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = min(cores, THREADS)
-        return ThreadPoolExecutor(threads, initializer=getattr(encode, "in_thread", None))
-    # Forked workers start at once and take any `encode`; elsewhere it must be picklable.
-    context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+        return ThreadPoolExecutor(_cores(), initializer=getattr(encode, "in_thread", None))
+    context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")  # `encode` must be picklable there
     return ProcessPoolExecutor(workers, context, _start_worker, (encode,))
+
+
+def _cores() -> int:
+    """The cores that are this process's share, at most AT_ONCE."""
+    # How many cores this process may use is told on Linux only.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(AT_ONCE, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 _WORKER_ENCODE: list[Callable[[Any], Any]] = []  # set once in each worker: a tokenizer is large to send each time

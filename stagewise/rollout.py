@@ -194,7 +194,8 @@ class RolloutTrainer(TellsSpeed, Trainer):
         self.answers = []
         output = super().evaluation_loop(*args, **kwargs)
         # Processes are handed whole batches, so the last ones may repeat a record.
-        self.answers = list({answer["where"]: answer for answer in gather_object(self.answers)}.values())
+        answers = {(answer["where"], answer["number"]): answer for answer in gather_object(self.answers)}
+        self.answers = list(answers.values())
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -209,7 +210,7 @@ class RolloutTrainer(TellsSpeed, Trainer):
 
     def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
         """A few of the answers that the last evaluation scored (--eval_samples)."""
-        answers = {answer["where"]: answer for answer in self.answers}
+        answers = {answer["where"]: answer for answer in self.answers if answer["number"] == 0}
         samples = []
         for place in chosen(self, count):
             prompt = self.eval_dataset.examples[place]

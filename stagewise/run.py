@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from loguru import logger
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -47,6 +48,8 @@ from stagewise.settings import (
 from stagewise.terminal import Progress, quieten, say
 from stagewise.validation import EvaluationTable
 
+PREEMPTED = 143  # exit code of a run that was stopped by SIGTERM after a whole checkpoint
+
 
 def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
@@ -63,6 +66,15 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not is_main() or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+
+
+def leave_processes() -> None:
+    """Ends the group of processes where all of them have come to their end.
+
+    Threads of gloo that are still there when Python ends abort the process, and a finished run would count as failed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -158,6 +170,8 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> bool:
         self.progress.close()
+        if error is None or (isinstance(error, SystemExit) and error.code == PREEMPTED):
+            leave_processes()
         if error is None or isinstance(error, SystemExit):
             return False
         message = _out_of_memory_advice(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
@@ -248,7 +262,7 @@ class Run:
             logger.warning(
                 "stopped by SIGTERM after a whole checkpoint; --resume_from_checkpoint True goes on from it"
             )
-            raise SystemExit(143)
+            raise SystemExit(PREEMPTED)
         metrics = {"train": result.metrics}
         if args.do_eval:
             metrics["eval"] = trainer.evaluate()

@@ -188,12 +188,12 @@ def mixture(counts: Sequence[int], weights: Sequence[float], seed: int) -> list[
 
         counts 6, 9, weights 0.75, 0.25  →  6 of the first and 2 of the second:  A A B A A A B A
 
-    Raises ArgumentError where a source with a weight would give no record.
+    Raises ArgumentError where a source would give no record.
     """
-    total = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight > 0)
+    total = min(count / weight for count, weight in zip(counts, weights, strict=True))
     taken = [min(count, math.floor(total * weight + 1e-9)) for count, weight in zip(counts, weights, strict=True)]
     for number, (size, weight) in enumerate(zip(taken, weights, strict=True), 1):
-        if weight > 0 and not size:
+        if not size:
             raise ArgumentError(
                 f"--data_weights: of {total:.0f} records, all that the scarcest source allows, source {number} would "
                 f"give none at the weight {weight:.3g}; raise it"
@@ -269,8 +269,8 @@ def _shares(weights: list[float | None], place: str) -> list[float | None]:
         raise ArgumentError(f"{place}: some sources have a weight and some have none; give all or none of them one")
     if len(weights) < 2:
         raise ArgumentError(f"{place}: a single source needs no weight; leave it out")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
-        raise ArgumentError(f"{place}: weights must not be negative and not all be 0, found {weights}")
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ArgumentError(f"{place}: weights must be above 0, found {weights}; leave out what is not wanted")
     return [weight / sum(weights) for weight in weights]
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from stagewise.attention import attention_for_generation
 from stagewise.conversation import Conversation, RecordError
 from stagewise.decoding import Halt, RowChoice, Tokens, Words, around_words, settled_rotations
 from stagewise.encoding import AnyTemplate, encode_prompt
@@ -268,6 +269,7 @@ class Speaker:
             self.lock,
             self._speaking(adapter),
             settled_rotations(self.base, max(map(len, prompts)) + longest + self.virtual_tokens),
+            attention_for_generation(),
         ):
             inputs = prompt_inputs(self.model, prompts, adapter=adapter)
             output = self.base.generate(

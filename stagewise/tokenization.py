@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary, proxy
 
 from tokenizers import decoders, normalizers
 
+from stagewise.words import Words, word_pattern
+
 # What a tokenizer may treat in its own way behind a special token, and where its two doors might differ.
 PROBES = ("a", " a", "  a", "\na", "\n\n a", "\n", " ", "1", ".", "é", "É a", "中", "🍯", "<", "_a")
 # A token of a byte-level vocabulary with white space between two words; these letters stand for tab, newline … space.
@@ -38,6 +40,8 @@ class PieceEncoder:
         self._backend = None
         self._backend = self._find_backend()
         self._own = threading.local()
+        pattern = word_pattern(self._backend) if self._backend is not None else None
+        self._by_words = Words(pattern, self._by_backend) if pattern else self._by_backend
         newline, after_newline, alone = (ids.tolist() for ids in self.encode(["\n", "\na", "a"]))
         treated = after_newline != newline + alone and after_newline[: len(newline)] == newline
         self._middle = ("\n", array("i", newline)) if treated else ("", array("i"))
@@ -67,10 +71,8 @@ class PieceEncoder:
             return []
         if self._backend is None:
             return [array("i", ids) for ids in self._by_tokenizer(texts)]
-        backend = getattr(self._own, "backend", self._backend)
-        if backend.padding is not None or backend.truncation is not None:
-            self._by_tokenizer([""])  # a call to pad or cut a batch leaves that set; this one takes it back
-        return [array("i", found.ids) for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        # Threads get on together only outside of Python: there the tokenizer does all of it.
+        return self._by_backend(texts) if hasattr(self._own, "backend") else self._by_words(texts)
 
     def at_least(self, text: str) -> int:
         """A number of tokens that the text surely has; 0 where the tokenizer allows no such bound."""
@@ -93,6 +95,12 @@ class PieceEncoder:
         """Gives the calling thread a copy of the tokenizer's Rust side: threads that share one wait for its cache."""
         if self._backend is not None:
             self._own.backend = copy.deepcopy(self._backend)
+
+    def _by_backend(self, texts: Sequence[str]) -> list[array]:
+        backend = getattr(self._own, "backend", self._backend)
+        if backend.padding is not None or backend.truncation is not None:
+            self._by_tokenizer([""])  # a call to pad or cut a batch leaves that set; this one takes it back
+        return [array("i", found.ids) for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _by_tokenizer(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -28,6 +28,7 @@ LAYERS = [
         "examples",
         "tokenization",
         "truncation",
+        "words",
         "preparation",
     },
     {

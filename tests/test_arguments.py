@@ -16,6 +16,13 @@ from stagewise.arguments import (
 
 
 @dataclass
+class Limit:
+    """Stands for a stage's own flags."""
+
+    model_max_length: int
+
+
+@dataclass
 class Trained:
     """Stands for transformers' TrainingArguments, without torch."""
 
@@ -145,6 +152,7 @@ def test_the_words_pass_through_before():
         (AdapterArguments(use_peft=False, lora_rank=16), "--lora_rank belongs to an adapter"),
         (AdapterArguments(use_peft=False, peft_path="x"), "--peft_path has no effect"),
         (AdapterArguments(lora_rank=0), "--lora_rank: expected at least 1"),
+        (Limit(model_max_length=0), "--model_max_length: expected at least 1, found 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(part, message):

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import adapter_weights
 from launching import environment, free_port, python, run, torchrun
+
+from stagewise.run import Run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -117,6 +120,19 @@ def test_deepspeed_full_training_saves_the_whole_model(zero, stage, words, tmp_p
     del flags[flags.index("--lora_dropout") : flags.index("--lora_dropout") + 2]
     run(torchrun("supervised_finetuning", *flags))
     assert_same(tmp_path / "ds", plain, apart=0.02, rtol=5e-3, atol=2e-3)
+
+
+def test_a_run_that_ends_leaves_the_group_of_processes(stage, words, tmp_path, monkeypatch):
+    """What is left of it when Python ends may abort a process that has finished."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        run_of = Run.train
+        monkeypatch.setattr(Run, "train", lambda *args, **kwargs: (run_of(*args, **kwargs), dist.barrier()))
+        stage("supervised_finetuning", *words("sft", "one"))
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_two_machines_are_one_process_with_twice_the_batch(stage, words, tmp_path):

@@ -34,6 +34,7 @@ STARTED_BY = {
     "run_dpo.sh": "dpo_training",
 }
 ARGPARSE = (
+    "benchmarks.memory",
     "convert_dataset",
     "tools.build_tokenizer",
     "tools.export_gguf",
@@ -152,6 +153,8 @@ def target(words: list[str]) -> tuple[str | None, list[str], list[str]]:
             return None, [], []
         if word == "-m" and words[place + 1].startswith("tools."):
             return words[place + 1], words[:place], words[place + 2 :]
+        if word.startswith("benchmarks/") and (ROOT / word).is_file():
+            return f"benchmarks.{name.removesuffix('.py')}", words[:place], words[place + 1 :]
         if (name.endswith(".py") or name.startswith("run_")) and (ROOT / name).is_file():
             return name.removesuffix(".py"), words[:place], words[place + 1 :]
     return None, words, []
@@ -507,7 +510,7 @@ def test_both_languages_name_the_same_flags_and_files(english, chinese):
 
 
 def test_the_readme_is_short():
-    assert len(read("README.md").splitlines()) <= 180
+    assert len(read("README.md").splitlines()) <= 210
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -247,6 +247,17 @@ def test_evaluation_numbers_are_those_of_the_answer_alone(stage, words, tiny_mod
         assert row["length"] == len(answer) and row["ended"] == (answer[-1] == 2)
 
 
+def test_a_prompts_numbers_are_the_means_of_its_answers(stage, words):
+    out = stage("ppo_training", *words("out", temperature=0.8, eval_answers=3), "--save_eval_records")
+    path = out / "eval_records" / "answers-step-12.jsonl"
+    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 15 and len({answer["answer"] for answer in answers}) > 5, "each has its own random numbers"
+    for where, row in rows(out, 12).items():
+        scores = {answer["number"]: answer["score"] for answer in answers if answer["where"] == where}
+        assert scores.keys() == {0, 1, 2}
+        assert row["score"] == pytest.approx((scores[0] + scores[1] + scores[2]) / 3, rel=1e-5)
+
+
 def test_it_learns_what_is_rewarded(stage, words, tmp_path, monkeypatch):
     many = [{"messages": [{"role": "user", "content": f"number {n}"}]} for n in range(30)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(record) + "\n" for record in many))
@@ -401,7 +412,7 @@ def test_updates_see_the_advantages_of_their_own_rollout(stage, words, monkeypat
             coefficient = self.kl_coef
             batches = super().estimate_advantages(prompts, answers, scores)
             with torch.no_grad():
-                reference = torch.cat([self.policy.reference_logps(batch) for batch in batches])
+                reference = torch.cat([self.policy.reference_logps(batch)[0] for batch in batches])
             caught[self.rollouts] = (answers, scores, coefficient, batches, reference)
             return batches
 

@@ -75,7 +75,7 @@ def test_the_first_bad_record_is_raised(records, encode):
         encode_all(records, encode, account=account_of(records))
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, 1, 2])
 @pytest.mark.parametrize("many", [True, False])
 def test_threads_and_processes_give_what_one_call_a_record_gives(workers, many, records, encode, monkeypatch):
     monkeypatch.setattr(preparation, "CHUNK", 3)  # more chunks than may be under way at a time
@@ -112,7 +112,7 @@ def test_an_iterator_is_not_read_far_ahead(encode, monkeypatch):
 
     monkeypatch.setattr(ExampleWriter, "add", add)
     assert len(encode_all(records(), encode, account=Account(400, 400))) == 400
-    assert max(ahead) <= 4 * (preparation.THREADS + 2)
+    assert max(ahead) <= 4 * (preparation.AT_ONCE + 2)
 
 
 def test_no_record_left_is_an_error(encode):

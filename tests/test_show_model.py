@@ -57,6 +57,18 @@ def test_structure_kinds_and_share_by_hand(config_only, capsys):
     assert f"| all | {total:,} | 100.0% | {adapter:,} ({adapter / total:.2%}) | |" in text
 
 
+def test_experts_are_in_4_bit_with_the_rest_and_take_no_adapter(config_only, capsys):
+    text = shown(capsys, config_only("mixtral"), *BASE, "--qlora")
+    experts = re.search(
+        r"^model\.layers\.\*\.mlp\.experts\.gate_up_proj +(\S+ × \S+ × \S+) +×2 +4 bit$", text, re.MULTILINE
+    )
+    assert experts and experts[1] == "4 × 128 × 32"
+    # rank 8 on q 32x32, k and v 16x32, o 32x32, in two layers
+    assert f"| adapter | {2 * 8 * (64 + 48 + 48 + 64):,} |" in text
+    text = shown(capsys, config_only("mixtral"), *BASE, "--qlora", "--quantize_experts", "False")
+    assert re.search(r"experts\S*\.lora_A\.default\.weight", text)
+
+
 def test_a_tied_head_is_said_and_counted_once(config_only, capsys):
     text = shown(capsys, config_only(tie_word_embeddings=True), *BASE)
     assert "head and embedding are one weight" in text
@@ -145,6 +157,17 @@ def test_the_table_adds_up(config_only, capsys):
     assert gib(text, "peak, in the loss") == pytest.approx(
         sum(gib(text, part) for part in parts if f"| {part} |" in text and part != "gradients"), abs=0.03
     )
+
+
+def test_what_8_bit_holds_in_spite_of_checkpointing_is_a_part_of_the_table(config_only, capsys):
+    folder = config_only(hidden_size=256, intermediate_size=1024, vocab_size=2000)
+    words = [*BASE, "--model_max_length", "8192", "--gradient_checkpointing"]
+    text = shown(capsys, folder, *words, "--load_in_8bit")
+    # two layers: q, k and v read 256 numbers, o 32 (four heads of 8), gate and up 256, down 1024; two bytes each
+    assert gib(text, "inputs of 8 bit layers") == pytest.approx(16384 * 2 * 2 * (512 + 32 + 1024) / 2**30, abs=0.005)
+    assert gib(text, "outliers of 8 bit layers, at most") == pytest.approx(16384 * 2 * 2 * 1024 / 2**30, abs=0.005)
+    assert "8 bit layers" not in shown(capsys, folder, *words, "--load_in_4bit")
+    assert "8 bit layers" not in shown(capsys, folder, *BASE, "--load_in_8bit")
 
 
 @pytest.mark.parametrize(

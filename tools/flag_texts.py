@@ -147,7 +147,7 @@ CHINESE: dict[str, str] = {
     ),
     "Use at most this many training records; -1 = all.": "最多使用多少条训练数据;-1 = 全部。",
     "The same for validation records.": "验证数据,同上。",
-    "Processes that encode the data.": "编码数据的进程数。",
+    "Processes that encode the data; default: one a core, at most four.": "编码数据的进程数;默认每核一个,最多四个。",
     "Encode again what --cache_dir already holds.": "重新编码 --cache_dir 中已有的数据。",
     "error: stop at the first; skip: count it, write it to rejected.jsonl.": (
         "error:遇到第一条坏数据就停止;skip:计数并写入 rejected.jsonl。"
@@ -287,6 +287,7 @@ CHINESE: dict[str, str] = {
     "Clip of the policy's ratio.": "策略比率的裁剪范围。",
     "Clip of the value head's change.": "价值头变化的裁剪范围。",
     "Weight of the value loss.": "价值损失的权重。",
+    "Answers to each validation prompt; its numbers are their means.": "每个验证提示回答几次；它的各项数值取平均。",
     # StageArguments
     "Replace a finished run in --output_dir.": "替换 --output_dir 中已完成的运行。",
     "Arguments, data and one batch; predicted memory and time; then stop.": (

@@ -145,6 +145,8 @@ def answers(model_dir: str, prompts: Sequence[Conversation], chat_template: str,
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from stagewise.attention import attention_for_generation
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     tokenizer.chat_template = tokenizer.chat_template or chat_template
@@ -157,7 +159,7 @@ def answers(model_dir: str, prompts: Sequence[Conversation], chat_template: str,
         turns = system + [{"role": m.role, "content": m.content} for m in prompt.messages]
         texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     batch = tokenizer(texts, padding=True, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
-    with torch.inference_mode():
+    with torch.inference_mode(), attention_for_generation():
         out = model.generate(**batch.to(device), do_sample=False, max_new_tokens=max_new_tokens)
     new = out[:, batch["input_ids"].shape[1] :]
     eos = model.generation_config.eos_token_id

@@ -29,6 +29,7 @@ from stagewise.forward import takes_kept_logits
 from stagewise.methods import check_methods
 from stagewise.model import DTYPES, load_config
 from stagewise.settings import settle_precision
+from stagewise.targets import linear_targets, names_of
 from tools.document_flags import STAGES, dataclasses_of
 
 NAMES = {script: title.lower() for script, title in STAGES.items()}
@@ -155,6 +156,8 @@ def describe(script: str, words: list[str]) -> Described:
     model = layers.skeleton(config, auto, dtype_of(model_args, config), model_args.trust_remote_code)
     in_bits = memory.layers_in_bits(model) if model_args.bits else set()
     step = step_of(stage, args, parts, takes_kept_logits(model))
+    if step.experts_in_bits:
+        in_bits |= {id(p) for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name}
     if adapter.trains_adapter:
         task = "SEQ_CLS" if stage == "rm" else "CAUSAL_LM"
         if adapter.peft_path:
@@ -163,7 +166,10 @@ def describe(script: str, words: list[str]) -> Described:
             model = get_peft_model(model, known)
         else:
             # PiSSA decomposes weights, of which there are none; its shapes are LoRA's
-            model = attach_adapter(model, replace_start(adapter), task)
+            changed = replace_start(adapter)
+            if step.experts_in_bits and names_of(adapter.target_modules) in (["all"], ["all-linear"]):
+                changed.target_modules = ",".join(linear_targets(model))  # quantised experts take no adapter
+            model = attach_adapter(model, changed, task)
     return Described(stage, model, config, in_bits, step, adapter.fine_tuning_type if adapter.use_peft else "full")
 
 
