@@ -149,8 +149,14 @@ def house(tmp_path_factory, smollm):
             build_tiny_model("llama", task=task, **shape).save_pretrained(house / name)
             tokenizer.save_pretrained(house / name)
     write_files(house)
-    run_in(house, "python supervised_finetuning.py --model_name_or_path models/SmolLM2-135M-Instruct --output_dir "
-           "outputs/sft --train_file_dir data/finetune/train")  # fmt: skip
+    run_in(
+        house,
+        "python supervised_finetuning.py --model_name_or_path models/SmolLM2-135M-Instruct --output_dir outputs/sft "
+        "--train_file_dir data/finetune/train",
+    )
+    for name in ("base", "dpo"):
+        measured = f"--model_name_or_path outputs/{name.replace('base', 'pt')}-merged --output_dir outputs/eval-{name}"
+        run_in(house, f"python evaluation.py --test_file data/finetune/validation {measured}")
     return house
 
 
