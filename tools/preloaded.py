@@ -53,7 +53,11 @@ def become(words: list[str]) -> None:
 
 
 def main() -> None:
-    import ppo_training  # noqa: F401  it needs all that any stage needs
+    # What any stage needs, and what the stages load when they write their logs and curves.
+    import matplotlib.pyplot  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    import ppo_training  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
     commands = os.fdopen(os.dup(0), "rb", buffering=0)
