@@ -110,7 +110,8 @@ def test_two_records_go_to_different_experts():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("family", "what", "router"),
-    [("mixtral", what, router) for what in TRAINED for router in (False, True)],
+    [("mixtral", what, router) for what in TRAINED for router in (False, True)]
+    + [(family, "all", False) for family in FAMILIES if family != "mixtral"],
 )
 def test_zero3_trains_experts_that_only_one_process_uses(
     family,
