@@ -250,10 +250,14 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
     # ── what several steps need ──────────────────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
-    def judge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities and values of the policy, log-probabilities of the reference: (N,) each."""
+    def judge(self, batch: Batch, *temperatures: float) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities and values of the policy, then the reference's log-probabilities: (N,) each.
+
+        The reference's are at the policy's temperature, and at each of `temperatures`.
+        """
         with self.compute_loss_context_manager():
-            return *self.policy.logps_and_values(self.model, batch), *self.policy.reference_logps(batch)
+            reference = self.policy.reference_logps
+            return *self.policy.logps_and_values(self.model, batch), *reference(batch, *temperatures)
 
     def batches_of(self, prompts: Sequence[Example], answers: Sequence[list[int]]) -> list[Batch]:
         """Prompts with their answers as minibatches on the device."""
@@ -268,7 +272,6 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
 
     # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Answers validation prompts, from the same random numbers each time: COLUMNS, (B, 6), and index, (B,).
 
@@ -278,14 +281,9 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         prompts = [self.eval_dataset.examples[i] for i, _ in keys]
         answers = self.generate(prompts, [(EVALUATION, *key) for key in keys])
         scores, lengths = self.score("validation", prompts, answers), [len(answer) for answer in answers]
-        logps, reference, plain = [], [], []
-        for batch in self.batches_of(prompts, answers):
-            with self.compute_loss_context_manager():
-                logps.append(self.policy.logps_and_values(self.model, batch)[0])
-                for kept, part in zip((reference, plain), self.policy.reference_logps(batch, 1.0), strict=True):
-                    kept.append(part)
-        nats, plain = torch.cat(logps) - torch.cat(reference), torch.cat(plain)
-        kl, nll = (torch.stack([row.sum() for row in flat.split(lengths)]) for flat in (nats, -plain))
+        judged = [self.judge(batch, 1.0) for batch in self.batches_of(prompts, answers)]
+        logps, _, reference, plain = (torch.cat(parts) for parts in zip(*judged, strict=True))
+        kl, nll = (torch.stack([row.sum() for row in flat.split(lengths)]) for flat in (logps - reference, -plain))
         repeated = scores.new_tensor([repetition(answer) for answer in answers])
         rows = torch.stack([scores, kl, scores.new_tensor(lengths), nll, self.ended(answers).float(), repeated], dim=1)
         rows = rows.unflatten(0, (-1, self.ppo.eval_answers)).mean(dim=1)

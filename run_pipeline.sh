@@ -55,10 +55,9 @@ fi
 
 # perform WORDS…: shows a command and runs it; `python` and its script or module come first.
 perform() {
-    show "$@"
-    if [ -n "${LAUNCH_DRY:-}" ]; then return; fi
-    if [ -z "$LOADED" ]; then "$@"; return; fi
+    if [ -z "$LOADED" ]; then run "$@"; return; fi
     local status
+    show "$@"
     { printf '%s\0' $(($# - 1)) && printf '%s\0' "${@:2}"; } >&4
     read -r status <&5 || fail "the process that ran the command is gone; its own words are above"
     return "$status"

@@ -90,7 +90,8 @@ class Policy:
         """
         with self.model.disable_adapter() if self.reference is None else nullcontext():
             logits, _, targets = self._before_answers(self.reference or self.model, batch)
-        return [_logps(logits, targets, temperature) for temperature in (self.temperature, *others)]
+        found = {temperature: _logps(logits, targets, temperature) for temperature in {self.temperature, *others}}
+        return [found[temperature] for temperature in (self.temperature, *others)]
 
     def _before_answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits (B, A, V) and hidden states (B, A, H) at the columns before answers' tokens, and those, (B, A)."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, proxy
 
-from tokenizers import decoders, normalizers
+from tokenizers import decoders
 
-from stagewise.words import Words, word_pattern
+from stagewise.words import Words, keeps_spaces, word_pattern
 
 # What a tokenizer may treat in its own way behind a special token, and where its two doors might differ.
 PROBES = ("a", " a", "  a", "\na", "\n\n a", "\n", " ", "1", ".", "é", "É a", "中", "🍯", "<", "_a")
@@ -82,14 +82,9 @@ class PieceEncoder:
     def _words_count(self) -> bool:
         """Whether each word between white space has a token of its own: bytes are kept, no token joins two words."""
         backend = self._backend
-        if backend is None or not isinstance(backend.decoder, decoders.ByteLevel):
+        if backend is None or not isinstance(backend.decoder, decoders.ByteLevel) or not keeps_spaces(backend):
             return False
-        if not isinstance(backend.normalizer, (type(None), normalizers.NFC)):
-            return False
-        added = (token.content for token in backend.get_added_tokens_decoder().values())
-        return not any(map(TWO_WORDS.search, backend.get_vocab(with_added_tokens=False))) and not any(
-            map(re.compile(r"\s").search, added)
-        )
+        return not any(map(TWO_WORDS.search, backend.get_vocab(with_added_tokens=False)))
 
     def in_thread(self) -> None:
         """Gives the calling thread a copy of the tokenizer's Rust side: threads that share one wait for its cache."""

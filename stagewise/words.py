@@ -91,17 +91,20 @@ class Words:
             self._known, self._letters = {}, 0
 
 
+def keeps_spaces(backend: Any) -> bool:
+    """Whether white space stays what it is: only NFC may come before, and no added token holds any."""
+    if not isinstance(backend.normalizer, (type(None), normalizers.NFC)):
+        return False
+    return not any(re.search(r"\s", token.content) for token in backend.get_added_tokens_decoder().values())
+
+
 def word_pattern(backend: Any) -> re.Pattern[str] | None:
     """The pattern of a word of the tokenizer's; None where it is not known to be encoded alike wherever it stands."""
-    if not isinstance(backend.model, models.BPE) or backend.model.dropout:
-        return None
-    if not isinstance(backend.normalizer, (type(None), normalizers.NFC)):
+    if not isinstance(backend.model, models.BPE) or backend.model.dropout or not keeps_spaces(backend):
         return None
     spaces = _spaces(backend.pre_tokenizer)
     added = list(backend.get_added_tokens_decoder().values())
     if spaces is None or any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return None
-    if any(map(re.compile(r"\s").search, (token.content for token in added))):
         return None
     # Added tokens are found first: no cut goes through one.
     within = {mark for token in added for mark in _behind_letters(token.content)}
