@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--lengths", default="8192,16384,32768")
     parser.add_argument("--windows", type=int, default=4, help="of the longest length")
+    parser.add_argument("--train_lengths", help="of --lengths; default: all beyond the model's own context")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps at each length; 0: no training")
     parser.add_argument("--tokens_a_step", type=int, default=65536)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
@@ -121,11 +122,14 @@ def main(argv: list[str] | None = None) -> None:
         text.write_text(before, encoding="utf-8")
     context = context_of(load_config(ModelArguments(str(args.model))))
     factor = max(lengths) / context
+    trained = [int(length) for length in (args.train_lengths or args.lengths).split(",")]
+    if args.train_lengths and (wrong := [n for n in trained if n not in lengths or n <= context]):
+        sys.exit(f"error: --train_lengths: {wrong} are not of --lengths {args.lengths} or within the own {context}")
     rows = [measure("as it is", args, args.model, ids, lengths)]
     for kind in ("dynamic", "yarn", "linear") if factor > 1 else ():
         name = f"{kind}, factor {factor:g}, no training"
         rows.append(measure(name, args, args.model, ids, lengths, rope_scaling=kind, rope_factor=factor))
-    for length in (length for length in lengths if length > context and args.steps > 0):
+    for length in (length for length in trained if length > context and args.steps > 0):
         merged, seconds = train(args, length, text)
         name = f"linear, factor {length / context:g}, {args.steps} steps at {length} ({seconds:.0f} s)"
         rows.append(measure(name, args, merged, ids, lengths))

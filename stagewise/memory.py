@@ -79,7 +79,7 @@ class Memory:
     activations: float = 0.0
     # with checkpointing, which cannot free them; without it the inputs are among the activations
     inputs_of_8_bit_layers: float = field(default=0.0, metadata={"called": "inputs of 8 bit layers"})
-    outliers_of_8_bit_layers: float = field(default=0.0, metadata={"called": "outliers of 8 bit layers, at most"})
+    outliers_of_8_bit_layers: float = field(default=0.0, metadata={"called": "outliers of 8 bit layers, half"})
     logits: float = 0.0
     working: float = 0.0  # at the worst moment, what is none of the above
     peak: float = 0.0
@@ -187,7 +187,7 @@ def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> fl
     return kept
 
 
-def held_in_8_bit(layer: Layer, compute: int) -> tuple[int, int]:
+def held_in_8_bit(layer: Layer, compute: int) -> tuple[int, float]:
     """Bytes a token that bitsandbytes' int8 product holds on to in a layer, whether it is checkpointed or not.
 
     It keeps them as attributes of its autograd node and not with `save_for_backward`, so that checkpointing does not
@@ -196,9 +196,10 @@ def held_in_8_bit(layer: Layer, compute: int) -> tuple[int, int]:
     Returns:
         (inputs, outliers): the input of every linear layer, c each, once for layers that read the same tensor; and
         another copy of those of its columns that have a value of 6 or more in any token. The product of gate and up
-        is where such values are. How many depends on the weights: all I are counted, as random ones of 8B have them.
+        is where such values are. How many depends on the weights, from none (random ones of 1.5B) to all I (random
+        ones of 8B and more): half of them are counted.
     """
-    return compute * (layer.inputs + layer.attended), compute * layer.downward
+    return compute * (layer.inputs + layer.attended), compute * layer.downward / 2
 
 
 def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:

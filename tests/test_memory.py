@@ -180,7 +180,7 @@ def test_what_8_bit_holds_with_checkpointing_by_hand(build):
     _, empty = build("llama", "lora", torch.bfloat16)
     four, eight = (estimate(empty, Step(**EIGHT_BIT | {"bits": bits}, checkpointing=True), in_bits) for bits in (4, 8))
     assert eight.inputs_of_8_bit_layers == 200 * 4 * HELD_INPUTS
-    assert eight.outliers_of_8_bit_layers == 200 * 4 * HELD_OUTLIERS
+    assert eight.outliers_of_8_bit_layers == 200 * 4 * HELD_OUTLIERS / 2  # from none to all of them
     assert eight.activations == four.activations == 200 * (4 * 2 * 128 + 4 * 128)
     assert four.inputs_of_8_bit_layers == four.outliers_of_8_bit_layers == 0
     parts = sum(value for name, value in eight.rows() if name not in ("gradients", "logits"))
@@ -195,17 +195,32 @@ def test_8_bit_holds_its_inputs_to_the_end_of_the_backward_pass(build):
     found = estimate(empty, step, set())  # its gradients are more than all else
     assert found.moment == "the end of the backward pass"
     others = found.weights + found.optimizer + found.gradients + found.working
-    assert found.peak == others + 4 * (HELD_INPUTS + HELD_OUTLIERS)
+    assert found.peak == others + 4 * (HELD_INPUTS + HELD_OUTLIERS / 2)
 
 
-def test_a_measured_peak_in_8_bit():
-    cell = benchmark.parse_arguments(["--cells", "8B:qlora8"])
-    cell.shape, cell.method = "8B", "qlora8"
+# Peak on one H100 with random weights, in bytes, and how many columns of what their down projections read have an
+# outlier: none of the small ones', all of the large ones'.
+PEAKS_IN_8_BIT = {
+    "0.5B": (5_337_177_600, 0),
+    "1.5B": (7_527_265_280, 0),
+    "8B": (18_499_422_720, 1),
+    "14B": (30_119_963_136, 1),
+    "32B": (59_048_489_472, 1),
+}
+
+
+@pytest.mark.parametrize("shape", PEAKS_IN_8_BIT)
+def test_a_measured_peak_in_8_bit(shape):
+    cell = benchmark.parse_arguments(["--cells", f"{shape}:qlora8"])
+    cell.shape, cell.method = shape, "qlora8"
     found = benchmark.predicted(cell)
-    # 32 layers and 2048 tokens, two bytes a number: the inputs of qkv, o, gate and up (4096 each) and down (14336)
-    assert found.inputs_of_8_bit_layers == 32 * 2048 * 2 * (3 * 4096 + 14336)
-    assert found.outliers_of_8_bit_layers == 32 * 2048 * 2 * 14336
-    assert found.peak == pytest.approx(18_499_422_720, rel=0.01)  # on one H100
+    peak, share = PEAKS_IN_8_BIT[shape]
+    assert found.peak == pytest.approx(peak, rel=0.10)
+    assert found.peak + (2 * share - 1) * found.outliers_of_8_bit_layers == pytest.approx(peak, rel=0.02)
+    if shape == "8B":
+        # 32 layers and 2048 tokens, two bytes a number: the inputs of qkv, o, gate and up (4096 each) and down (14336)
+        assert found.inputs_of_8_bit_layers == 32 * 2048 * 2 * (3 * 4096 + 14336)
+        assert found.outliers_of_8_bit_layers == 32 * 2048 * 2 * 14336 / 2
 
 
 def test_dropout_keeps_a_byte_for_each_input(build):
