@@ -103,7 +103,7 @@ def test_transformers_own_server_answers_as_we_do(server, merged, ours):
 
 
 def test_llama_cpp_answers_as_we_do(merged, ours, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp needs requirements-serving.txt")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs requirements-llama-cpp.txt, which compiles")
     from tools.export_gguf import CONVERTER_DIR, SCRIPT, export
 
     converter = ROOT / CONVERTER_DIR
