@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 
@@ -97,6 +98,8 @@ def likeliest_answers(
     how = GenerationConfig(
         do_sample=False,
         num_beams=1,
+        repetition_penalty=1.0,  # of the model's own settings only the likeliest token counts
+        no_repeat_ngram_size=0,
         max_new_tokens=longest,
         use_cache=True,
         eos_token_id=sorted(ends) or None,
@@ -152,7 +155,9 @@ def continued(trainer: Any, places: Sequence[int], stops: Sequence[str], synced:
     samples = []
     for place, (ids, reference, answers_it), (text, ended) in zip(places, found, answers, strict=True):
         expected = tokenizer.decode(reference, skip_special_tokens=True)
-        texts = [Text("answer", text, ended=ended), Text("reference", expected, ended=answers_it)]
+        # Where LONGEST tokens end within a character, its part is no answer.
+        own = Text("answer", text if ended else text.rstrip("\ufffd"), ended=ended)
+        texts = [own, Text("reference", expected, ended=answers_it)]
         samples.append(Sample(trainer.eval_dataset.wheres[place], tokenizer.decode(ids), texts))
     return samples
 
@@ -198,7 +203,13 @@ class EvaluationSamples(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if not (state.is_world_process_zero or self.zero3):
             return
-        samples = self.trainer.eval_samples(self.count, self.stops, synced=self.zero3)
+        try:
+            samples = self.trainer.eval_samples(self.count, self.stops, synced=self.zero3)
+        except Exception as error:
+            if self.zero3:  # the other processes wait in the middle of an answer
+                raise
+            logger.warning(f"--eval_samples: none at step {state.global_step}: {type(error).__name__}: {error}")
+            return
         if state.is_world_process_zero and samples:
             path = sample_path(args.output_dir, state.global_step)
             path.parent.mkdir(parents=True, exist_ok=True)

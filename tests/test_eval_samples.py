@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import adapter_weights
+from launching import run, torchrun
 from pair_runs import flags_of
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
@@ -60,6 +61,7 @@ def greedy(model, prompt, ends, longest):
 @pytest.mark.parametrize("adapted", [False, True])
 def test_answers_are_the_likeliest_ones(tiny_model, tiny_tokenizer, family, adapted):
     model, tokenizer = tiny_model(family), tiny_tokenizer()
+    model.generation_config.repetition_penalty = 5.0  # as published models bring along
     if adapted:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
         with torch.no_grad():
@@ -152,6 +154,23 @@ def test_samples_change_nothing_in_training(stage, tiny_checkpoint, tmp_path):
     assert not (runs[0] / "eval_samples").exists()
     one, two = map(adapter_weights, runs)
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("deepspeed", [None, "zero3.json"])
+def test_two_processes_say_what_one_says(stage, tiny_checkpoint, tmp_path, deepspeed):
+    """Also where each holds a part of the weights (ZeRO-3), so that both have to speak."""
+    changes = {
+        "model_name_or_path": tiny_checkpoint("llama"),
+        "per_device_train_batch_size": 2,
+        "deepspeed": deepspeed,
+    }
+    one = stage(
+        "supervised_finetuning", *flags(tiny_checkpoint, tmp_path, **{**changes, "deepspeed": None}), "--eval_on_start"
+    )
+    run(torchrun("supervised_finetuning", *flags(tiny_checkpoint, tmp_path, "two", **changes), "--eval_on_start"))
+    assert samples(tmp_path / "two", 0) == samples(one, 0)
+    assert len(samples(tmp_path / "two", 2)) == 3
 
 
 def test_pretraining_goes_on_with_a_text(stage, tiny_checkpoint, tmp_path):
