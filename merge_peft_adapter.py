@@ -37,7 +37,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from stagewise.adapter import fold, load_adapter
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
@@ -47,6 +46,7 @@ from stagewise.manifest import read_manifest
 from stagewise.model import find_source, guard_4bit, hub_options, load_config, reward_config
 from stagewise.model_card import called, write_card
 from stagewise.rope import write_rope
+from stagewise.run import set_up_logging
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
@@ -411,9 +411,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logger.remove()
-    logger.add(sys.stderr, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>")
-    transformers_logging.set_verbosity_error()
+    set_up_logging()
     try:
         main()
     except ArgumentError as error:

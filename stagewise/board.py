@@ -62,10 +62,12 @@ class Board(TrainerCallback):
     def __init__(self, manifest: dict[str, Any]):
         self.manifest = manifest
         self.writer: SummaryWriter | None = None
+        self.resumed_at = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
             return
+        self.resumed_at = state.global_step
         writer = self._open(args)
         writer.add_text("run/command", "    " + " ".join(self.manifest["command"]))
         writer.add_text("run/arguments", "    " + args.to_json_string().replace("\n", "\n    "))
@@ -102,7 +104,9 @@ class Board(TrainerCallback):
 
     def _open(self, args) -> SummaryWriter:
         if self.writer is None:
-            self.writer = SummaryWriter(log_dir=args.logging_dir)
+            # Of a resumed run, what an earlier process wrote beyond the checkpoint is not shown any more.
+            purge = self.resumed_at + 1 if self.resumed_at else None
+            self.writer = SummaryWriter(log_dir=args.logging_dir, purge_step=purge)
         return self.writer
 
     def _write(self, summary: Summary) -> None:

@@ -92,19 +92,21 @@ def write_pictures(history: History, folder: Path) -> list[Path]:
 
 
 def _picture(found: list[tuple[Panel, list[tuple[str, Points]]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a window for it
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(len(found), 2)
     rows = math.ceil(len(found) / columns)
     size = (7, 4) if len(found) == 1 else (6 * columns, 3.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (panel, lines) in zip(axes.flat, found, strict=False):
         for label, points in lines:
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
         axis.set(xlabel="step", ylabel="loss" if panel is LOSS else "", title="" if panel is LOSS else panel.title)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if panel.from_zero:
+            axis.set_ylim(bottom=min(0.0, *(value for _, points in lines for _, value in points)))
         if len(lines) > 1:
             axis.legend()
         axis.grid(alpha=0.3)
@@ -112,7 +114,6 @@ def _picture(found: list[tuple[Panel, list[tuple[str, Points]]]], path: Path) ->
         axis.set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # --- for the page ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import importlib.metadata
 import json
 import os
@@ -44,6 +45,7 @@ def given_flags(parts: Sequence[Any], names: set[str]) -> dict[str, Any]:
         for f in dataclasses.fields(part):
             if (f.name in names or f"no_{f.name}" in names) and not f.name.endswith("token"):
                 value = getattr(part, f.name)
+                value = value.value if isinstance(value, enum.Enum) else value
                 flags[f.name] = value if isinstance(value, int | float | bool | str | dict | list) else str(value)
     return flags
 

@@ -194,7 +194,7 @@ def _check(manifest: dict[str, Any]) -> str:
     return (
         "## How the merge was checked\n\nBase with adapter and this model were run on the same prompts in float32: "
         f"the largest difference of their outputs is {manifest['largest_difference']:.2g}, and the adapter moves them "
-        f"by up to {manifest['adapter_effect']:.2g}. run.json holds the whole account."
+        f"by up to {manifest['adapter_effect']:.2g}."
     )
 
 

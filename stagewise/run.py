@@ -137,6 +137,7 @@ class Run:
         self.preemption: Preemption | None = None
         self.progress = Progress(args.quiet)
         self.trainer: Trainer | None = None
+        self.evaluated: int | None = None  # the step of the last evaluation
         self.adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
         step = begin_step(stage, parts)
         self.manifest: dict[str, Any] = {
@@ -177,7 +178,7 @@ class Run:
         message = _out_of_memory_advice(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
         # What an earlier, finished run left is not written over by a run that failed before it trained.
         if self.manifest.get("began"):
-            self.note(status="failed", error=f"{kind.__name__}: {message}", **self._costs())
+            self.note(status="failed", error=": ".join(filter(None, (kind.__name__, message))), **self._costs())
             self.write()
             self.show(pictures=True)
         expected = isinstance(error, (ValueError, NonFiniteError)) and type(error).__module__.startswith("stagewise")
@@ -187,13 +188,19 @@ class Run:
         return False
 
     def show(self, pictures: bool = False) -> None:
-        """report.html as the run is now, and with `pictures` the curves as PNG files; on the main process."""
+        """report.html as the run is now, and with `pictures` the curves as PNG files; on the main process.
+
+        What is only to be looked at does not end a run: where it can't be made, the log says why.
+        """
         if self.args.dry_run or not is_main() or self.trainer is None:
             return
         history = self.trainer.state.log_history
-        write_page(self.output_dir, self.manifest, history)
-        if pictures:
-            write_pictures(history, self.output_dir)
+        try:
+            write_page(self.output_dir, self.manifest, history)
+            if pictures:
+                write_pictures(history, self.output_dir)
+        except Exception as error:
+            logger.warning(f"{PAGE} and the pictures were not written: {type(error).__name__}: {error}")
 
     def _costs(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -265,7 +272,7 @@ class Run:
             raise SystemExit(PREEMPTED)
         metrics = {"train": result.metrics}
         if args.do_eval:
-            metrics["eval"] = trainer.evaluate()
+            metrics["eval"] = self._evaluated_at_end() or trainer.evaluate()
         self._save(trainer, stop)
         before = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_runtime" in log]
         if before:
@@ -285,13 +292,24 @@ class Run:
 
     def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """What shows the run while it goes on: samples, TensorBoard, and the page; in this order at an evaluation."""
+        self._watch_evaluations(trainer, stop)
+        trainer.add_callback(Showing(self))
+
+    def _watch_evaluations(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        """Samples first: TensorBoard shows them, too."""
         if self.args.eval_samples and trainer.eval_dataset is not None:
             trainer.add_callback(EvaluationSamples(trainer, self.args.eval_samples, stop or (), self.zero3))
         if trainer.pop_callback(TensorBoardCallback):
             from stagewise.board import Board  # a run that writes no such files need not have tensorboard
 
             trainer.add_callback(Board(self.manifest))
-        trainer.add_callback(Showing(self))
+
+    def _evaluated_at_end(self) -> dict[str, Any] | None:
+        """The evaluation that training ended with, of the weights that are there now; None if it made none."""
+        if self.evaluated != self.trainer.state.global_step or self.args.load_best_model_at_end:
+            return None
+        last = next(log for log in reversed(self.trainer.state.log_history) if "eval_runtime" in log)
+        return {name: value for name, value in last.items() if name != "step"}
 
     def _save(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """The adapter or the model, the tokenizer with its chat template, and where generation ends."""
@@ -305,8 +323,7 @@ class Run:
         trainer.save_model()
 
     def _evaluate_only(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
-        if self.args.eval_samples:
-            trainer.add_callback(EvaluationSamples(trainer, self.args.eval_samples, stop or (), self.zero3))
+        self._watch_evaluations(trainer, stop)
         metrics = trainer.evaluate()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if is_main():
@@ -324,7 +341,11 @@ class Showing(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.run.show()
 
-    on_evaluate = on_save = on_train_begin
+    on_save = on_train_begin
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.run.evaluated = state.global_step
+        self.run.show()
 
 
 def peak(costs: dict[str, Any]) -> float:

@@ -40,7 +40,8 @@ def write_page(output_dir: Path, manifest: dict[str, Any], history: History) -> 
         manifest: run.json.
         history: the Trainer's log.
     """
-    samples = [(step, read_samples(output_dir, step)) for step in sampled_steps(output_dir)]
+    evaluated = {step for step, _ in _evaluations(history)}  # others are of an earlier run in this directory
+    samples = [(step, read_samples(output_dir, step)) for step in sampled_steps(output_dir) if step in evaluated]
     output_dir.mkdir(parents=True, exist_ok=True)
     temporary = output_dir / (PAGE + ".tmp")
     temporary.write_text(page_of(output_dir.resolve().name, manifest, history, samples), encoding="utf-8")
@@ -142,7 +143,7 @@ def _samples(samples: Samples) -> str:
             (step, said)
             for step, evaluation in samples
             for other in evaluation
-            if other["where"] == sample["where"]
+            if (other["where"], other["prompt"]) == (sample["where"], sample["prompt"])  # a text has several blocks
             for said in other["texts"]
         ]
         prompt = f'<span class="label">prompt</span><pre>{text(sample["prompt"])}</pre>' if sample["prompt"] else ""
@@ -268,8 +269,11 @@ def _cost(manifest: dict[str, Any], history: History) -> str:
             break
     evaluating = sum(log["eval_runtime"] for log in history if "eval_runtime" in log)
     if evaluating:
-        rows.append(("time of evaluations", duration(evaluating)))
-    for name, label in (("peak_memory_gib", "peak memory"), ("peak_gpu_memory_gib", "peak GPU memory")):
-        if manifest.get(name) is not None:
-            rows.append((f"{label} of the main process", f"{manifest[name]:.2f} GiB"))
+        rows.append(("time of evaluations, without their samples", duration(evaluating)))
+    kinds = (("peak_memory_gib", "peak memory of the main process"),)
+    kinds += (("peak_gpu_memory_gib", "peak GPU memory of the main process's tensors"),)
+    rows += [(label, f"{manifest[name]:.2f} GiB") for name, label in kinds if manifest.get(name) is not None]
+    held = [log["memory_gib"] for log in history if "memory_gib" in log]
+    if held and "peak_gpu_memory_gib" in manifest:
+        rows.append(("most that it held of the GPU, with what torch keeps for later", f"{max(held):.2f} GiB"))
     return pairs(rows) if rows else ""

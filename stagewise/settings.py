@@ -71,7 +71,7 @@ class StageArguments(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() in ("false", "no", "none", ""):
             self.resume_from_checkpoint = None
         if isinstance(self.report_to, str):
-            self.report_to = self.report_to.split(",")
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         # transformers 5 takes the folder of TensorBoard's files from the environment alone.
         self.logging_dir = self.logging_dir or USER_LOGGING_DIR or os.path.join(self.output_dir, "logs")
         os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir

@@ -5,10 +5,11 @@ train 120/400 ━━━━━━━━━╌╌╌╌╌╌╌╌╌╌╌  loss
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 from huggingface_hub.utils import disable_progress_bars
@@ -41,6 +42,14 @@ def figures(logs: dict[str, Any]) -> list[str]:
         "memory_gib": "{:.1f} GiB",
     }
     return [form.format(logs[name]) for name, form in forms.items() if isinstance(logs.get(name), int | float)]
+
+
+def columns_of(stream: TextIO) -> int:
+    """How wide the terminal behind a stream is now; that of the screen where the stream does not know."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or shutil.get_terminal_size().columns
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
 
 
 def line_of(phase: str, done: int, total: int, words: list[str], columns: int) -> str:
@@ -82,14 +91,15 @@ class Progress(TrainerCallback):
         self.line: tqdm | None = None
         self.logs: dict[str, Any] = {}  # of training, what was last said of each
         self.evaluated = 0  # batches of an evaluation that is under way
-        self.began: tuple[float, int] | None = None  # when the first step began, and how many were done then
+        self.began: tuple[float, int] | None = None  # when steps began, and how many were done then
         self.training = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
         self._show("train", state.global_step, state)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Behind --eval_on_start, and before the first batch is made: PPO's is a whole rollout."""
         self.began = self.began or (time.time(), state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -142,11 +152,11 @@ class Progress(TrainerCallback):
         if not (self.updates and state.is_world_process_zero):
             return
         if self.line is None:
-            self.line = tqdm(total=1, bar_format="{desc}", file=sys.stderr, leave=True)
+            self.line = tqdm(total=1, bar_format="{desc}", file=sys.stderr, leave=True, dynamic_ncols=True)
         words = figures(self.logs)
         if phase == "train" and (left := self._left(state)):
             words.append(left)
         elif phase == "evaluate":
             words = [f"at step {state.global_step}"] if state.max_steps else []
-        columns = shutil.get_terminal_size().columns
-        self.line.set_description_str(line_of(phase, done, total or state.max_steps, words, columns - 1))
+        columns = columns_of(sys.stderr) - 1
+        self.line.set_description_str(line_of(phase, done, total or state.max_steps, words, columns))

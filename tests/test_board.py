@@ -2,12 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from stagewise.board import as_text, tag_of
+from stagewise.board import ALWAYS, Board, as_text, tag_of
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_scalars_are_those_of_the_log(run, written):
 def test_samples_of_every_evaluation_are_texts(run, written):
     for number in (1, 2, 3):
         events = written.Tensors(f"samples/{number}/text_summary")
-        assert [event.step for event in events] == [2, 4, 4]
+        assert [event.step for event in events] == [2, 4], "the last step's evaluation is made once"
         shown = events[-1].tensor_proto.string_val[0].decode()
         sample = json.loads((run / "eval_samples" / "step-4.jsonl").read_text().splitlines()[number - 1])
         assert sample["prompt"].split("\n")[0] in shown and shown.startswith(f"`{sample['where']}`")
@@ -113,6 +114,31 @@ def test_hyperparameters_and_the_metrics_to_compare_by(written):
     assert {"learning/loss/train", "learning/loss/validation"} <= named
     # only what the run has measured is there as a number; no metric was written as 0
     assert "learning/accuracy/validation" not in written.Tags()["scalars"]
+
+
+def test_what_was_written_beyond_the_checkpoint_is_not_shown_after_a_resumption(tmp_path):
+    args = SimpleNamespace(logging_dir=str(tmp_path), to_json_string=lambda: "{}", **dict.fromkeys(ALWAYS, 1))
+    for checkpoint, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
+        board = Board({"command": ["x.py"], "stage": "sft", "flags": {}})
+        state = SimpleNamespace(is_world_process_zero=True, global_step=checkpoint)
+        board.on_train_begin(args, state, None)
+        for state.global_step in steps:
+            board.on_log(args, state, None, logs={"loss": 10.0 * checkpoint + state.global_step})
+        board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("learning/loss/train")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
+
+
+def test_an_evaluation_alone_has_the_same_names(stage, tiny_checkpoint, tmp_path):
+    words = ["--model_name_or_path", tiny_checkpoint("llama"), "--output_dir", tmp_path / "out", "--do_eval"]
+    stage(
+        "supervised_finetuning", *words, "--validation_file_dir", "data/finetune/validation", "--max_eval_samples", 4
+    )
+    events = EventAccumulator(str(tmp_path / "out" / "logs"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert "learning/loss/validation" in events.Tags()["scalars"] and "eval/loss" not in events.Tags()["scalars"]
+    assert "samples/1/text_summary" in events.Tags()["tensors"]
 
 
 def test_no_access_token_is_written(run):

@@ -302,7 +302,7 @@ def test_checkpoints_stand_at_the_ends_of_rollouts_and_resume_there(stage, words
     whole = stage("ppo_training", *flags)
     # asked for after 3, 6, 9, 12 and 15 updates, of which a rollout has four
     assert {path.name for path in whole.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12", "checkpoint-16"}
-    assert [log["step"] for log in history(whole) if "eval_reward" in log] == [8, 12, 16, 16]
+    assert [log["step"] for log in history(whole) if "eval_reward" in log] == [8, 12, 16]
     assert state(whole / "checkpoint-8")["rollouts"] == 2
     stopped = whole.parent / "stopped"
     (stopped).mkdir()

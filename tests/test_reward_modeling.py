@@ -183,7 +183,7 @@ def test_what_is_too_long_is_cut_or_counted(stage, words, source, target, kept, 
 def test_evaluation_between_steps_does_not_turn_training_off(stage, words):
     out = stage("reward_modeling", *words(eval_strategy="steps", eval_steps=1))
     assert manifest(out)["steps"] == 2
-    assert [log["step"] for log in history(out) if "eval_accuracy" in log] == [1, 2, 2]
+    assert [log["step"] for log in history(out) if "eval_accuracy" in log] == [1, 2]
 
 
 @pytest.mark.distributed

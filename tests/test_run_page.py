@@ -118,6 +118,12 @@ def test_it_says_what_ran_on_what_and_to_what_end():
     assert page.text.count("as it stands there") == 1
 
 
+def test_blocks_of_one_text_are_kept_apart():
+    blocks = [{"where": "a.txt", "prompt": p, "texts": [{"label": "answer", "text": f"after {p}"}]} for p in "xy"]
+    page = Reader(page_of("mine", manifest(), HISTORY, [(0, blocks)]))
+    assert page.text.count("after x") == page.text.count("after y") == 1
+
+
 def test_nothing_in_it_runs_and_nothing_is_fetched():
     evil = manifest(
         error=SCRIPT,
@@ -252,6 +258,41 @@ def test_a_run_that_fails_leaves_its_page(stage, tiny_checkpoint, tmp_path, monk
     assert "failed" in found.text and "RuntimeError: the disk is full: <b>" in found.text and "b" not in found.open
     assert found.tags.count("svg") >= 3, "the curves up to there"
     assert (tmp_path / "out" / "loss.png").is_file()
+
+
+def test_what_is_only_looked_at_does_not_end_a_run(stage, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("stagewise.run.write_page", full)
+    monkeypatch.setattr("stagewise.eval_samples.likeliest_answers", full)
+    out = stage("supervised_finetuning", *flags(tmp_path, tiny_checkpoint("llama")))
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    assert (out / "adapter_model.safetensors").is_file()
+    said = capsys.readouterr().err
+    assert "report.html and the pictures were not written: OSError: no space left on device" in said
+    assert "--eval_samples: none at step 2: OSError: no space left on device" in said
+
+
+def test_samples_of_an_earlier_run_are_not_shown(stage, tiny_checkpoint, tmp_path):
+    (tmp_path / "out" / "eval_samples").mkdir(parents=True)
+    left = {"where": "v.jsonl:1", "prompt": "p", "texts": [{"label": "answer", "text": "of a run that failed"}]}
+    (tmp_path / "out" / "eval_samples" / "step-7.jsonl").write_text(json.dumps(left) + "\n")
+    out = stage(
+        "supervised_finetuning", *flags(tmp_path, tiny_checkpoint("llama"), eval_strategy="steps", eval_steps=1)
+    )
+    found = page(out).text
+    assert "answer at step 2" in found and "of a run that failed" not in found
+    assert "IntervalStrategy" not in found, "a flag as it is given"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in history if "eval_runtime" in log] == [1, 2], (
+        "the last step's counts at the end, too"
+    )
+    last = json.loads((out / "eval_results.json").read_text())
+    assert (
+        last["eval_loss"] == history[-2]["eval_loss"]
+        and last == json.loads((out / "run.json").read_text())["metrics"]["eval"]
+    )
 
 
 def test_a_run_that_fails_before_it_trained_writes_over_nothing(stage, tiny_checkpoint, tmp_path):
