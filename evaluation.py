@@ -29,7 +29,7 @@ from stagewise.adapter_files import read_adapter_config
 from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
 from stagewise.conversation import RecordError, parse_conversation, parse_preference
 from stagewise.evaluation_answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
-from stagewise.evaluation_arguments import COMPARISON, PAGE, Job, prepare_folder, read_flags, refuse
+from stagewise.evaluation_arguments import COMPARISON, PAGE, Job, output_folder, read_flags, refuse
 from stagewise.evaluation_benchmarks import Benchmarks
 from stagewise.evaluation_compare import METRICS, PARTS, write_comparison
 from stagewise.evaluation_numbers import BENCHMARK_METRICS, LEVEL, RM_METRICS, SFT_METRICS, by_length, measure
@@ -40,6 +40,7 @@ from stagewise.evaluation_page import (
     metric_table,
     page,
     pair_section,
+    shown,
 )
 from stagewise.evaluation_pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
 from stagewise.evaluation_text import PACKAGES, check_packages
@@ -62,7 +63,7 @@ Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
 def read_test(job: Job, parse_record: Callable[[dict[str, Any], str], Record]) -> tuple[list[Record], Account]:
     """The parsed records of --test_file and the account of them. Raises ArgumentError, RecordError."""
     files = find_files(job.args.test_file, RECORD_FILES, "--test_file")
-    rejected = job.folder / "rejected.jsonl"
+    rejected = job.work / "rejected.jsonl"
     how = {"on_bad_record": job.args.on_bad_record, "rejected_path": rejected, "max_samples": job.args.max_samples}
     return load_records(files, parse_record, **how)
 
@@ -80,7 +81,7 @@ def prepared(
                 raise
             account.leave_out(error.reason)
             account.kept -= 1
-            write_rejected(job.folder / "rejected.jsonl", error, account.again(error.where))
+            write_rejected(job.work / "rejected.jsonl", error, account.again(error.where))
             continue
         found.append(ready)
         account.cut += cut
@@ -121,7 +122,7 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
         )
         rewards = rewards_of(scorer, speaker, questions, answers, longest, size)
     rows = answer_rows(speaker, questions, answers, losses, rewards)
-    write_rows(job.folder / PARTS["sft"][0], rows)
+    write_rows(job.work / PARTS["sft"][0], rows)
     parts = {"all": measure(rows, SFT_METRICS)}
     languages = sorted({row["language"] for row in rows})
     if len(languages) > 1:
@@ -141,13 +142,13 @@ def measure_pairs(job: Job, records: tuple[list, Account]) -> tuple[dict[str, An
     pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
     logger.info(f"test: {len(pairs)} pairs")
     rows = pair_rows(pairs, scorer([pair.example for pair in pairs], job.args.batch_size))
-    write_rows(job.folder / PARTS["rm"][0], rows)
+    write_rows(job.work / PARTS["rm"][0], rows)
     found, lengths = measure(rows, RM_METRICS), by_length(rows)
     numbers = metric_table({"all": found}, RM_METRICS, f"{len(rows)} pairs")
     by_lengths = [["tokens", "pairs", "accuracy", "margin"]]
     for name, part in lengths.items():
-        cells = metric_table({"": part}, RM_METRICS)[1:]
-        by_lengths.append([name, str(part["correct"]["records"]), *(cell for _, cell in cells)])
+        cells = (shown(part[metric.name], metric) for metric in RM_METRICS[:2])
+        by_lengths.append([name, str(part["correct"]["records"]), *cells])
     print(f"{as_text(numbers)}\n\n{as_text(by_lengths)}\n")
     return {"records": account.as_dict(), "all": found, "by_length": lengths}, pair_section(rows, numbers, by_lengths)
 
@@ -155,16 +156,15 @@ def measure_pairs(job: Job, records: tuple[list, Account]) -> tuple[dict[str, An
 def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tuple[dict[str, Any], list[str]]:
     """What metrics.json says of the benchmarks, and their sections of the page."""
     found, rows = benchmarks.run(speaker, job.args.batch_size, job.args.apply_chat_template)
-    write_rows(job.folder / PARTS["benchmarks"][0], rows)
+    write_rows(job.work / PARTS["benchmarks"][0], rows)
     sections, metric = [], BENCHMARK_METRICS[0]
     for name, numbers in found.items():
-        parts = {**{f"  {each}": part for each, part in numbers["subjects"].items()}}
+        parts = {f"  {each}": part for each, part in numbers["subjects"].items()}
         parts |= {f"group {each}": part for each, part in numbers.get("groups", {}).items()}
-        table = [[f"{name}, {numbers['num_fewshot']}-shot", "questions", "accuracy"]]
+        table = [[f"{name}, {numbers['num_fewshot']}-shot", "questions", numbers["metric"]]]
         for each, part in {**parts, "in all": numbers["all"]}.items():
-            cells = metric_table({"": part}, [metric])[1:]
-            if cells:
-                table.append([each, str(part[metric.name]["records"]), cells[0][1]])
+            if metric.name in part:
+                table.append([each, str(part[metric.name]["records"]), shown(part[metric.name], metric)])
         if numbers["mean_of_subjects"] is not None:
             table.append(["mean of the subjects", "", f"{numbers['mean_of_subjects']:.4f}"])
         print(as_text(table) + "\n")
@@ -228,28 +228,31 @@ def evaluate(job: Job) -> None:
     found |= {"level": LEVEL, "flags": flags, "versions": versions(), "seconds": round(time.time() - began, 1)}
     title = f"Evaluation of {model.lora_model or model.base_model}"
     about = {name: str(value) for name, value in found["model"].items()} | {"intervals": f"{LEVEL:.0%}"}
-    (job.folder / PAGE).write_text(page(title, about, sections), encoding="utf-8")
+    (job.work / PAGE).write_text(page(title, about, sections), encoding="utf-8")
     text = json.dumps(found, indent=2, ensure_ascii=False, default=str)
-    (job.folder / METRICS).write_text(text + "\n", encoding="utf-8")
-    logger.info(f"written: {job.folder / METRICS}, {job.folder / PAGE}")
+    (job.work / METRICS).write_text(text + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     set_up_logging()
     try:
         job = read_flags(argv)
-        prepare_folder(job)
-        if job.args.compare:
-            table, sentences = write_comparison(job.args.compare, job.folder)
-            print("\n".join([as_text(table), "", *sentences]))
-            logger.info(f"written: {', '.join(str(job.folder / name) for name in COMPARISON)}")
-        else:
-            evaluate(job)
+        with output_folder(job):
+            if job.args.compare:
+                table, sentences = write_comparison(job.args.compare, job.work)
+                print("\n".join([as_text(table), "", *sentences]))
+            else:
+                evaluate(job)
+        written = COMPARISON if job.args.compare else (METRICS, PAGE)
+        logger.info(f"written: {', '.join(str(job.folder / name) for name in written)}")
     except ValueError as error:
         if not type(error).__module__.startswith("stagewise"):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        logger.warning("stopped; nothing was written")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -89,7 +89,11 @@ def in_batches(lengths: Sequence[int], size: int, title: str) -> Iterator[list[i
 
 @torch.no_grad()
 def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
-    """(negative log-likelihood in nats, learned tokens) of each example: what the stage's validation computes."""
+    """(negative log-likelihood in nats, learned tokens) of each example: what the stage's validation computes.
+
+    Raises:
+        SpeakerError: for a loss that is no number.
+    """
     collate, keep = PaddedCollator(speaker.tokenizer.pad_token_id), takes_kept_logits(speaker.model)
     device = speaker.model.get_input_embeddings().weight.device
     scaled = (rotations(speaker.base.config.get_text_config()) or {}).get("rope_type")
@@ -100,6 +104,11 @@ def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: 
         with settled_rotations(speaker.base, inputs["input_ids"].shape[1]):
             logits, targets = learned_logits(speaker.model, inputs, keep)
         losses = document_sums(token_nll(logits, targets), inputs)
+        if not torch.isfinite(losses).all():
+            raise SpeakerError(
+                "--model_name_or_path: gives a loss that is NaN or infinite; load it with --torch_dtype bfloat16 or "
+                "float32"
+            )
         counts = (targets != IGNORE_INDEX).sum(dim=1)
         for index, loss, count in zip(batch, losses.tolist(), counts.tolist(), strict=True):
             found[index] = (loss, count)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -68,7 +71,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
+        """Where everything stands in the end."""
         return Path(self.args.output_dir)
+
+    @property
+    def work(self) -> Path:
+        """Where it stands while the evaluation runs."""
+        return self.folder / ".unfinished"
 
 
 # ── flags ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -106,6 +115,9 @@ def read_flags(argv: list[str] | None) -> Job:
     names = {f.name for f in fields(SamplingArguments)} | {f.name for f in fields(PairArguments)}
     if not args.test_file:
         refuse(job, names | {"reward_model_name_or_path", "reward_label", "on_bad_record"}, "without --test_file")
+        if not args.apply_chat_template:
+            chat = {"template_name", "force_template", "enable_thinking"}
+            refuse(job, chat, "without --test_file or --apply_chat_template")
     if not args.benchmarks:
         refuse(job, {"benchmark_dir", "num_fewshot", "apply_chat_template"}, "without --benchmarks")
     if not args.reward_model_name_or_path:
@@ -131,8 +143,15 @@ def settle_sampling(sampling: SamplingArguments) -> None:
         sampling.seed = 0
 
 
-def prepare_folder(job: Job) -> None:
-    """Raises ArgumentError if --output_dir holds an evaluation that must not be replaced; else clears that."""
+@contextmanager
+def output_folder(job: Job) -> Iterator[None]:
+    """The context in which `job.work` is filled; what is there in the end goes to --output_dir, whole or not at all.
+
+    An earlier evaluation stays as it is until then.
+
+    Raises:
+        ArgumentError: if --output_dir holds an evaluation that must not be replaced, or is a file.
+    """
     folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
     if folder.is_file():
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
@@ -143,6 +162,14 @@ def prepare_folder(job: Job) -> None:
         )
     if folder.resolve() in [Path(each).resolve() for each in job.args.compare]:
         raise ArgumentError(f"--output_dir {folder}: is one of those compared; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:
-        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(job.work, ignore_errors=True)
+    job.work.mkdir(parents=True)
+    try:
+        yield
+        for name in WRITTEN:
+            (folder / name).unlink(missing_ok=True)
+        for name in reversed(WRITTEN):  # metrics.json last: where it is, the rest is
+            if (job.work / name).exists():
+                os.replace(job.work / name, folder / name)
+    finally:
+        shutil.rmtree(job.work, ignore_errors=True)

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from stagewise.speaker import Speaker
 
 TASKS = {"mmlu": "mmlu", "cmmlu": "cmmlu", "ceval": "ceval-valid"}  # our name of a set -> lm-eval's
 FOLDERS = {"mmlu": "mmlu/default", "cmmlu": "cmmlu", "ceval": "ceval"}  # of their tasks in lm-eval
+_TITLES = {"acc": "accuracy"}  # lm-eval's name of a metric -> as tables call it
 SHOTS = 5  # examples before each question of the three, as their papers have it
 
 
@@ -46,6 +47,8 @@ class Benchmarks:
         check_packages({"lm_eval": "lm-eval"}, "--benchmarks")
         if shots is not None and shots < 0:
             raise ArgumentError(f"--num_fewshot: expected 0 or more, found {shots}")
+        if not names:
+            raise ArgumentError("--benchmarks: names no set; mmlu, cmmlu, ceval, or a task of lm-eval")
         if len(set(names)) < len(names):
             raise ArgumentError(f"--benchmarks {','.join(names)}: names a set twice")
         _quiet()
@@ -111,6 +114,7 @@ class Benchmarks:
         from lm_eval.models.huggingface import HFLM
 
         model = HFLM(speaker.model, tokenizer=speaker.tokenizer, batch_size=batch_size, max_length=speaker.context)
+        is_cut = partial(longer_than, tokenizer=speaker.tokenizer, context=speaker.context, answer=model.max_gen_toks)
         found, rows = {}, []
         for name in self.names:
             with _without_bars():
@@ -123,30 +127,18 @@ class Benchmarks:
                     task_manager=self.manager,
                     bootstrap_iters=0,
                 )
-            own = [row for task in results["samples"] for row in self._rows(name, task, results["samples"][task])]
+            own = []
+            for task, samples in results["samples"].items():
+                entry = self.manager.task_index.get(task)
+                own += question_rows(name, task, samples, entry.tags if entry else (), is_cut)
             found[name] = self._summary(name, own, results)
+            if cut := found[name]["cut"]:
+                logger.warning(
+                    f"{name}: {cut} of {len(own)} questions are longer than the model's context of {speaker.context} "
+                    "tokens and lost their beginning; a lower --num_fewshot leaves room"
+                )
             rows += own
         return found, rows
-
-    def _rows(self, name: str, task: str, samples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """A row of benchmarks.jsonl for each question."""
-        entry = self.manager.task_index.get(task)
-        tags = entry.tags if entry else ()
-        for sample in samples:
-            value = next((sample[metric] for metric in sample["metrics"] if _is_number(sample[metric])), None)
-            row = {
-                "where": f"{task}:{sample['doc_id'] + 1}",
-                "benchmark": name,
-                "subject": subject_of(name, task),
-                "group": next((tag.removeprefix(f"{name}_").removesuffix("_tasks") for tag in sorted(tags)), None),
-                "question": sample["doc"],
-                "correct": None if value is None else float(value),
-            }
-            if isinstance(sample["target"], int) and len(sample["filtered_resps"]) > 1:
-                row |= _choice([float(response[0]) for response in sample["filtered_resps"]], sample["target"])
-            else:
-                row |= {"target": sample["target"], "answer": sample["filtered_resps"]}
-            yield row
 
     def _summary(self, name: str, rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
         """The set in all, the mean of its subjects, and each subject, with lm-eval's own numbers beside."""
@@ -161,6 +153,8 @@ class Benchmarks:
         found = {
             "source": "folder" if name in self.local else "hub",
             "num_fewshot": shots[0] if len(shots) == 1 else shots,
+            "cut": sum(row["cut"] for row in rows),
+            "metric": ", ".join(sorted({_TITLES.get(row["metric"], row["metric"]) for row in rows if row["metric"]})),
             "all": measure(rows, BENCHMARK_METRICS),
             "mean_of_subjects": sum(means) / len(means) if means else None,
             "subjects": subjects,
@@ -181,6 +175,50 @@ def _manager(names: Sequence[str]) -> Any:
     if set(names) <= set(FOLDERS):
         return lm_eval.tasks.TaskManager(include_defaults=False, include_path=[folder / FOLDERS[n] for n in names])
     return lm_eval.tasks.TaskManager()
+
+
+def question_rows(
+    name: str,
+    task: str,
+    samples: Sequence[dict[str, Any]],
+    tags: Iterable[str],
+    is_cut: Callable[[Sequence[tuple[Any, ...]]], bool],
+) -> Iterator[dict[str, Any]]:
+    """A row of benchmarks.jsonl for each question.
+
+    Where a task reads an answer in several ways (lm-eval's filters), there is a sample for each: the first counts.
+    """
+    for sample in samples:
+        if sample["filter"] != samples[0]["filter"]:
+            continue
+        metric = next((metric for metric in sample["metrics"] if _is_number(sample[metric])), None)
+        row = {
+            "where": f"{task}:{sample['doc_id'] + 1}",
+            "benchmark": name,
+            "subject": subject_of(name, task),
+            "group": next((tag.removeprefix(f"{name}_").removesuffix("_tasks") for tag in sorted(tags)), None),
+            "question": sample["doc"],
+            "cut": is_cut(sample["arguments"]),
+            "metric": metric,
+            "correct": None if metric is None else float(sample[metric]),
+        }
+        if isinstance(sample["target"], int) and len(sample["filtered_resps"]) > 1:
+            row |= _choice([float(response[0]) for response in sample["filtered_resps"]], sample["target"])
+        else:
+            row |= {"target": sample["target"], "answer": sample["filtered_resps"]}
+        yield row
+
+
+def longer_than(asked: Sequence[tuple[Any, ...]], *, tokenizer: Any, context: int, answer: int) -> bool:
+    """Whether lm-eval cuts the beginning of what is asked: (prompt, choice) or (prompt, settings of an answer)."""
+    for prompt, more in (each for each in asked if len(each) == 2):
+        if isinstance(more, str):
+            text, room = prompt + more, context + 1  # the last token of a choice is not read
+        else:
+            text, room = prompt, context - more.get("max_gen_toks", answer)
+        if len(text.encode()) > room and len(tokenizer.encode(text)) > room:  # a token has a byte at least
+            return True
+    return False
 
 
 def subject_of(name: str, task: str) -> str:

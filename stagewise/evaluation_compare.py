@@ -6,6 +6,7 @@ Differences are taken on the records that two evaluations share, draw by draw.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,40 +36,54 @@ PARTS: dict[str, tuple[str, Sequence[Metric]]] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation left: its folder, its metrics.json, and its rows by part and place."""
+    """What an evaluation left: its folder, what to call it, its metrics.json, and its rows by part and place."""
 
     folder: Path
+    name: str
     metrics: dict[str, Any]
     rows: dict[str, dict[str, Row]]
 
-    @property
-    def name(self) -> str:
-        """The folder, and the stage that made the model where that is known."""
-        stage = self.metrics.get("model", {}).get("stage")
-        return f"{self.folder.name} ({stage})" if stage else self.folder.name
 
-
-def read_evaluation(folder: str) -> Evaluation:
-    """Reads the --output_dir of an evaluation.
+def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
+    """Reads the --output_dir of each evaluation; its name is as much of the path as tells it from the others.
 
     Raises:
-        ArgumentError: for a folder that is none, or from which files are gone.
+        ArgumentError: for a folder that is none, is named twice, or from which files are gone.
     """
+    paths = [Path(folder).resolve().parts for folder in folders]
+    if len(paths) < 2:
+        raise ArgumentError("--compare: give two folders or more, each the --output_dir of an evaluation")
+    if len(set(paths)) < len(paths):
+        raise ArgumentError(f"--compare {' '.join(folders)}: names a folder twice")
+    depth = next(n for n in range(1, max(map(len, paths)) + 1) if len({path[-n:] for path in paths}) == len(paths))
+    return [_read(folder, "/".join(path[-depth:])) for folder, path in zip(folders, paths, strict=True)]
+
+
+def _read(folder: str, name: str) -> Evaluation:
+    """One evaluation, called `name` and the stage that made the model where that is known."""
     path = Path(folder)
     if not (path / METRICS).is_file():
         raise ArgumentError(
             f"--compare {folder}: holds no {METRICS}; give the --output_dir of a run of evaluation.py on a model"
         )
-    metrics = json.loads((path / METRICS).read_text(encoding="utf-8"))
     rows = {}
-    for part, (name, _) in PARTS.items():
-        if part not in metrics:
-            continue
-        if not (path / name).is_file():
-            raise ArgumentError(f"--compare {folder}: {name} is gone, which {METRICS} speaks of; evaluate again")
-        with (path / name).open(encoding="utf-8") as file:
-            rows[part] = {row["where"]: row for row in map(json.loads, file)}
-    return Evaluation(path, metrics, rows)
+    try:
+        metrics = json.loads((path / METRICS).read_text(encoding="utf-8"))
+        for part, (file, _) in PARTS.items():
+            if part not in metrics:
+                continue
+            if not (path / file).is_file():
+                raise ArgumentError(f"--compare {folder}: {file} is gone, which {METRICS} speaks of; evaluate again")
+            with (path / file).open(encoding="utf-8") as lines:
+                rows[part] = {row["where"]: row for row in map(json.loads, lines)}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--compare {folder}: its files are damaged ({error}); evaluate again") from error
+    if not rows:
+        raise ArgumentError(
+            f"--compare {folder}: {METRICS} is none of evaluation.py's; give the --output_dir of a run"
+        )
+    stage = metrics.get("model", {}).get("stage")
+    return Evaluation(path, f"{name} ({stage})" if stage else name, metrics, rows)
 
 
 def lines_of(evaluations: Sequence[Evaluation]) -> list[tuple[str, Metric, list[dict[str, float] | None]]]:
@@ -82,7 +97,8 @@ def lines_of(evaluations: Sequence[Evaluation]) -> list[tuple[str, Metric, list[
     for name in names:
         sets = [each.metrics.get("benchmarks", {}).get(name, {}) for each in evaluations]
         metric = BENCHMARK_METRICS[0]
-        found.append((f"{name}, accuracy", metric, [each.get("all", {}).get(metric.name) for each in sets]))
+        title = f"{name}, {next(each['metric'] for each in sets if each)}"
+        found.append((title, metric, [each.get("all", {}).get(metric.name) for each in sets]))
     return [line for line in found if any(number is not None for number in line[2])]
 
 
@@ -100,10 +116,42 @@ def shared_rows(first: Evaluation, other: Evaluation, part: str) -> tuple[dict[s
     return {where: one[where] for where in same}, {where: two[where] for where in same}
 
 
+def settings_of(one: Evaluation, part: str) -> dict[str, Any]:
+    """What the numbers of a part follow from beside the model and the records."""
+    flags, found = one.metrics.get("flags", {}), {}
+    if part == "sft":
+        said = one.metrics["sft"].get("sampling", {})
+        drawn = ("temperature", "top_p", "top_k", "min_p") if said.get("do_sample") else ()
+        names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size", *drawn)
+        found |= {name: said.get(name) for name in names}
+        scorer = flags.get("reward_model_name_or_path")
+        found["reward_model_name_or_path"] = scorer and os.path.normpath(scorer)
+    elif part == "rm":
+        found |= {name: flags.get(name) for name in ("max_source_length", "max_target_length")}
+    else:
+        found["apply_chat_template"] = bool(flags.get("apply_chat_template"))
+        found |= {f"num_fewshot of {name}": each.get("num_fewshot") for name, each in one.metrics[part].items()}
+    return found
+
+
+def unlike(first: Evaluation, other: Evaluation) -> list[str]:
+    """A sentence for each setting in which two evaluations differ: their numbers may differ for that alone."""
+    found = []
+    for part in (part for part in PARTS if part in first.rows and part in other.rows):
+        one, two = settings_of(first, part), settings_of(other, part)
+        found += [
+            f"not asked alike: {name} was {one[name]} for {first.name}, {two[name]} for {other.name}"
+            for name in one
+            if name in two and one[name] != two[name]
+        ]
+    return found
+
+
 def compared(first: Evaluation, other: Evaluation) -> list[tuple[str, Difference]]:
     """(title, difference) of every metric that both have on shared records; benchmarks one by one.
 
-    Perplexity is a number a token: it is left out where the models cut a record into different numbers of them.
+    Perplexity is a number a token: it is left out where the models cut a record into different numbers of them. So is
+    the reward where two reward models gave it.
     """
     found = []
     for part, (_, metrics) in PARTS.items():
@@ -111,10 +159,15 @@ def compared(first: Evaluation, other: Evaluation) -> list[tuple[str, Difference
         if part == "benchmarks":
             for name in sorted({row["benchmark"] for row in one.values()}):
                 own = {where: row for where, row in one.items() if row["benchmark"] == name}
-                found += [(f"{name}, accuracy", each) for each in differences(own, two, metrics)]
+                title = f"{name}, {first.metrics[part][name]['metric']}"
+                found += [(title, each) for each in differences(own, two, metrics)]
             continue
-        alike = all(one[where].get("tokens") == two[where].get("tokens") for where in one)
-        chosen = [metric for metric in metrics if alike or metric.name != "perplexity"]
+        odd = set()
+        if any(one[where].get("tokens") != two[where].get("tokens") for where in one):
+            odd.add("perplexity")
+        if one and len({settings_of(each, part).get("reward_model_name_or_path") for each in (first, other)}) > 1:
+            odd.add("reward")
+        chosen = [metric for metric in metrics if metric.of_model and metric.name not in odd]
         found += [(each.metric.title, each) for each in differences(one, two, chosen)]
     return found
 
@@ -136,7 +189,7 @@ def draw_comparison(evaluations: Sequence[Evaluation], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = lines_of(evaluations)
+    lines = [line for line in lines_of(evaluations) if line[1].of_model]
     columns = min(3, len(lines))
     rows = -(-len(lines) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
@@ -166,11 +219,9 @@ def write_comparison(folders: Sequence[str], output: Path) -> tuple[list[list[st
         the table, and a sentence for every metric that the first shares with each of the others.
 
     Raises:
-        ArgumentError: for folders that are no evaluations, or that have nothing in common.
+        ArgumentError: for folders that are no evaluations.
     """
-    if len(set(folders)) < 2:
-        raise ArgumentError("--compare: give two folders or more, each the --output_dir of an evaluation")
-    evaluations = [read_evaluation(folder) for folder in folders]
+    evaluations = read_evaluations(folders)
     first, *others = evaluations
     rows, sentences, found = comparison_table(evaluations), [], []
     for other in others:
@@ -179,6 +230,7 @@ def write_comparison(folders: Sequence[str], output: Path) -> tuple[list[list[st
             numbers = {"first": each.first, "other": each.other, "difference": each.difference}
             numbers |= {"low": each.low, "high": each.high, "records": each.records, "verdict": each.verdict}
             found.append({"metric": title, "first_dir": str(first.folder), "other_dir": str(other.folder), **numbers})
+        sentences += unlike(first, other)
     output.mkdir(parents=True, exist_ok=True)
     result = {
         "directories": [str(each.folder) for each in evaluations],

@@ -39,6 +39,7 @@ class Metric:
         of: the columns' sums (C,) and the number of records -> the metric.
         better: 1 more is better, -1 less is better, 0 neither.
         digits: behind the point in tables.
+        of_model: False for what the records alone say, in which models do not differ.
     """
 
     name: str
@@ -47,15 +48,16 @@ class Metric:
     of: Callable[[Sequence[float], int], float]
     better: int = 1
     digits: int = 3
+    of_model: bool = True
 
 
 def _mean(sums: Sequence[float], count: int) -> float:
     return float(sums[0] / count)
 
 
-def mean_of(name: str, title: str, better: int = 1, digits: int = 3) -> Metric:
+def mean_of(name: str, title: str, better: int = 1, digits: int = 3, of_model: bool = True) -> Metric:
     """The mean of a column of the same name."""
-    return Metric(name, title, (name,), _mean, better, digits)
+    return Metric(name, title, (name,), _mean, better, digits, of_model)
 
 
 def _perplexity(sums: Sequence[float], count: int) -> float:
@@ -68,15 +70,15 @@ SFT_METRICS = (
     Metric("bleu", "BLEU", BLEU_COUNTS, lambda sums, count: bleu(list(sums)), 1, 2),
     mean_of("reward", "reward model's score"),
     mean_of("answer_tokens", "answer, tokens", 0, 1),
-    mean_of("reference_tokens", "reference, tokens", 0, 1),
+    mean_of("reference_tokens", "reference, tokens", 0, 1, of_model=False),
     mean_of("ended", "answers that end by themselves"),
 )
 RM_METRICS = (
     mean_of("correct", "accuracy"),
-    mean_of("margin", "margin", 1, 3),
+    mean_of("margin", "margin", 0),  # each reward model has a scale of its own
     mean_of("chosen", "score of the chosen", 0),
     mean_of("rejected", "score of the rejected", 0),
-    mean_of("longer_is_better", "accuracy of preferring the longer", 0),
+    mean_of("longer_is_better", "accuracy of preferring the longer", 0, of_model=False),
 )
 BENCHMARK_METRICS = (mean_of("correct", "accuracy", 1, 4),)
 

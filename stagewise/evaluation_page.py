@@ -6,12 +6,15 @@ is escaped, and the page forbids a browser to run or load anything.
 
 from __future__ import annotations
 
+import shutil
+import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from stagewise.evaluation_numbers import Metric, Row
+from stagewise.html_pieces import table
 
 SHOWN = 10  # records on either side
 LONGEST = 4000  # characters of a text on the page
@@ -19,9 +22,9 @@ LONGEST = 4000  # characters of a text on the page
 STYLE = """
 :root { color-scheme: light dark; --edge: #8884; --good: #2e7d32; --bad: #c62828; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--edge); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--edge); text-align: left; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 article { border: 1px solid var(--edge); border-radius: .5rem; padding: .5rem 1rem; margin: 1rem 0; }
 article.best { border-left: .35rem solid var(--good); } article.worst { border-left: .35rem solid var(--bad); }
 h3 { margin: .25rem 0; font-size: 1rem; } .numbers { opacity: .75; font-size: .85rem; }
@@ -63,9 +66,20 @@ def width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal; its first row is the header, its first column stands on the left."""
+def as_text(rows: Sequence[Sequence[str]], room: int | None = None) -> str:
+    """A table for the terminal; its first row is the header, its first column stands on the left.
+
+    What is wider than `room` columns (default: the terminal's) goes on below, behind the first column again.
+    """
+    if room is None and sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns
     widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    fit = len(widths)
+    while room and fit > 2 and sum(widths[:fit]) + 2 * (fit - 1) > room:
+        fit -= 1
+    if fit < len(widths):
+        rest = as_text([[row[0], *row[fit:]] for row in rows], room)
+        return f"{as_text([row[:fit] for row in rows], room)}\n\n{rest}"
 
     def line(row: Sequence[str]) -> str:
         cells = [" " * (room - width(cell)) + cell for cell, room in zip(row, widths, strict=True)]
@@ -95,11 +109,13 @@ def section(title: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    def line(row: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
+def _numbers(rows: Sequence[Sequence[str]]) -> str:
+    return table(rows[0], rows[1:], numbers=range(1, len(rows[0])))
 
-    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
+
+def _words(value: Any) -> str:
+    """A field of a benchmark's question; a list, such as MMLU's choices, has a line for each of its parts."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def card(title: str, numbers: str, texts: Mapping[str, str], kind: str) -> str:
@@ -144,7 +160,7 @@ def answer_section(rows: Sequence[Row], numbers: Sequence[Sequence[str]]) -> str
         )
 
     best, worst = ends(rows, "rougeL")
-    return section("Answers", table(numbers), "<h3>Nearest to the reference</h3>", cards(best, "best"),
+    return section("Answers", _numbers(numbers), "<h3>Nearest to the reference</h3>", cards(best, "best"),
                    "<h3>Farthest from it</h3>", cards(worst, "worst"))  # fmt: skip
 
 
@@ -164,7 +180,7 @@ def pair_section(rows: Sequence[Row], *numbers: Sequence[Sequence[str]]) -> str:
         )
 
     best, worst = ends(rows, "margin")
-    return section("Pairs", *map(table, numbers), "<h3>Largest margins</h3>", cards(best, "best"),
+    return section("Pairs", *map(_numbers, numbers), "<h3>Largest margins</h3>", cards(best, "best"),
                    "<h3>Smallest margins, and wrong ones</h3>", cards(worst, "worst"))  # fmt: skip
 
 
@@ -179,11 +195,13 @@ def benchmark_section(name: str, rows: Sequence[Row], numbers: Sequence[Sequence
             card(
                 row["where"],
                 f"answers {row['answer']} with {row['probabilities'][row['answer']]:.0%}, right is {row['target']}",
-                {key: str(value) for key, value in row["question"].items()},
+                {key: _words(value) for key, value in row["question"].items()},
                 kind,
             )
             for row in found[:SHOWN]
         )
 
-    return section(name, table(numbers), "<h3>Surest and right</h3>", cards(1.0, "best"),
+    if not chosen:
+        return section(name, _numbers(numbers))
+    return section(name, _numbers(numbers), "<h3>Surest and right</h3>", cards(1.0, "best"),
                    "<h3>Surest and wrong</h3>", cards(0.0, "worst"))  # fmt: skip

@@ -115,10 +115,8 @@ def pair_rows(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> l
     """A row of scores.jsonl for each pair: the words and every number of RM_METRICS; a tie counts one half."""
     rows = []
     for pair, (chosen, rejected) in zip(pairs, scores, strict=True):
-        prompt, lengths = (
-            pair.preference.prompt,
-            [_answer_tokens(pair.example, side) for side in ("chosen", "rejected")],
-        )
+        prompt = pair.preference.prompt
+        lengths = [_answer_tokens(pair.example, side) for side in ("chosen", "rejected")]
         rows.append(
             {
                 "where": pair.preference.where,

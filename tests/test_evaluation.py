@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import evaluation
-from stagewise import evaluation_csv, evaluation_numbers, evaluation_page, evaluation_text
+from stagewise import evaluation_benchmarks, evaluation_csv, evaluation_numbers, evaluation_page, evaluation_text
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import parse_conversation
 from stagewise.evaluation_arguments import EvaluationArguments
 from stagewise.evaluation_benchmarks import SHOTS
-from stagewise.evaluation_compare import compared, read_evaluation, sentence, write_comparison
+from stagewise.evaluation_compare import compared, read_evaluations, sentence, write_comparison
 from stagewise.evaluation_numbers import BENCHMARK_METRICS, RM_METRICS, SFT_METRICS, differences, measure
 from template import TEMPLATES
 
@@ -69,6 +69,7 @@ def refused(capsys, *words) -> str:
         ("the the", "the cat", 1 / 2, 0, 1 / 2),  # "the" stands once in the reference: it counts once
         ("mat the on sat cat the", "the cat sat on the mat", 1, 0, 1 / 2),  # three stand in order: "the cat the"
         ("un café noir", "un café", 4 / 5, 2 / 3, 4 / 5),
+        ("हिन्दी में", "में हिन्दी", 1, 0, 1 / 2),  # two words, whose marks are no letters
         ("", "anything", 0, 0, 0),
         ("…", "anything", 0, 0, 0),
     ],
@@ -120,10 +121,18 @@ def test_bleu_by_hand():
     assert evaluation_text.bleu(list(counts.values())) == pytest.approx(expected)
 
 
-def test_bleu_of_many_is_that_of_the_corpus():
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("the cat sat on a mat", "the cat sat on the mat"), ("drink some water", "drink a lot of water now")],
+        [("rest and drink water", "drink some water"), ("see a doctor", "ask a doctor today")],  # no three in a row
+        [("yes", "no"), ("one", "two")],
+        [("", "no"), ("yes", "yes")],
+    ],
+)
+def test_bleu_of_many_is_that_of_the_corpus(pairs):
     from sacrebleu import corpus_bleu
 
-    pairs = [("the cat sat on a mat", "the cat sat on the mat"), ("drink some water", "drink a lot of water now")]
     rows = [evaluation_text.bleu_counts(*pair, "other") for pair in pairs]
     found = measure(rows, [metric for metric in SFT_METRICS if metric.name == "bleu"])["bleu"]["value"]
     assert found == pytest.approx(corpus_bleu([a for a, _ in pairs], [[r for _, r in pairs]]).score)
@@ -434,6 +443,47 @@ def test_virtual_tokens_count_in_benchmarks_and_perplexity(tmp_path, tiny_checkp
     assert row["nll"] == pytest.approx(-logp(tokenizer.encode(text), row["tokens"]), rel=1e-4)
 
 
+def sample(number: int, answer: str, how: str, right: int) -> dict:
+    """What lm-eval keeps of a question that is answered in words."""
+    asked = [("How many?", {"until": ["."]})]
+    found = {"doc_id": number, "doc": {}, "target": "3", "arguments": asked, "filtered_resps": [answer], "filter": how}
+    return {**found, "metrics": ["exact_match"], "exact_match": right}
+
+
+def test_a_question_counts_once_however_its_answer_is_read():
+    samples = [sample(n, "3", "strict", 0) for n in range(2)] + [sample(n, "3", "flexible", 1) for n in range(2)]
+    rows = list(evaluation_benchmarks.question_rows("gsm8k", "gsm8k", samples, (), lambda asked: False))
+    assert [(row["where"], row["correct"], row["metric"]) for row in rows] == [
+        ("gsm8k:1", 0, "exact_match"),
+        ("gsm8k:2", 0, "exact_match"),
+    ]
+
+
+def test_questions_that_lose_their_beginning_are_counted(tmp_path, says, capsys):
+    made_up(tmp_path / "files/mmlu", "mmlu")
+    write_csv(tmp_path / "files/mmlu/test/virology_test.csv", "mmlu", "B")
+    path = tmp_path / "files/mmlu/test/virology_test.csv"
+    path.write_text(path.read_text("utf-8").replace("question 0", "drink " * 5000), encoding="utf-8")
+    flags = ["--benchmarks", "mmlu", "--benchmark_dir", tmp_path / "files", "--num_fewshot", 0]
+    found = run("--model_name_or_path", says("B"), *flags, "--output_dir", tmp_path / "out")["benchmarks"]["mmlu"]
+    assert (found["cut"], found["all"]["correct"]["records"]) == (1, 5)
+    assert [row["where"] for row in lines(tmp_path / "out/benchmarks.jsonl") if row["cut"]] == ["mmlu_virology:1"]
+
+
+def test_what_lm_eval_cuts(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode("drink some water", add_special_tokens=False)
+    ways = {"tokenizer": tokenizer, "answer": 2}
+    count = len(tokenizer.encode("drink some water"))
+    assert len(ids) > 2
+    for context, cut in ((count - 1, False), (count - 2, True)):  # the last token is not read
+        assert evaluation_benchmarks.longer_than([("drink some", " water")], context=context, **ways) == cut
+    for context, cut in ((count + 2, False), (count + 1, True)):
+        assert evaluation_benchmarks.longer_than([("drink some water", {})], context=context, **ways) == cut
+    assert evaluation_benchmarks.longer_than([("drink some water", {"max_gen_toks": 9})], context=count + 2, **ways)
+    assert not evaluation_benchmarks.longer_than([("rolling",)], context=0, **ways)
+
+
 def test_benchmarks_that_are_not_known(tmp_path, says, capsys):
     common = ["--model_name_or_path", says("B"), "--output_dir", tmp_path / "out", "--benchmarks"]
     write_csv(tmp_path / "mmlu/test/anatomie_test.csv", "mmlu", "A")
@@ -441,6 +491,7 @@ def test_benchmarks_that_are_not_known(tmp_path, says, capsys):
     assert "anatomie_test.csv: mmlu has no subject 'anatomie' in lm-eval" in error
     error = refused(capsys, *common, "mmlu,mmlu", "--overwrite_output_dir")
     assert error == "error: --benchmarks mmlu,mmlu: names a set twice"
+    assert "--benchmarks: names no set" in refused(capsys, *common, ",")
 
 
 CONVERSATIONS = [
@@ -502,6 +553,17 @@ def test_perplexity_is_what_transformers_says_of_the_learned_tokens(tmp_path, ti
         learned = sum(label != -100 for label in labels)
         total, count = total + loss * learned, count + learned
     assert found["all"]["perplexity"]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_a_loss_that_is_no_number(tmp_path, tiny_model, tiny_tokenizer, capsys):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    file = write_lines(tmp_path / "test.jsonl", CONVERSATIONS)
+    flags = ["--model_name_or_path", tmp_path / "model", "--test_file", file, "--output_dir", tmp_path / "out"]
+    assert "gives a loss that is NaN or infinite" in refused(capsys, *flags)
 
 
 def test_records_that_cannot_be_asked_are_counted(tmp_path, tiny_checkpoint, capsys):
@@ -596,6 +658,7 @@ def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, c
         (["--test_file", "data/finetune/validation"], "--model_name_or_path: missing"),
         (["--benchmarks", "mmlu", "--temperature", "1"], "--temperature has no effect without --test_file"),
         (["--benchmarks", "mmlu", "--on_bad_record", "skip"], "--on_bad_record has no effect without --test_file"),
+        (["--benchmarks", "mmlu", "--template_name", "qwen"], "--template_name has no effect without --test_file or"),
         (["--test_file", "x", "--num_fewshot", "5"], "--num_fewshot has no effect without --benchmarks"),
         (["--test_file", "x", "--benchmark_dir", "y"], "--benchmark_dir has no effect without --benchmarks"),
         (["--test_file", "x", "--reward_label", "1"], "--reward_label has no effect without --reward_model_name"),
@@ -606,6 +669,7 @@ def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, c
         (["--compare", "a", "b", "--batch_size", "4"], "--batch_size has no effect beside --compare"),
         (["--compare", "a"], "--compare: give two folders or more"),
         (["--compare", "data", "tests"], "--compare data: holds no metrics.json"),
+        (["--compare", "data", "data/"], "--compare data data/: names a folder twice"),
         (["--test_files", "x"], "--test_files: no such flag; the nearest known flag is --test_file"),
     ],
 )
@@ -632,7 +696,28 @@ def test_an_evaluation_is_not_written_over(tmp_path, capsys):
     flags = ["--test_file", "data/finetune/validation", "--model_name_or_path", "nowhere/", "--output_dir", tmp_path]
     assert "holds an evaluation (metrics.json); --overwrite_output_dir replaces it" in refused(capsys, *flags)
     assert "no such directory" in refused(capsys, *flags, "--overwrite_output_dir")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "notes.txt"]
+
+
+def test_an_evaluation_that_is_stopped_leaves_the_one_before_it(tmp_path, tiny_checkpoint, monkeypatch):
+    flags = ["--test_file", write_lines(tmp_path / "test.jsonl", CONVERSATIONS), "--max_new_tokens", 2]
+    flags += ["--model_name_or_path", tiny_checkpoint("llama"), "--output_dir", tmp_path / "out"]
+    run(*flags)
+    before = {path.name: path.read_text("utf-8") for path in (tmp_path / "out").iterdir()}
+    assert sorted(before) == ["answers.jsonl", "examples.html", "metrics.json"]
+    (tmp_path / "out/scores.jsonl").write_text("of an evaluation before")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(evaluation, "answer_section", stop)
+        run(*flags, "--overwrite_output_dir", "--max_samples", 1)
+    assert stopped.value.code == 130
+    assert {name: (tmp_path / "out" / name).read_text("utf-8") for name in before} == before
+    run(*flags, "--overwrite_output_dir", "--max_samples", 1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(before)
+    assert len(lines(tmp_path / "out/answers.jsonl")) == 1
 
 
 # ── what a person looks at ──────────────────────────────────────────────────────────────────────────────────────────
@@ -671,9 +756,24 @@ def test_a_table_of_chinese_names_is_straight():
     assert text.splitlines() == ["        值", "----  ----", "法律   0.5", "law   0.25"]
 
 
+def test_a_table_that_is_too_wide_goes_on_below():
+    rows = [["", "all", "chinese", "other"], ["ROUGE-L", "0.1", "0.2", "0.3"]]
+    assert evaluation_page.as_text(rows, 24).splitlines() == [
+        "         all  chinese",
+        "-------  ---  -------",
+        "ROUGE-L  0.1      0.2",
+        "",
+        "         other",
+        "-------  -----",
+        "ROUGE-L    0.3",
+    ]
+    assert len(evaluation_page.as_text(rows, 28).splitlines()) == 3
+    assert len(evaluation_page.as_text(rows, 3).splitlines()) == 11  # a column at least
+
+
 def write_evaluation(folder: Path, stage: str | None, rouge: float, nll: float) -> Path:
     """An evaluation of ten records, all alike."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rows = [{"where": f"t:{n}", "rougeL": rouge + n / 100, "nll": nll + n, "tokens": 10} for n in range(10)]
     write_lines(folder / "answers.jsonl", rows)
     metrics = {"model": {"stage": stage} if stage else {}, "sft": {"all": measure(rows, SFT_METRICS)}}
@@ -718,19 +818,47 @@ def test_only_the_same_records_are_compared(tmp_path):
     rows[0]["reference"] = "another record at the same place"
     rows[1]["tokens"] = 11  # another tokenizer's
     write_lines(folders[1] / "answers.jsonl", rows)
-    found = compared(*(read_evaluation(str(folder)) for folder in folders))
+    found = compared(*read_evaluations([str(folder) for folder in folders]))
     assert [(title, each.records) for title, each in found] == [("ROUGE-L", 9)]
 
 
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    folders = [write_evaluation(tmp_path / name / "eval", "sft", 0.2, 9) for name in ("a", "b")]
+    assert [each.name for each in read_evaluations([*map(str, folders)])] == ["a/eval (sft)", "b/eval (sft)"]
+
+
+def test_what_was_not_asked_alike_is_said(tmp_path):
+    folders = [write_evaluation(tmp_path / name, None, 0.2, 9) for name in ("a", "b", "c")]
+    for folder, scorer, tokens in zip(folders, ("rm", "rm/", "rm2"), (48, 128, 48), strict=True):
+        rows = [{**row, "reward": 1.0} for row in lines(folder / "answers.jsonl")]
+        write_lines(folder / "answers.jsonl", rows)
+        sft = {"all": measure(rows, SFT_METRICS), "sampling": {"max_new_tokens": tokens, "do_sample": False}}
+        flags = {"reward_model_name_or_path": scorer}
+        (folder / "metrics.json").write_text(json.dumps({"model": {}, "flags": flags, "sft": sft}))
+    _, sentences = write_comparison([*map(str, folders)], tmp_path)
+    assert "not asked alike: max_new_tokens was 48 for a, 128 for b" in sentences
+    assert "not asked alike: reward_model_name_or_path was rm for a, rm2 for c" in sentences
+    scored = [line for line in sentences if line.startswith("reward model's score")]
+    assert [line.split(",")[0] for line in scored] == ["reward model's score: a 1.000 → b 1.000"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"accuracy": 1}'])
+def test_what_is_no_evaluation_is_named(tmp_path, capsys, text):
+    one = write_evaluation(tmp_path / "one", None, 0.2, 9)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/metrics.json").write_text(text)
+    error = refused(capsys, "--compare", one, tmp_path / "other", "--output_dir", tmp_path / "out")
+    assert f"--compare {tmp_path / 'other'}: " in error
+
+
 def test_a_comparison_says_what_it_is_of(tmp_path):
-    evaluations = [
-        read_evaluation(str(write_evaluation(tmp_path / n, None, r, 9))) for n, r in (("a", 0.2), ("b", 0.1))
-    ]
+    folders = [str(write_evaluation(tmp_path / n, None, r, 9)) for n, r in (("a", 0.2), ("b", 0.1))]
+    evaluations = read_evaluations(folders)
     found = dict(compared(*evaluations))["ROUGE-L"]
     assert sentence("ROUGE-L", *evaluations, found).endswith("-0.100 [-0.100, -0.100] on 10 records: worse")
     (tmp_path / "a/answers.jsonl").unlink()
     with pytest.raises(ArgumentError, match=r"answers.jsonl is gone, which metrics.json speaks of"):
-        read_evaluation(str(tmp_path / "a"))
+        read_evaluations(folders)
 
 
 @pytest.mark.parametrize("name", ["docs/evaluation.md", "docs/evaluation_zh.md"])
