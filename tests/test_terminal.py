@@ -1,5 +1,6 @@
 """The line on a terminal, and plain lines elsewhere."""
 
+import fcntl
 import io
 import os
 import pty
@@ -7,6 +8,7 @@ import re
 import select
 import struct
 import sys
+import termios
 import time
 from types import SimpleNamespace
 
@@ -55,8 +57,8 @@ def told(monkeypatch, stream, quiet):
         progress = Progress(quiet)
         state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=4)
         progress.on_train_begin(None, state, None)
+        progress.on_epoch_begin(None, state, None)
         for step in range(1, 5):
-            progress.on_step_begin(None, state, None)
             state.global_step = step
             progress.on_step_end(None, state, None)
             progress.on_log(None, state, None, logs={"loss": 3.0 / step, "learning_rate": 0.1, "epoch": 1.0})
@@ -92,6 +94,21 @@ def test_elsewhere_and_with_quiet_there_are_plain_lines(monkeypatch, stream, qui
     assert " left) " in lines[0] and " left) " not in lines[3]
 
 
+def test_the_time_left_counts_the_making_of_the_first_batch(monkeypatch):
+    """20 s of a rollout before two steps of 1 s each: a second rollout is still to come."""
+    clock = [100.0]
+    monkeypatch.setattr(terminal.time, "time", lambda: clock[0])
+    progress = Progress(quiet=True)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=4)
+    progress.on_train_begin(None, state, None)
+    clock[0] += 50  # --eval_on_start
+    for name in ("on_epoch_begin", "on_step_begin", "on_step_begin"):
+        getattr(progress, name)(None, state, None)
+        clock[0] += 20 if name == "on_epoch_begin" else 1
+        state.global_step += name == "on_step_begin"
+    assert progress._left(state) == "0:22 left"
+
+
 def test_other_processes_say_nothing(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
@@ -102,16 +119,39 @@ def test_other_processes_say_nothing(monkeypatch):
     assert stream.getvalue() == ""
 
 
+def resized(handle, columns):
+    fcntl.ioctl(handle, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="terminals are opened by forking")
+def test_the_line_is_as_wide_as_the_terminal_is_now(monkeypatch):
+    """Also where the terminal is not stdout's: `… > out.txt`."""
+    reader, writer = pty.openpty()
+    with os.fdopen(reader, "rb", buffering=0) as outside, os.fdopen(writer, "w") as inside:
+        monkeypatch.setattr(sys, "stderr", inside)
+        progress = Progress()
+        progress.logs = {"loss": 1.0, "learning_rate": 0.1}
+        state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=4)
+        # a bar of 14, then of the most that it may have, then none
+        for columns, expected in ((50, 48), (100, 64), (40, 33)):
+            resized(outside, columns)
+            progress.on_step_end(None, state, None)
+            inside.flush()
+            written = b""
+            while select.select([outside], [], [], 0.3)[0]:
+                written += os.read(outside.fileno(), 1 << 16)
+            line = written.decode().rpartition("\r")[2].rstrip()
+            assert line.endswith("  loss 1.000  lr 1.0e-01") and len(line) == expected, (columns, line)
+        progress.close()
+
+
 def in_terminal(command, columns=100, timeout=240):
     """Runs a command in a terminal of its own; what it wrote there."""
-    import fcntl
-    import termios
-
     pid, handle = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
         os.execvpe(command[0], command, environment())
-    fcntl.ioctl(handle, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    resized(handle, columns)
     written, until = b"", time.monotonic() + timeout
     while time.monotonic() < until:
         if not select.select([handle], [], [], 1)[0]:
