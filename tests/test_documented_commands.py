@@ -54,6 +54,7 @@ BY_HAND = {
     r"git clone …": "the address is left out",
     r"bash (run_tests\.sh|\.ci/run)": "it is what runs this test",
     r"(python -m venv )?outputs/vllm\b.*": "another environment, of a gigabyte",
+    r"hf (auth login|upload )": "an account of the Hub",
 }
 
 
@@ -111,6 +112,16 @@ def way_of(command: Command) -> str:
 def test_every_command_is_run_or_marked(page):
     for command in commands_of(page):
         way_of(command)
+
+
+def test_no_command_stands_in_a_block_that_is_not_looked_at():
+    """Blocks of text and the like: what a page says, not what a reader starts."""
+    started = re.compile(r"(\w+=\S+ )*(python|bash|torchrun|deepspeed|pip|curl|hf|transformers|vllm|git) ")
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            for line in block.splitlines() if language != "bash" else ():
+                assert not started.match(line) or first(BY_HAND, line), f"{page}: mark it as bash: {line}"
 
 
 def test_the_other_tests_are_there():
