@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+from conftest import adapter_weights
 
 from stagewise.arguments import ArgumentError
 from stagewise.checkpoint import MARK, checkpoints, is_whole, last_whole, mark_whole, resume_point, rotate
@@ -62,3 +64,32 @@ def test_rotate_keeps_the_newest_the_best_and_what_is_broken(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
     rotate(tmp_path, None)
     assert len(checkpoints(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("script", ["supervised_finetuning", "reward_modeling", "ppo_training"])
+def test_a_run_that_was_stopped_behind_its_last_step_takes_no_other(stage, tiny_checkpoint, tmp_path, script):
+    """It is evaluated and saved: what a kill in the last evaluation left undone."""
+    data = "data/reward" if script == "reward_modeling" else "data/finetune"
+    words = ["--model_name_or_path", tiny_checkpoint("llama"), "--output_dir", tmp_path / "out", "--max_steps", 2]
+    words += [
+        "--train_file_dir",
+        f"{data}/train",
+        "--validation_file_dir",
+        f"{data}/validation",
+        "--report_to",
+        "none",
+    ]
+    words += ["--max_train_samples", 12, "--max_eval_samples", 2, "--save_steps", 1]
+    words += ["--lr_scheduler_type", "constant", "--learning_rate", 0.01]
+    if script == "ppo_training":
+        words += ["--reward_model_name_or_path", tiny_checkpoint("llama", task="score"), "--max_target_length", 8]
+        words += ["--batch_size", 4, "--ppo_epochs", 1]
+    out = stage(script, *words)
+    whole = adapter_weights(out)
+    for name in ("run.json", "adapter_model.safetensors", "eval_results.json"):
+        (out / name).unlink()
+    stage(script, *words, "--resume_from_checkpoint", "True")
+    assert json.loads((out / "run.json").read_text())["steps"] == 2
+    assert (out / "eval_results.json").is_file()
+    for name, value in adapter_weights(out).items():
+        assert torch.equal(value, whole[name]), name
