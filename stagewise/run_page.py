@@ -93,7 +93,8 @@ def _tiles(manifest: dict[str, Any], history: History) -> str:
     steps = manifest.get("steps", max((log.get("step", 0) for log in history), default=0))
     found.append(("optimizer steps", f"{steps:,}"))
     if manifest.get("seconds") is not None:
-        found.append(("time", duration(manifest["seconds"])))
+        label = "time since it was resumed" if manifest.get("resumed_from") else "time"
+        found.append((label, duration(manifest["seconds"])))
     memory = manifest.get("peak_gpu_memory_gib", manifest.get("peak_memory_gib"))
     if memory is not None:
         kind = "GPU memory" if "peak_gpu_memory_gib" in manifest else "memory"

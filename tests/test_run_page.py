@@ -341,6 +341,7 @@ def test_a_resumed_run_shows_what_was_before(stage, tiny_checkpoint, tmp_path):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     stage("supervised_finetuning", *words, "--resume_from_checkpoint", "True")
     found = page(whole)
+    assert "time since it was resumed" in found.text
     assert "checkpoint-1" in found.text and "training, step 1:" in found.text.replace("\n", " ")
 
 
