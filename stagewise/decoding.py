@@ -159,6 +159,8 @@ class Words:
     def rest(self) -> str:
         """What was held back, once no more ids come."""
         earlier, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
+        if not self.ended:  # the answer was cut, perhaps within a character
+            now = now.rstrip(BROKEN)
         self.start = self.read = len(self.ids)
         piece = self._let_go(now[len(earlier) :])
         left, self.held = self.held, ""

@@ -289,10 +289,12 @@ def test_pieces_hold_whole_characters():
     # the tokenizer has bytes alone for these: 3 a Chinese character, 4 a smile
     assert words_of("你好🙂!")[0] == ["你", "好", "🙂", "!"]
     tokenizer = build_tiny_tokenizer()
-    words = Words(tokenizer, (2,), "", "", ())
     first_bytes = tokenizer("好", add_special_tokens=False).input_ids[:2]
-    assert [words.add(token) for token in first_bytes] == ["", ""]
-    assert words.rest() == "\ufffd"  # nothing more came
+    cut, ended = (Words(tokenizer, (2,), "", "", ()) for _ in range(2))
+    for words in (cut, ended):
+        assert [words.add(token) for token in first_bytes] == ["", ""]
+    assert cut.rest() == ""  # stopped within a character
+    assert ended.add(2) == "\ufffd"  # the model itself ended there
 
 
 def test_the_forms_own_space_and_the_end_marker_are_no_words():
