@@ -84,6 +84,8 @@ def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
                            + (", not both" if args.interactive else ""))  # fmt: skip
     if args.data_file and not args.output_file:
         raise SpeakerError("--output_file: missing; give the file that the answers are written to")
+    if args.data_file and Path(args.data_file).resolve() == Path(args.output_file).resolve():
+        raise SpeakerError(f"--output_file {args.output_file}: is the file of prompts; give another name")
     if args.interactive:
         usual = InferenceArguments()
         names = ("output_file", "answer_field", "batch_size", "on_bad_record", "overwrite_output_file")
@@ -141,8 +143,8 @@ def converse(talk: Talk, lines: Lines) -> None:
 
 def do(talk: Talk, text: str) -> bool:
     """One question or command; False for /quit."""
-    name, _, rest = text.strip().partition(" ")
-    rest = rest.strip()
+    name, *rest = text.strip().split(maxsplit=1)
+    rest = rest[0] if rest else ""
     if not name.startswith("/"):
         tell(talk, talk.ask, text)
     elif name.startswith("//"):
@@ -157,7 +159,7 @@ def do(talk: Talk, text: str) -> bool:
             talk.system = None if rest == "-" else rest
         print(f"system prompt: {shown(talk.system or DEFAULT_SYSTEM)}")
     elif name == "/regen":
-        if talk.always_the_same:
+        if talk.messages and talk.always_the_same:
             print("(the most probable answer, the same every time: --do_sample or --temperature draws others)")
         tell(talk, talk.again)
     elif name == "/save":
@@ -172,7 +174,8 @@ def do(talk: Talk, text: str) -> bool:
 def tell(talk: Talk, ask: Any, *question: str) -> None:
     """Prints an answer as it comes; Ctrl-C ends the answer, not the program."""
     with stopped_by_ctrl_c() as stop:
-        answer = printed(ask(*question, stop=stop))
+        pieces = ask(*question, stop=stop)  # refuses here what cannot be asked
+        answer = printed(pieces)
     if stop.is_set():
         print("[stopped]")
     elif not answer.ended:
@@ -225,6 +228,8 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
             done = [target.begin(), None]
         except SpeakerError as error:
             done = [0, str(error)]
+        except OSError as error:
+            done = [0, f"--output_file {args.output_file}: {error.strerror or error}"]
     broadcast_object_list(done)  # what the first process found
     if done[1]:
         raise SpeakerError(done[1])
@@ -248,7 +253,8 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
     finally:
         if target:
             target.close()
-    logger.info(f"{args.output_file}: {len(prompts)} answers" + (f", {len(left_out)} without" if left_out else ""))
+    unanswered = f", {len(left_out)} records without one" if left_out else ""
+    logger.info(f"{args.output_file}: {len(prompts) - len(left_out)} answers{unanswered}")
 
 
 def unanswerable(
@@ -257,6 +263,7 @@ def unanswerable(
     """Why which prompts cannot be asked; raises the first reason unless they are to be skipped."""
     reasons = {}
     room = sampling.settled(speaker.defaults)["max_new_tokens"]
+    speaker.longest_question(room)  # the flag's fault, not a record's
     for place, prompt in enumerate(prompts):
         try:
             speaker.encode(prompt.conversation, room)
@@ -303,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         answer_file(args, which, sampling)
         return
     speaker = Speaker.load(which, TEMPLATES)
+    speaker.longest_question(sampling.settled(speaker.defaults)["max_new_tokens"])
     converse(Talk(speaker, sampling, args.system_prompt), open_input())
 
 

@@ -96,15 +96,19 @@ class Speaker:
         """
         return self.fitted(conversation, max_new_tokens)[0]
 
+    def longest_question(self, max_new_tokens: int) -> int:
+        """Tokens that the context leaves beside an answer. Raises SpeakerError where it leaves none."""
+        if max_new_tokens >= self.context:
+            raise SpeakerError(
+                f"--max_new_tokens {max_new_tokens}: the model's context of {self.context} tokens leaves no room for "
+                "a question; lower it"
+            )
+        return self.context - max_new_tokens
+
     def fitted(self, conversation: Conversation, max_new_tokens: int | None = None) -> tuple[list[int], Conversation]:
         """What `encode` gives, and the conversation with the exchanges that are in it."""
         room = max_new_tokens or SamplingArguments().settled(self.defaults)["max_new_tokens"]
-        limit = self.context - room
-        if limit < 1:
-            raise SpeakerError(
-                f"--max_new_tokens {room}: the model's context of {self.context} tokens leaves no room for a "
-                "question; lower it"
-            )
+        limit = self.longest_question(room)
         try:
             return encode_prompt(self.tokenizer, self.template, conversation, limit)
         except RecordError as error:

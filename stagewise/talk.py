@@ -45,24 +45,31 @@ class Talk:
 
         A stopped answer belongs to it as far as it came. Raises SpeakerError, and the conversation stays as it was.
         """
-        self._again = 0
-        return (yield from self._answer([*self.messages, Message("user", question)], stop))
+        return self._answer(self.messages, question, stop, again=0)
 
     def again(self, stop: threading.Event | None = None) -> Generator[str, None, Answer]:
         """Another answer to the last question, with the next seed. Raises ValueError where nothing was asked."""
         if not self.messages:
             raise ValueError("nothing was asked yet")
-        self._again += 1
-        return (yield from self._answer(self.messages[:-1], stop))
+        return self._answer(self.messages[:-2], self.messages[-2].content, stop, again=self._again + 1)
 
-    def _answer(self, messages: list[Message], stop: threading.Event | None) -> Generator[str, None, Answer]:
+    def _answer(
+        self, earlier: list[Message], question: str, stop: threading.Event | None, again: int
+    ) -> Generator[str, None, Answer]:
+        """What cannot be asked is refused here, not at the first piece."""
+        messages = [*with_words(earlier), Message("user", question)]
         asked = Conversation(tuple(messages), self.system, where="this conversation")
         settings = self.sampling.settled(self.speaker.defaults)
         seen = self.speaker.fitted(asked, settings["max_new_tokens"])[1].messages
-        self.forgotten = sum(message.role == "user" for message in messages[: len(messages) - len(seen)])
         seed = self.sampling.seed
-        sampling = replace(self.sampling, seed=None if seed is None else seed + self._again)
-        answer = yield from self.speaker.stream(asked, sampling, stop=stop)
+        sampling = replace(self.sampling, seed=None if seed is None else seed + again)
+        pieces = self.speaker.stream(asked, sampling, stop=stop)
+        self.forgotten = sum(message.role == "user" for message in messages[: len(messages) - len(seen)])
+        self._again = again
+        return self._kept(messages, pieces)
+
+    def _kept(self, messages: list[Message], pieces: Generator[str, None, Answer]) -> Generator[str, None, Answer]:
+        answer = yield from pieces
         self.messages = [*messages, Message("assistant", answer.text)]
         return answer
 
@@ -81,14 +88,21 @@ class Talk:
         Raises:
             ValueError: nothing was said, or the file cannot be written.
         """
-        if not self.messages:
+        said = with_words(self.messages)
+        if not said:
             raise ValueError("nothing was said yet")
         names = {"user": "human", "assistant": "gpt"}
         record: dict[str, object] = {} if self.system is None else {"system": self.system}
-        record["conversations"] = [{"from": names[m.role], "value": m.content} for m in self.messages]
+        record["conversations"] = [{"from": names[m.role], "value": m.content} for m in said]
         try:
             with Path(path).expanduser().open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
-        return len(self.messages)
+        return len(said)
+
+
+def with_words(messages: list[Message]) -> list[Message]:
+    """Questions and their answers, without those that were stopped before the first word: nothing learns from them."""
+    pairs = zip(messages[::2], messages[1::2], strict=True)
+    return [message for pair in pairs if pair[1].content.strip() for message in pair]

@@ -118,6 +118,19 @@ def test_a_prompt_that_is_too_long_is_an_error_or_has_no_answer(tiny_checkpoint,
     assert first["response"] and third["response"]
 
 
+def test_what_no_record_can_help_is_an_error_also_where_records_are_skipped(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("llama", max_position_embeddings=256)
+    data = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    flags = words(base, data, tmp_path / "out.jsonl", "--on_bad_record", "skip")
+    flags[flags.index("--max_new_tokens") + 1] = "256"
+    with pytest.raises(SpeakerError, match="--max_new_tokens 256: the model's context of 256 tokens leaves no room"):
+        inference.main(flags)
+    with pytest.raises(SpeakerError, match="--max_new_tokens 256: "):
+        inference.main(["--base_model", str(base), "--interactive", "--max_new_tokens", "256"])
+    with pytest.raises(SpeakerError, match="--output_file .*prompts.jsonl/out.jsonl: File exists"):
+        inference.main(words(base, data, data / "out.jsonl"))
+
+
 def test_a_stopped_run_goes_on_where_it_was(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("llama")
     data = write(tmp_path / "prompts.jsonl", [{"n": n, "prompt": f"question {n}"} for n in range(60)])
@@ -171,6 +184,7 @@ def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
         ([], "give --interactive to talk, or --data_file"),
         (["--interactive", "--data_file", "x"], "not both"),
         (["--data_file", "x"], "--output_file: missing"),
+        (["--data_file", "x", "--output_file", "./x"], "--output_file ./x: is the file of prompts"),
         (["--interactive", "--batch_size", "2"], "--batch_size has no effect with --interactive"),
         (["--interactive", "--do_sample", "False", "--top_p", "0.5"], "--top_p has no effect"),
         (["--interactive", "--lora_model", "a", "--output_dir", "b"], "--lora_model names the adapter"),
@@ -367,6 +381,30 @@ def test_the_next_answer_sees_what_was_said(tiny_checkpoint):
     assert talk.forgotten == 1
     talk.clear()
     assert talk.messages == [] and talk.system == "S"
+
+
+def test_an_answer_stopped_before_its_first_word_is_not_gone_on_from(tiny_checkpoint, tmp_path):
+    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))), TEMPLATES)
+    talk = Talk(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
+    alone = "".join(talk.ask("two"))
+    talk.messages = [Message("user", "one"), Message("assistant", "")]
+    with pytest.raises(ValueError, match="nothing was said yet"):  # training refuses such a record
+        talk.save(tmp_path / "talk.jsonl")
+    assert "".join(talk.ask("two")) == alone
+    assert [m.content for m in talk.messages] == ["two", alone]
+    talk.messages = [Message("user", "two"), Message("assistant", "")]
+    assert "".join(talk.again()) == alone
+
+
+def test_what_cannot_be_asked_is_refused_before_the_model_is_said_to_speak(tiny_checkpoint, capsys):
+    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=64))), TEMPLATES)
+    talk = Talk(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
+    for text, refused in (("/regen", "nothing was asked"), ("long " * 99, "longer than the"), ("/save", "was said")):
+        with pytest.raises(ValueError, match=refused):
+            inference.do(talk, text)
+    assert capsys.readouterr().out == ""
+    inference.do(talk, "/system\nin two\nlines")
+    assert talk.system == "in two\nlines"
 
 
 @pytest.mark.real
