@@ -16,15 +16,16 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from loguru import logger
-from transformers.utils import logging as transformers_logging
 
 from stagewise.arguments import ArgumentError, parse
 from stagewise.chats import ADAPTER, BASE, Chat, ChatError, Desk
 from stagewise.page_texts import CHINESE, ENGLISH, said
+from stagewise.run import set_up_logging
 from stagewise.speaker import Speaker
 from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments, SpeakerError
 from stagewise.web_server import WebArguments, check_web, serve
@@ -87,7 +88,10 @@ class Page:
     def __init__(self, speaker: Speaker, sampling: SamplingArguments, args: WebArguments, *, compares: bool):
         self.speaker, self.sampling, self.compares = speaker, sampling, compares
         self.start = sampling.settled(speaker.defaults)
-        self.longest = min(LONGEST, max(speaker.context - 64, 16))
+        if not self.start["do_sample"]:
+            self.start["temperature"] = 0
+        # what a flag asks for is offered even where the page alone would not
+        self.longest = max(min(LONGEST, max(speaker.context - 64, 16)), self.start["max_new_tokens"])
         self.desks: weakref.WeakValueDictionary[str, Desk] = weakref.WeakValueDictionary()  # by browser session
         self.words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
         with gr.Blocks(title=args.title, analytics_enabled=False, fill_height=True) as self.blocks:
@@ -111,30 +115,30 @@ class Page:
         self.who = gr.Radio(names, value=ADAPTER, label=words("who"), visible=self.compares, elem_id="who")
 
     def _settings(self) -> None:
-        words, start = self.words, self.start
+        words = self.words
         with gr.Accordion(words("settings"), open=False, elem_id="settings"):
             self.system = gr.Textbox(
                 label=words("system"), info=words("system_help"), lines=2, max_lines=8, elem_id="system"
             )
-            temperature = start["temperature"] if start["do_sample"] else 0
             self.sliders = {
-                "max_new_tokens": gr.Slider(
-                    1, self.longest, min(start["max_new_tokens"], self.longest), step=1, label=words("max_new_tokens")
+                "max_new_tokens": self._slider("max_new_tokens", 1, self.longest, 1),
+                "temperature": self._slider("temperature", 0, 2, 0.01, info=words("temperature_help")),
+                "top_p": self._slider("top_p", 0.01, 1, 0.01),
+                "top_k": self._slider("top_k", 0, 200, 1),
+                "min_p": self._slider("min_p", 0, 1, 0.01),
+                "repetition_penalty": self._slider("repetition_penalty", 0.5, 2, 0.01),
+                "seed": gr.Number(
+                    self.start["seed"], precision=0, label=words("seed"), info=words("seed_help"), elem_id="seed"
                 ),
-                "temperature": gr.Slider(
-                    0, 2, temperature, step=0.01, label=words("temperature"), info=words("temperature_help")
-                ),
-                "top_p": gr.Slider(0.01, 1, start["top_p"], step=0.01, label=words("top_p")),
-                "top_k": gr.Slider(0, 200, start["top_k"], step=1, label=words("top_k")),
-                "min_p": gr.Slider(0, 1, start["min_p"], step=0.01, label=words("min_p")),
-                "repetition_penalty": gr.Slider(
-                    0.5, 2, start["repetition_penalty"], step=0.01, label=words("repetition_penalty")
-                ),
-                "seed": gr.Number(start["seed"], precision=0, label=words("seed"), info=words("seed_help")),
             }
-            for name, slider in self.sliders.items():
-                slider.elem_id = name
             self.reset = gr.Button(words("reset"), size="sm", elem_id="reset")
+
+    def _slider(self, name: str, low: float, high: float, step: float, **more: Any) -> gr.Slider:
+        """A slider whose ends make room for what it begins with: gradio refuses a value beyond them at each answer."""
+        value = self.start[name]
+        return gr.Slider(
+            min(low, value), max(high, value), value, step=step, label=self.words(name), elem_id=name, **more
+        )
 
     def _talk(self) -> None:
         words = self.words
@@ -172,7 +176,7 @@ class Page:
         # What may be refused goes through a queue (not the model's): only from there a message is shown.
         told = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        plain = {"inputs": [self.desk, self.who], "outputs": self.view, **at_once}
+        plain = {"inputs": self.desk, "outputs": self.view, **at_once}
         self._asks(self.box.submit, self.ask, [self.desk, self.system, self.who, self.box], told)
         self._asks(self.again.click, self.retry, [self.desk, self.system, self.who], told)
         for who, pane in self.panes.items():
@@ -182,10 +186,11 @@ class Page:
         gr.on([self.clear.click, *(pane.clear for pane in self.panes.values())], self.empty, **plain)
         self.new.click(self.begin, **plain)
         self.delete.click(self.drop, **plain)
-        self.chats.input(self.open, [self.desk, self.who, self.chats], self.view, **told)
-        self.system.blur(self.keep_system, [self.desk, self.system], None, **at_once)
+        self.chats.input(self.open, [self.desk, self.chats], self.view, **told)
+        self.system.blur(self.keep_system, [self.desk, self.chats, self.system], None, **at_once)
         self.dark.click(None, js=DARK)
-        self.reset.click(lambda: list(self._beginnings()), None, list(self.sliders.values()), **at_once)
+        sliders = list(self.sliders.values())
+        self.reset.click(lambda: [slider.value for slider in sliders], None, sliders, **at_once)
         self.blocks.load(self.arrive, [self.desk, self.language], self.view, js=LANGUAGE, **at_once)
         self.blocks.load(None, js=NARROW)
         self.blocks.unload(self.leave)
@@ -201,15 +206,11 @@ class Page:
             api_visibility="private",
         )  # fmt: skip
 
-    def _beginnings(self) -> Iterator[Any]:
-        for slider in self.sliders.values():
-            yield slider.value
-
     def arrive(self, desk: Desk, language: str, request: gr.Request) -> list:
         """The first look of a visitor."""
         desk.language = str(language)
         self.desks[request.session_hash] = desk
-        return self.look(desk, None)
+        return self.look(desk)
 
     def leave(self, request: gr.Request) -> None:
         """Ends the answers of a visitor who is gone."""
@@ -241,8 +242,8 @@ class Page:
             desk.put(begin(desk.current))
         except ChatError as error:
             gr.Warning(said(error.key, desk.language))
-            return self.look(desk, None)
-        view = self.look(desk, None)
+            return self.look(desk)
+        view = self.look(desk)
         if emptied:
             view[len(self.panes) + 1] = gr.Textbox(value="", submit_btn=False, stop_btn=True)
         return view
@@ -295,35 +296,37 @@ class Page:
             whole["top_k"] = int(values["top_k"])
         return replace(self.sampling, **{**values, **whole}, do_sample=None)
 
-    def stop(self, desk: Desk, who: str) -> list:
+    def stop(self, desk: Desk) -> list:
         desk.current.stop()
-        return self.look(desk, who)
+        return self.look(desk)
 
-    def empty(self, desk: Desk, who: str) -> list:
+    def empty(self, desk: Desk) -> list:
         desk.current.clear()
-        return self.look(desk, who)
+        return self.look(desk)
 
-    def begin(self, desk: Desk, who: str) -> list:
+    def begin(self, desk: Desk) -> list:
         desk.new()
-        return self.look(desk, who)
+        return self.look(desk)
 
-    def drop(self, desk: Desk, who: str) -> list:
+    def drop(self, desk: Desk) -> list:
         desk.delete()
-        return self.look(desk, who)
+        return self.look(desk)
 
-    def open(self, desk: Desk, who: str, number: int) -> list:
+    def open(self, desk: Desk, number: int) -> list:
         try:
             desk.open(number)
         except ChatError as error:
             gr.Warning(said(error.key, desk.language))
-        return self.look(desk, who)
+        return self.look(desk)
 
-    def keep_system(self, desk: Desk, system: str) -> None:
-        desk.current.system = system
+    def keep_system(self, desk: Desk, number: int, system: str) -> None:
+        """Into the chat it was written for: the click that left the box may have opened another one already."""
+        with suppress(ChatError):
+            desk.chat(number).system = system
 
     # ── what is seen ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def look(self, desk: Desk, _: str | None) -> list:
+    def look(self, desk: Desk) -> list:
         """All that shows the chat that is open."""
         chat = desk.current
         return [*(self.messages(desk, who) for who in self.panes), self._titles(desk), self._box(chat), chat.system]
@@ -374,15 +377,16 @@ def main(argv: list[str] | None = None) -> None:
     args, sampling, web = parse([SpeakerArguments, SamplingArguments, WebArguments], argv)
     pairs = check(web, sampling)
     speaker = Speaker.load(args, TEMPLATES)
+    speaker.longest_question(sampling.settled(speaker.defaults)["max_new_tokens"])
     Page(speaker, sampling, web, compares=speaker.adapter is not None).serve(web, pairs)
 
 
 if __name__ == "__main__":
-    logger.remove()
-    logger.add(sys.stderr, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>")
-    transformers_logging.set_verbosity_error()
+    set_up_logging()
     try:
         main()
     except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -164,12 +164,15 @@ class Desk:
         self.current = empty
         return empty
 
-    def open(self, number: int) -> Chat:
+    def chat(self, number: int) -> Chat:
         found = next((chat for chat in self.chats if chat.number == number), None)
         if found is None:
             raise ChatError("gone")
-        self.current = found
         return found
+
+    def open(self, number: int) -> Chat:
+        self.current = self.chat(number)
+        return self.current
 
     def delete(self) -> None:
         """Takes the current chat away; the newest of the others is shown."""

@@ -278,6 +278,13 @@ def test_thoughts_are_folded_away_and_stay_whole_for_the_model(visit, speaker):
     assert speaker.asked[-1].conversation.messages[1].content == "<think>\nhm <b>\n</think>\n\nforty-two"
 
 
+def test_settings_make_room_for_what_the_flags_ask_for(speaker):
+    asked = {"temperature": 2.5, "top_p": 0.005, "top_k": 500, "repetition_penalty": 3.0, "max_new_tokens": 2040}
+    page = web_demo.Page(speaker, SamplingArguments(**asked), web_demo.WebArguments(), compares=True)
+    chosen = page.chosen({name: slider.preprocess(slider.value) for name, slider in page.sliders.items()})
+    assert {name: getattr(chosen, name) for name in asked} == asked
+
+
 @pytest.mark.parametrize(
     ("question", "told"),
     [
@@ -317,6 +324,17 @@ def test_two_conversations_are_kept_apart(visit, speaker):
     page.click("#delete")
     wait_for(page, "adapter heard blue")
     assert page.locator("#chats label").all_inner_texts() == ["blue"]
+
+
+def test_a_system_prompt_goes_where_it_was_written_for(speaker):
+    page = web_demo.Page(speaker, SamplingArguments(), web_demo.WebArguments(), compares=True)
+    desk = web_demo.Desk()
+    first = desk.current
+    page.ask(desk, "", "adapter", "one")
+    page.begin(desk)  # the click on "New conversation" overtakes the box that it left
+    page.keep_system(desk, first.number, "Be brief.")
+    assert (first.system, desk.current.system) == ("Be brief.", "")
+    page.keep_system(desk, 99, "of a conversation that is gone")
 
 
 def test_an_answer_goes_where_it_was_asked_for(visit, speaker):
