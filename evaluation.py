@@ -50,8 +50,9 @@ from stagewise.readers import RECORD_FILES
 from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
 from stagewise.reward import load_scorer
 from stagewise.run import set_up_logging
-from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments
+from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device, for_loading
+from stagewise.targets import AdapterError
 from template import TEMPLATES
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
@@ -105,10 +106,7 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
     longest = job.sampling.settled(speaker.defaults)["max_new_tokens"]
     questions = prepared(job, conversations, account, QuestionEncoder(speaker, longest))
     logger.info(f"test: {len(questions)} conversations, answers of at most {longest} tokens")
-    size = job.args.batch_size
-    losses = reference_losses(speaker, [question.example for question in questions], size)
-    answers = answers_to(speaker, questions, job.sampling, size)
-    rewards = None
+    size, scorer = job.args.batch_size, None
     if job.args.reward_model_name_or_path:
         scorer = load_scorer(
             job.args.reward_model_name_or_path,
@@ -120,7 +118,9 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
             device=speaker.model.device,
             longest=max(len(speaker.encode(question.prompt, longest)) for question in questions) + longest,
         )
-        rewards = rewards_of(scorer, speaker, questions, answers, longest, size)
+    losses = reference_losses(speaker, [question.example for question in questions], size)
+    answers = answers_to(speaker, questions, job.sampling, size)
+    rewards = rewards_of(scorer, speaker, questions, answers, longest, size) if scorer else None
     rows = answer_rows(speaker, questions, answers, losses, rewards)
     write_rows(job.work / PARTS["sft"][0], rows)
     parts = {"all": measure(rows, SFT_METRICS)}
@@ -194,7 +194,10 @@ def evaluate(job: Job) -> None:
         find_files(args.test_file, RECORD_FILES, "--test_file")
     adapter = None
     if model.lora_model and Path(find_source(model.lora_model, for_loading(model), "lora_model")).is_dir():
-        adapter = read_adapter_config(model.lora_model)
+        try:
+            adapter = read_adapter_config(model.lora_model)
+        except AdapterError as error:
+            raise ArgumentError(f"--lora_model {error}") from error
         model.base_model = model.base_model or adapter.base_model_name_or_path
     if not model.base_model and not model.lora_model:
         raise ArgumentError("--model_name_or_path: missing; give a model directory, a hub name, or --lora_model")
@@ -217,7 +220,11 @@ def evaluate(job: Job) -> None:
         if args.benchmarks:
             names = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
             benchmarks = Benchmarks(names, args.benchmark_dir, args.num_fewshot, args.max_samples)
-        speaker = Speaker.load(model, TEMPLATES)
+        try:
+            speaker = Speaker.load(model, TEMPLATES)
+        except SpeakerError as error:
+            name = "model_name_or_path" if "model_name_or_path" in job.given else "base_model"
+            raise SpeakerError(str(error).replace("--base_model", f"--{name}")) from error
         if records:
             found["sft"], section = measure_answers(job, speaker, records)
             sections.append(section)

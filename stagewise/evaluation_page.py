@@ -113,9 +113,13 @@ def _numbers(rows: Sequence[Sequence[str]]) -> str:
     return table(rows[0], rows[1:], numbers=range(1, len(rows[0])))
 
 
-def _words(value: Any) -> str:
-    """A field of a benchmark's question; a list, such as MMLU's choices, has a line for each of its parts."""
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+def _asked(question: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of a question with choices that a person reads: its texts, and its choices with their letters."""
+    found = {name: value for name, value in question.items() if isinstance(value, str)}
+    lists = {name: value for name, value in question.items() if isinstance(value, list)}
+    for name, choices in lists.items():
+        found[name] = "\n".join(f"{chr(ord('A') + number)}. {choice}" for number, choice in enumerate(choices))
+    return found
 
 
 def card(title: str, numbers: str, texts: Mapping[str, str], kind: str) -> str:
@@ -195,7 +199,7 @@ def benchmark_section(name: str, rows: Sequence[Row], numbers: Sequence[Sequence
             card(
                 row["where"],
                 f"answers {row['answer']} with {row['probabilities'][row['answer']]:.0%}, right is {row['target']}",
-                {key: _words(value) for key, value in row["question"].items()},
+                _asked(row["question"]),
                 kind,
             )
             for row in found[:SHOWN]

@@ -22,6 +22,7 @@ from stagewise.model import load_config, load_reward_model, load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.rendering import Template
+from stagewise.speaker_loading import settle_factor
 from stagewise.validation import padded_length
 
 
@@ -56,6 +57,7 @@ def is_reward_model(args: ModelArguments, adapter: PeftConfig | None) -> bool:
     """Whether a model gives a score in place of words, by its config and its adapter's; reads no weights."""
     if adapter is not None:
         return str(getattr(adapter.task_type, "value", adapter.task_type)) == "SEQ_CLS"
+    settle_factor(args)
     return any(name.endswith("ForSequenceClassification") for name in load_config(args).architectures or [])
 
 
@@ -81,6 +83,7 @@ def load_pair_scorer(
     if adapter and not args.tokenizer_name_or_path and (Path(adapter) / "tokenizer_config.json").is_file():
         args.tokenizer_name_or_path = adapter
     args.kept_rope = ((read_manifest(adapter) if adapter else None) or {}).get("rope")
+    settle_factor(args)
     check_shared(args)
     labels = 1 if adapter else load_config(args).num_labels
     if labels != 1:

@@ -601,6 +601,34 @@ def test_answers_are_scored_by_a_reward_model(tmp_path, says, tiny_checkpoint):
     assert len({row["reward"] for row in rows}) == 3
 
 
+def test_a_reward_model_that_is_none_is_named_before_anything_is_answered(
+    tmp_path, tiny_checkpoint, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "answers_to", lambda *_: pytest.fail("answered"))
+    folder, file = tiny_checkpoint("llama"), write_lines(tmp_path / "test.jsonl", CONVERSATIONS)
+    flags = ["--model_name_or_path", folder, "--test_file", file, "--output_dir", tmp_path / "out"]
+    error = refused(capsys, *flags, "--reward_model_name_or_path", folder)
+    assert "a language model, expected a sequence classifier" in error
+
+
+def test_the_model_is_named_by_the_flag_that_was_given(tmp_path, tiny_checkpoint, capsys):
+    file, scores = write_lines(tmp_path / "test.jsonl", CONVERSATIONS), tiny_checkpoint("llama", task="score")
+    flags = ["--test_file", file, "--output_dir", tmp_path / "out"]
+    assert "error: --lora_model " in refused(capsys, *flags, "--lora_model", tmp_path)
+    adapter = adapter_that_says(tiny_checkpoint("llama"), "B", tmp_path / "adapter")
+    error = refused(capsys, *flags, "--model_name_or_path", scores, "--lora_model", adapter)
+    assert error.startswith(f"error: --model_name_or_path {scores}: a reward model has no language-model head")
+
+
+def test_scaled_positions_need_no_factor(tmp_path, tiny_checkpoint):
+    pairs, test = write_lines(tmp_path / "pairs.jsonl", PAIRS), write_lines(tmp_path / "test.jsonl", CONVERSATIONS)
+    flags = ["--rope_scaling", "dynamic", "--model_name_or_path"]
+    scores = run(*flags, tiny_checkpoint("llama", task="score"), "--test_file", pairs, "--output_dir", tmp_path / "rm")
+    assert scores["rm"]["all"]["correct"]["records"] == 3
+    words = [tiny_checkpoint("llama"), "--test_file", test, "--max_new_tokens", 2, "--output_dir", tmp_path / "sft"]
+    assert run(*flags, *words)["sft"]["all"]["perplexity"]["records"] == 3
+
+
 PAIRS = [
     {"conversations": [{"from": "human", "value": "A cold?"}], "chosen": "Rest and drink.", "rejected": "Who cares."},
     {"conversations": [{"from": "human", "value": "A cough?"}], "chosen": "Honey " * 30, "rejected": "No."},
@@ -749,6 +777,18 @@ def test_the_page_shows_the_best_and_the_worst_once():
     many = [answer_row(n) for n in range(100)]
     best, worst = evaluation_page.ends(many, "rougeL")
     assert [len(best), len(worst), best[0]["rougeL"], worst[0]["rougeL"]] == [10, 10, 9.9, 0]
+
+
+def test_the_page_shows_choices_with_their_letters():
+    question = {"question": "How many?", "choices": ["two", "<b>"], "answer": 1}
+    row = {"where": "mmlu_anatomy:1", "question": question, "probabilities": {"A": 0.4, "B": 0.6}}
+    row |= {"answer": "B", "target": "B", "correct": 1.0}
+    text = evaluation_page.benchmark_section("mmlu", [row], [["mmlu", "accuracy"], ["in all", "1.0"]])
+    assert "<dt>question</dt><dd>How many?</dd><dt>choices</dt><dd>A. two\nB. &lt;b&gt;</dd></dl>" in text
+    assert "answers B with 60%, right is B" in text
+    words = {"where": "gsm8k:1", "question": {"question": "?"}, "target": "3", "answer": ["3"], "correct": 1.0}
+    text = evaluation_page.benchmark_section("gsm8k", [words], [["gsm8k", "accuracy"], ["in all", "1.0"]])
+    assert "<h3>" not in text
 
 
 def test_a_table_of_chinese_names_is_straight():
