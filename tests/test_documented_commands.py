@@ -151,7 +151,7 @@ def house(tmp_path_factory, smollm):
         (house / path.name).symlink_to(path)
     shutil.copytree(ROOT / "data", house / "data")
     tokenizer = AutoTokenizer.from_pretrained(smollm)
-    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 8192, "eos_token_id": 2, "pad_token_id": 2}
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT, "eos_token_id": 2, "pad_token_id": 2}
     for task, names in {
         "causal": ("models/SmolLM2-135M-Instruct", "outputs/pt-merged", "outputs/sft-merged", "outputs/dpo-merged"),
         "score": ("outputs/rm-merged",),
@@ -213,7 +213,9 @@ def shortened(script: str, words: list[str]) -> list[str]:
             ["--max_steps", "6", "--tinit", "1", "--tfinal", "1"] if "adalora" in words else ["--max_steps", "2"]
         )
         weighed = "--data_weights" in words and "--streaming" in words  # each source then has a number of its own
-        return [*words, *schedule, *COMMON[: -2 if weighed else None]]
+        limit = "--block_size" if script == "pretraining" else "--model_max_length"
+        longer = [limit, str(2 * CONTEXT)] if "--rope_scaling" in words else []
+        return [*words, *schedule, *longer, *COMMON[: -2 if weighed else None]]
     if script in ("merge_peft_adapter", "tools.quantize_model") or (
         script in ("tools.extend_vocabulary", "tools.build_tokenizer") and "--output_dir" in words
     ):
@@ -228,6 +230,7 @@ def shortened(script: str, words: list[str]) -> list[str]:
     return [*words, "--overwrite"] if script == "convert_dataset" else words
 
 
+CONTEXT = 2048  # of the tiny model; a page's longer rows are twice as long
 # A row at a time: of the small model's tokenizer, a row's logits are more than the tiny model itself.
 COMMON = ["--save_strategy", "no", "--report_to", "none", "--overwrite_output_dir", "--max_eval_samples", "4",
           "--eval_samples", "0", "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1",
