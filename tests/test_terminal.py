@@ -52,7 +52,8 @@ def told(monkeypatch, stream, quiet):
     """What a run of four steps with one evaluation writes to `stream`."""
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((90, 24)))
-    number = logger.add(terminal.say, format="{message}", colorize=False)
+    logger.remove()  # what a run of another test in this process has put there
+    logger.add(terminal.say, format="{message}", colorize=False)
     try:
         progress = Progress(quiet)
         state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=4)
@@ -67,7 +68,8 @@ def told(monkeypatch, stream, quiet):
         progress.on_evaluate(None, state, None)
         progress.on_train_end(None, state, None)
     finally:
-        logger.remove(number)
+        logger.remove()
+        logger.add(lambda line: sys.stderr.write(line))
     return stream.getvalue()
 
 
