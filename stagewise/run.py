@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
@@ -68,13 +69,32 @@ def set_up_logging() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def leave_processes() -> None:
-    """Ends the group of processes where all of them have come to their end.
+def leave_processes(status: int) -> None:
+    """Ends the group of processes where all of them have come to their end, and this process with `status`, later.
 
-    Threads of gloo that are still there when Python ends abort the process, and a finished run would count as failed.
+    Threads of gloo that are still there while Python ends abort the process now and then, and a finished run would
+    count as failed. Once DistributedDataParallel was there they outlive the group and the model (torch 2.13). So the
+    process leaves with the last of Python's exit handlers and does not wait for what comes after them.
     """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    has_gloo = "gloo" in dist.get_backend()
+    dist.destroy_process_group()
+    if has_gloo:
+        _leave_with.append(status)
+
+
+_leave_with: list[int] = []
+
+
+def _leave() -> None:
+    if _leave_with and not hasattr(sys, "last_type"):  # which an error that nothing caught has set
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_leave_with[0])
+
+
+atexit.register(_leave)  # handlers that are registered later, a tracker's for instance, run before it
 
 
 def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -172,7 +192,7 @@ class Run:
     def __exit__(self, kind, error, trace) -> bool:
         self.progress.close()
         if error is None or (isinstance(error, SystemExit) and error.code == PREEMPTED):
-            leave_processes()
+            leave_processes(PREEMPTED if error else 0)
         if error is None or isinstance(error, SystemExit):
             return False
         message = _out_of_memory_advice(error) if isinstance(error, torch.OutOfMemoryError) else str(error)

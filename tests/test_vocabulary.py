@@ -331,6 +331,15 @@ def test_a_vocabulary_is_built_the_same_every_time_and_loses_nothing(kind, libra
         assert set(read_pieces(tmp_path / "one")) == set(read_pieces(tmp_path / "one" / "tokenizer.model"))
 
 
+def test_of_letters_as_rare_as_each_other_the_same_ones_are_kept(tmp_path):
+    letters = [chr(0x4E00 + number) for number in range(60)]
+    (tmp_path / "text.txt").write_text("病\n" * 2000 + "".join(reversed(letters)) + "\n", encoding="utf-8")
+    words = ["--vocab_size", "400", "--character_coverage", "0.985", "--text_dir", str(tmp_path / "text.txt")]
+    build_tokenizer.main([*words, "--output_dir", str(tmp_path / "built")])
+    kept = {*"".join(read_pieces(tmp_path / "built"))} - {" "}
+    assert kept == {"病", *letters[:30]}  # 2030 of 2060 letters are 98.5%
+
+
 def test_pieces_come_letters_first_and_hold_no_bytes(tmp_path):
     vocab = {piece: n for n, piece in enumerate(["<unk>", "<0x41>", "发热", "▁fever", "发", "▁", "三天"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))

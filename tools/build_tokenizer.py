@@ -57,15 +57,16 @@ def lines_of(texts: Sequence[str]) -> Iterator[str]:
                     yield line[start : start + LONGEST_LINE]
 
 
-def letters_kept(lines: Sequence[str], coverage: float) -> int:
-    """How many different letters it takes, the most frequent first, to cover this share of a text."""
+def letters_kept(lines: Sequence[str], coverage: float) -> list[str]:
+    """The letters that cover this share of a text: the most frequent first, those as frequent in their own order."""
     counts = Counter(letter for line in lines for letter in line if not letter.isspace())
-    left = coverage * sum(counts.values())
-    for kept, (_, count) in enumerate(counts.most_common(), 1):
+    left, kept = coverage * sum(counts.values()), []
+    for letter, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
+        kept.append(letter)
         left -= count
         if left <= 0:
-            return kept
-    return len(counts)
+            break
+    return kept
 
 
 def cutting() -> pre_tokenizers.PreTokenizer:
@@ -83,10 +84,13 @@ def with_tokenizers(lines: Sequence[str], args: argparse.Namespace) -> tuple[Tok
     """BPE over letters."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = cutting()
+    alphabet = [SPACE, *letters_kept(lines, args.character_coverage)]
     trainer = trainers.BpeTrainer(
         vocab_size=args.vocab_size,
         min_frequency=args.min_frequency,
-        limit_alphabet=letters_kept(lines, args.character_coverage) + 1,  # the space's ▁
+        # The limit alone would leave it to chance which of two letters as rare as each other is kept.
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         max_token_length=args.max_piece_length,
         special_tokens=[*SPECIAL, *BYTE_PIECES],
         show_progress=False,

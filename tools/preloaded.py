@@ -14,6 +14,7 @@ import os
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -60,6 +61,8 @@ def main() -> None:
     import ppo_training  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
+    # Python 3.12 warns of threads at a fork: those of libraries, idle here, start anew in a child that needs them.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     commands = os.fdopen(os.dup(0), "rb", buffering=0)
     for words in read_commands(commands):
         child = os.fork()
