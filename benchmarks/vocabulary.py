@@ -4,8 +4,9 @@
     python benchmarks/vocabulary.py --text fever_zh.txt --output_dir outputs/vocabularies --vocab_size 2000,4000
 
 The last tenth of the text is held out. A vocabulary is built from the rest and added to the model; then both models
-are trained on that rest by `pretraining.py` with the same flags: with the same number of steps, which is the same
-compute, and with the same number of passes over the text, which is less. Prints a Markdown table.
+are trained on that rest, and on --more_text, by `pretraining.py` with the same flags: with the same number of steps,
+which is the same compute, and with the same number of passes over the text, which is less. Flags that are not this
+script's go to `pretraining.py`. Prints a Markdown table.
 
 Bits per character, -log2 p(text) / characters, count every character of the held-out text and so compare models with
 different tokenizers. The text is cut into windows of --window characters, each behind the end token alone.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -43,12 +45,13 @@ DEFAULTS = {"cuda": Settings(60, 8, 512, None, 512), "cpu": Settings(12, 1, 256,
 
 
 def split(text: Path, folder: Path) -> tuple[Path, Path]:
-    """The first nine tenths of a text, up to a line's end, and the rest, as files."""
+    """The first nine tenths of a text, up to a line's end, and the rest, as files alone in a folder each."""
     content = text.read_text(encoding="utf-8")
     cut = content.index("\n", int(0.9 * len(content))) + 1
     parts = folder / "train" / "text.txt", folder / "held_out" / "text.txt"
     for path, part in zip(parts, (content[:cut], content[cut:]), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir(parents=True)
         path.write_text(part, encoding="utf-8")
     return parts
 
@@ -103,8 +106,12 @@ def measure(model: Path, adapter: Path | None, text: str, window: int, device: s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--text", type=Path, required=True, help="a .txt file")
+    parser.add_argument("--more_text", type=Path, nargs="+", default=[], help=".txt files that PT reads as well")
+    parser.add_argument("--copies", type=int, default=1, help="times that PT reads --text for each of --more_text")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=SMALL_MODEL)
     parser.add_argument("--vocab_size", default="4000", help="of the vocabulary that is built; several by commas")
@@ -112,7 +119,7 @@ def main() -> None:
     for setting in fields(Settings):
         gpu, cpu = (getattr(DEFAULTS[device], setting.name) or "all" for device in ("cuda", "cpu"))
         parser.add_argument(f"--{setting.name}", type=int, help=f"default: {gpu} on a GPU, {cpu} on a CPU")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,6 +129,8 @@ def main() -> None:
     out = args.output_dir.resolve()
     train_file, held_file = split(args.text, out)
     held_out = held_file.read_text(encoding="utf-8")[: settings.held_out]
+    for number, path in enumerate([*[train_file] * (args.copies - 1), *args.more_text]):
+        shutil.copy(path, train_file.with_name(f"more-{number}.txt"))
     models = {"the model's own": args.model.resolve()}
     models |= {f"+ {size} built": extend(args.model, train_file, size, out) for size in args.vocab_size.split(",")}
     words = ["--learning_rate", args.learning_rate, "--block_size", str(settings.block_size)]
@@ -129,6 +138,7 @@ def main() -> None:
         "--per_device_train_batch_size",
         str(settings.batch_size),
         *(["--bf16"] if device == "cuda" else ["--use_cpu"]),
+        *flags,
     ]
     rows: list[tuple[str, ...]] = []
 
