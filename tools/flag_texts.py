@@ -17,7 +17,7 @@ COMMON: dict[str, tuple[str, str]] = {
     ),
     "per_device_eval_batch_size": (
         "The same for validation, where rows are never packed.",
-        "验证时的同一数量;验证时不装填。",
+        "验证时的同一数量;验证时不打包。",
     ),
     "gradient_accumulation_steps": ("Batches that make one optimizer step.", "多少个批次合成一次优化器更新。"),
     "num_train_epochs": ("Passes over the training records.", "遍历训练数据的次数。"),
@@ -178,7 +178,7 @@ CHINESE: dict[str, str] = {
     "Tokens of the prompt with its history.": "提示(含历史)的 token 数上限。",
     "Tokens of an answer.": "回答的 token 数上限。",
     "Several records in one row, attending only to themselves; False: padded.": (
-        "多条数据装填进一行,互不可见;False:逐条填充。"
+        "多条数据打包进一行,互不可见;False:逐条填充。"
     ),
     "NEFTune: noise on the embeddings, uniform within ±alpha / sqrt(L d).": (
         "NEFTune:在嵌入上加 ±alpha / sqrt(L d) 之内的均匀噪声。"
@@ -232,7 +232,7 @@ CHINESE: dict[str, str] = {
     ),
     # stages
     "Tokens of a row; longer documents are cut into blocks.": "一行的 token 数;更长的文档切成多块。",
-    "Tokens of a conversation, and of a packed row.": "一段对话的 token 数上限,也是装填后一行的长度。",
+    "Tokens of a conversation, and of a packed row.": "一段对话的 token 数上限,也是打包后一行的长度。",
     "Learn the whole conversation, prompts included.": "整段对话都参与学习,包括提问。",
     "How strongly the model is held to the reference.": "模型被约束在参考模型附近的强度。",
     "Reference where all weights are trained; default: the model as it starts.": (
@@ -298,7 +298,7 @@ CHINESE: dict[str, str] = {
     ),
     "Validation records that each evaluation also shows: what the model says to them (eval_samples/, "
     "TensorBoard, report.html); of a reward model the scores. 0: none.": (
-        "每次评测时另外展示多少条验证数据:模型对它们的回答(eval_samples/、TensorBoard、report.html);"
+        "每次评估时另外展示多少条验证数据:模型对它们的回答(eval_samples/、TensorBoard、report.html);"
         "奖励模型则是分数。0:不展示。"
     ),
     "Plain lines on a terminal, too: no line that is written over, no bars.": (
