@@ -1,11 +1,11 @@
-"""Writes the tables of flags in docs/arguments.md, on the stages' pages and in their translations.
+"""Writes the tables of flags in docs/arguments.md, on the pages of the stages and of inference.py, and in Chinese.
 
     python -m tools.document_flags
 
 A table of docs/arguments.md stands between `<!-- flags NAME -->` and `<!-- end -->`; NAME is a dataclass of flags, or
-one of `LISTS`. A stage's page has all flags of its script between `<!-- flags of SCRIPT -->` and `<!-- end -->`. What
-stands outside is written by hand. The Chinese words are in `tools/flag_texts.py`, found by the English ones: a help
-text that changed ends this program until its translation does too.
+one of `LISTS`. A script's page has all its flags between `<!-- flags of SCRIPT -->` and `<!-- end -->`. What stands
+outside is written by hand. The Chinese words are in `tools/flag_texts.py`, found by the English ones: a help text that
+changed ends this program until its translation does too.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ STAGES = {
     "dpo_training": "DPO",
 }
 MERGE = "merge_peft_adapter"
+TALK = "inference"
 DOCUMENTS = {"en": Path("docs/arguments.md"), "zh": Path("docs/arguments_zh.md")}
-# The page of each stage, without its language.
+# The page that has all flags of a script, without its language.
 PAGES = {
+    TALK: "inference",
     "pretraining": "pt",
     "supervised_finetuning": "sft",
     "reward_modeling": "rm",
@@ -58,12 +60,19 @@ TITLES = {
     "TrainingArguments": ("Of transformers, those used most", "来自 transformers 的常用参数"),
 }
 OWN = ("Its own", "本阶段专有")
+# The same for the script that talks.
+TALK_TITLES = {
+    "SpeakerArguments": ("The model", "模型"),
+    "SamplingArguments": ("How answers are drawn", "回答怎样采样"),
+    "InferenceArguments": ("What is done with it", "做什么"),
+}
 COLUMNS = {
     "flags": {"en": ("flag", "default", "what it does"), "zh": ("参数", "默认值", "作用")},
     "renamed": {"en": ("name of earlier pipelines", "today"), "zh": ("早期流程中的名称", "今天的名称")},
     "dropped": {"en": ("flag", "taken and left out, because"), "zh": ("参数", "接受但略去,因为")},
     "refused": {"en": ("flag", "what to do today"), "zh": ("参数", "今天的做法")},
 }
+REQUIRED = {"en": "required", "zh": "必填"}
 LISTS = ("TrainingArguments", "renamed", "dropped", "refused")
 BLOCK = re.compile(r"(<!-- flags (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MEMORY_BLOCK = re.compile(r"(<!-- memory table -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -111,6 +120,11 @@ def groups() -> dict[str, tuple[type, list[str]]]:
     return found
 
 
+def talking() -> list[type]:
+    """The dataclasses whose fields are the flags of inference.py."""
+    return importlib.import_module(TALK).FLAGS
+
+
 def own_fields(kind: type) -> list[dataclasses.Field]:
     """The fields that a dataclass declares itself, without those of the class that it extends."""
     return [field for field in dataclasses.fields(kind) if field.init and field.name in inspect.get_annotations(kind)]
@@ -126,10 +140,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def default_of(field: dataclasses.Field, language: str) -> str:
     """A field's default as it is written on a command line."""
-    if field.name == "output_dir" or (
-        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ):
-        return {"en": "required", "zh": "必填"}[language]
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return REQUIRED[language]
     value: Any = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     value = value.value if isinstance(value, enum.Enum) else value
     return "" if value is None else f"`{value}`"
@@ -166,7 +178,8 @@ def common_table(language: str) -> str:
     for name, texts in COMMON.items():
         if name not in fields or name in own:
             raise FlagsError(f"tools/flag_texts.py: COMMON has --{name}, which is no flag of transformers here")
-        rows.append((f"`--{name}`", default_of(fields[name], language), texts[("en", "zh").index(language)]))
+        default = REQUIRED[language] if name == "output_dir" else default_of(fields[name], language)
+        rows.append((f"`--{name}`", default, texts[("en", "zh").index(language)]))
     return table(COLUMNS["flags"][language], rows)
 
 
@@ -215,7 +228,7 @@ def written(text: str, language: str) -> str:
     return BLOCK.sub(lambda match: match[1] + block(match[2], language, known) + match[3], text)
 
 
-# ----------------------------------------------------------------------------------------------------- stages' pages
+# ---------------------------------------------------------------------------------------------------- scripts' pages
 
 
 def page_of(script: str, language: str) -> Path:
@@ -223,27 +236,34 @@ def page_of(script: str, language: str) -> Path:
 
 
 def stage_tables(script: str, language: str) -> str:
-    """Every flag of a stage script, its own first, in one table for each dataclass.
+    """Every flag of a stage script, its own first, or of inference.py, in one table for each dataclass.
 
     Raises:
         FlagsError: a dataclass that several stages have is not in `TITLES`, or a flag lacks its text.
     """
+    place = ("en", "zh").index(language)
+    if script == TALK:
+        return titled([(TALK_TITLES[kind.__name__][place], flag_table(kind, language)) for kind in talking()])
     stages, kinds = groups(), {kind.__name__: kind for kind in dataclasses_of(script)}
     own = [name for name in kinds if stages[name][1] == [STAGES[script]]]
     if unknown := kinds.keys() - {*own, *TITLES}:
         raise FlagsError(f"tools/document_flags.py: TITLES has no {', '.join(sorted(unknown))}")
-    place = ("en", "zh").index(language)
     parts = [(OWN[place], flag_table(kinds[name], language)) for name in own if own_fields(kinds[name])]
     for name, titles in TITLES.items():
         if name == "TrainingArguments":
             parts.append((titles[place], common_table(language)))
         elif name in kinds and name not in own:
             parts.append((titles[place], flag_table(kinds[name], language)))
+    return titled(parts)
+
+
+def titled(parts: Sequence[tuple[str, str]]) -> str:
+    """Tables, each under its title."""
     return "\n" + "\n".join(f"**{title}**\n\n{rows}" for title, rows in parts) + "\n"
 
 
 def stage_page(text: str, script: str, language: str) -> str:
-    """A stage's page with its tables made anew.
+    """A script's page with its tables made anew.
 
     Raises:
         FlagsError: the page does not have exactly one place for them.

@@ -314,6 +314,59 @@ CHINESE: dict[str, str] = {
     "Whole checkpoints that are kept.": "保留多少个完整的检查点。",
     "See torch's DDP.": "见 torch 的 DDP。",
     "Stays False: batches hold what is needed, nothing more.": "保持 False：批次里只有需要的内容，没有别的。",
+    # SpeakerArguments
+    "Model directory, or a hub name; default: the one that --lora_model names.": (
+        "模型目录,或 hub 上的名称;默认:--lora_model 所记录的基座。"
+    ),
+    "Adapter to put on it: LoRA, AdaLoRA, prompt, P- or prefix tuning; a folder or hub name.": (
+        "放在其上的适配器:LoRA、AdaLoRA、prompt tuning、P-tuning 或 prefix tuning;目录或 hub 上的名称。"
+    ),
+    "Default: the adapter's, else the model's.": "默认:适配器目录里的,没有则用模型的。",
+    "False: a thinking model answers without thoughts. Default: its own way.": (
+        "False:会思考的模型不经思考直接回答。默认按模型自己的方式。"
+    ),
+    "How many times the model's own context; default: 2.": "模型自身上下文的多少倍;默认 2。",
+    "auto (a GPU if there is one), cpu or cuda.": "auto(有 GPU 就用 GPU)、cpu 或 cuda。",
+    "Branch, tag or commit of a hub model; not the adapter's.": "hub 模型的分支、标签或提交;不用于适配器。",
+    "Where downloads are cached.": "下载内容的缓存目录。",
+    # SamplingArguments
+    "Draw tokens at random; False: always the most probable.": "随机采样 token;False:总是取最可能的。",
+    "Below 1: the more probable tokens come still more often; above 1: less; 0 = no sampling.": (
+        "小于 1:较可能的 token 出现得更多;大于 1:更少;0 = 不采样。"
+    ),
+    "Draw from the fewest tokens that reach this share.": "只从概率之和达到该值的最少几个 token 中采样。",
+    "Draw from the k most probable tokens; 0 = all.": "只从最可能的 k 个 token 中采样;0 = 全部。",
+    "Leave out tokens less probable than this share of the most probable one.": (
+        "去掉概率低于最可能 token 的这一比例的 token。"
+    ),
+    "Above 1: what was said before becomes less probable.": "大于 1:说过的内容变得不那么可能。",
+    "No n tokens in a row are said twice; 0 = no limit.": "连续的 n 个 token 不说第二遍;0 = 不限制。",
+    "Most tokens of an answer; default: its own, else 512, at most half the context.": (
+        "一个回答最多多少个 token;默认用模型自己的,否则 512,至多为上下文的一半。"
+    ),
+    "Beam search among so many candidates; not with sampling.": "在这么多个候选中做束搜索;不与采样同用。",
+    "The same seed gives the same answer to the same prompt.": "同样的种子对同样的提示给出同样的回答。",
+    # InferenceArguments
+    "Talk with the model in the terminal.": "在终端里与模型对话。",
+    "System prompt where none is given; default: the template's own.": (
+        "没有给出系统提示时所用的系统提示;默认:模板自己的。"
+    ),
+    "Prompts to answer: .jsonl, .json, .csv, .parquet in any form of docs/data.md, or .txt.": (
+        "要回答的提示:.jsonl、.json、.csv、.parquet,格式为 docs/data.md 中的任何一种;或 .txt。"
+    ),
+    "Where their answers are written, as jsonl.": "回答写入的文件,jsonl 格式。",
+    "Field of a record that its answer becomes.": "回答写入记录的哪个字段。",
+    "Prompts that a process answers at a time.": "一个进程一次回答多少个提示。",
+    "A prompt that is too long: error, or skip (its answer is null, with the reason).": (
+        "提示过长时:error 报错,skip 跳过(回答为 null,并附原因)。"
+    ),
+    "Replace --output_file, do not go on.": "替换 --output_file,而不是接着写。",
+    "Without --lora_model: its adapter is put on the base, if it has one.": (
+        "没有 --lora_model 时:其中若有适配器,就放在基座上。"
+    ),
+    "Without --lora_model: looked at for an adapter after --checkpoint_dir.": (
+        "没有 --lora_model 时:在 --checkpoint_dir 之后从这里寻找适配器。"
+    ),
     # MergeArguments
     "The adapter's directory.": "适配器的目录。",
     "Where the merged model is written.": "合并后的模型写入的目录。",
