@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 from loguru import logger
 
-from stagewise.adapter_files import read_adapter_config
 from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
 from stagewise.conversation import RecordError, parse_conversation, parse_preference
 from stagewise.evaluation_answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
@@ -45,14 +44,12 @@ from stagewise.evaluation_page import (
 from stagewise.evaluation_pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
 from stagewise.evaluation_text import PACKAGES, check_packages
 from stagewise.manifest import given_flags, read_manifest, versions
-from stagewise.model import find_source
 from stagewise.readers import RECORD_FILES
 from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
 from stagewise.reward import load_scorer
 from stagewise.run import set_up_logging
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
-from stagewise.speaker_loading import choose_device, for_loading
-from stagewise.targets import AdapterError
+from stagewise.speaker_loading import choose_device, for_loading, local_adapter
 from template import TEMPLATES
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
@@ -133,12 +130,12 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
     return {"records": account.as_dict(), "sampling": sampling, **parts}, answer_section(rows, numbers)
 
 
-def measure_pairs(job: Job, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
-    """The RM test: what metrics.json says of it, and its section of the page."""
+def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
+    """The RM test: what metrics.json says of it, and its section of the page; `adapter` is a local directory."""
     preferences, account = records
     chat = ChatArguments(job.model.template_name, job.model.force_template, job.model.enable_thinking)
     loading = for_loading(job.model)
-    scorer = load_pair_scorer(loading, job.model.lora_model, chat, TEMPLATES, choose_device(job.model))
+    scorer = load_pair_scorer(loading, adapter, chat, TEMPLATES, choose_device(job.model))
     pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
     logger.info(f"test: {len(pairs)} pairs")
     rows = pair_rows(pairs, scorer([pair.example for pair in pairs], job.args.batch_size))
@@ -175,9 +172,9 @@ def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tu
 # ── one evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def about_model(model: SpeakerArguments) -> dict[str, Any]:
-    """Which model it was, and the last stage that trained it where its run.json tells."""
-    manifest = read_manifest(model.lora_model or model.base_model) or {}
+def about_model(model: SpeakerArguments, adapter: str | None) -> dict[str, Any]:
+    """Which model it was, and the last stage that trained it where its run.json, or that in `adapter`, tells."""
+    manifest = read_manifest(adapter or model.base_model) or {}
     stages = [step["stage"] for step in manifest.get("lineage", []) if step["stage"] not in ("merge", "quantize")]
     found = {"base_model": model.base_model, "lora_model": model.lora_model, "stage": stages[-1] if stages else None}
     return {name: value for name, value in found.items() if value is not None}
@@ -192,23 +189,19 @@ def evaluate(job: Job) -> None:
     began, args, model = time.time(), job.args, job.model
     if args.test_file:
         find_files(args.test_file, RECORD_FILES, "--test_file")
-    adapter = None
-    if model.lora_model and Path(find_source(model.lora_model, for_loading(model), "lora_model")).is_dir():
-        try:
-            adapter = read_adapter_config(model.lora_model)
-        except AdapterError as error:
-            raise ArgumentError(f"--lora_model {error}") from error
+    folder, adapter = local_adapter(model)
+    if adapter:
         model.base_model = model.base_model or adapter.base_model_name_or_path
     if not model.base_model and not model.lora_model:
         raise ArgumentError("--model_name_or_path: missing; give a model directory, a hub name, or --lora_model")
     scores = bool(model.base_model) and is_reward_model(for_loading(model), adapter)
-    found: dict[str, Any] = {"model": about_model(model)}
+    found: dict[str, Any] = {"model": about_model(model, folder)}
     sections: list[str] = []
     if scores:
         if args.benchmarks:
             raise ArgumentError("--benchmarks: this is a reward model, which scores and does not speak")
         refuse(job, {f.name for f in fields(SamplingArguments)} | {"reward_model_name_or_path"}, "on a reward model")
-        found["rm"], section = measure_pairs(job, read_test(job, parse_preference))
+        found["rm"], section = measure_pairs(job, folder, read_test(job, parse_preference))
         sections.append(section)
     else:
         refuse(job, {f.name for f in fields(PairArguments)}, "on a language model, whose context is the limit")

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from loguru import logger
@@ -137,6 +138,9 @@ def converse(talk: Talk, lines: Lines) -> None:
                 return
         except ValueError as error:  # the question cannot be asked, or the command not be done; the talk goes on
             print(f"error: {error}")
+        except torch.OutOfMemoryError:
+            print("error: the GPU's memory is full; what was said before is kept. Lower --max_new_tokens, ask less, "
+                  "or /clear")  # fmt: skip
         except KeyboardInterrupt:  # pressed once more, when the answer had just ended
             print()
 

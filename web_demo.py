@@ -87,7 +87,7 @@ class Page:
 
     def __init__(self, speaker: Speaker, sampling: SamplingArguments, args: WebArguments, *, compares: bool):
         self.speaker, self.sampling, self.compares = speaker, sampling, compares
-        self.start = sampling.settled(speaker.defaults)
+        self.start = {**_beginning(sampling).settled(speaker.defaults), "seed": sampling.seed}
         if not self.start["do_sample"]:
             self.start["temperature"] = 0
         # what a flag asks for is offered even where the page alone would not
@@ -286,10 +286,9 @@ class Page:
         return [*panes, gr.skip() if chat.job else self._titles(desk), gr.skip() if chat.job else self._box(chat)]
 
     def chosen(self, values: dict[str, Any]) -> SamplingArguments:
-        """The settings of the page; at temperature 0 what shapes a draw is left out."""
-        drawn = ("top_p", "top_k", "min_p")
+        """The settings of the page; at temperature 0 what shapes a draw is left out, the seed too."""
         if not values["temperature"]:
-            values |= dict.fromkeys(drawn)
+            values |= dict.fromkeys(("top_p", "top_k", "min_p", "seed"))
         seed, longest = values["seed"], min(int(values["max_new_tokens"]), self.longest)
         whole = {"max_new_tokens": longest, "seed": None if seed is None else int(seed), "num_beams": 1}
         if values["top_k"] is not None:
@@ -365,11 +364,18 @@ class Page:
         return serve(self.blocks, web, pairs, i18n=self.words, css=STYLE, wait=wait)
 
 
+def _beginning(sampling: SamplingArguments) -> SamplingArguments:
+    """The flags without the seed, which waits at temperature 0 until the page's slider is moved."""
+    return replace(sampling, seed=None)
+
+
 def check(web: WebArguments, sampling: SamplingArguments) -> list[tuple[str, str]] | None:
     """Refuses by name what cannot be honoured, before weights are read; returns the logins."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ArgumentError("web_demo.py is one process: start it with python, not with torchrun")
     if sampling.num_beams not in (None, 1):
         raise ArgumentError("--num_beams: an answer that is read as it comes has one beam; inference.py has more")
-    sampling.settled()
+    _beginning(sampling).settled()
     return check_web(web)
 
 
@@ -377,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     args, sampling, web = parse([SpeakerArguments, SamplingArguments, WebArguments], argv)
     pairs = check(web, sampling)
     speaker = Speaker.load(args, TEMPLATES)
-    speaker.longest_question(sampling.settled(speaker.defaults)["max_new_tokens"])
+    speaker.longest_question(_beginning(sampling).settled(speaker.defaults)["max_new_tokens"])
     Page(speaker, sampling, web, compares=speaker.adapter is not None).serve(web, pairs)
 
 

@@ -133,9 +133,14 @@ class AnswerFile:
             return 0, 0
         data = self.part.read_bytes()
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        found = _settings_in(lines[0] if lines else data)
+        if data and found is None:
+            raise SpeakerError(
+                f"--output_file {self.path}: {self.part.name} is no file of unfinished answers, or a damaged one; "
+                "move it away, or --overwrite_output_file to begin anew"
+            )
         if len(lines) < 2:  # no answer yet
             return 0, 0
-        found = json.loads(lines[0]).get("settings", {})
         now = json.loads(json.dumps(self.settings, default=str))
         differ = [name for name in now if found.get(name) != now[name]]
         if differ:
@@ -174,6 +179,17 @@ class AnswerFile:
 
     def _line(self, value: dict[str, Any]) -> None:
         self.file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def _settings_in(line: bytes) -> dict[str, Any] | None:
+    """The settings of a file's first line, {} where it was not written to its end; None: it is no such line."""
+    if line.startswith(b'{"settings": ') and not line.endswith(b"\n"):
+        return {}
+    try:
+        found = json.loads(line)["settings"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def fingerprint(path: str | Path) -> str:

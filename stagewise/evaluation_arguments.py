@@ -136,10 +136,7 @@ def settle_sampling(sampling: SamplingArguments) -> None:
     asked = [getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")]
     if sampling.do_sample is None and asked == [None] * 4:
         sampling.do_sample = False
-    sampled = sampling.settled()["do_sample"]
-    if sampling.seed is not None and not sampled:
-        raise ArgumentError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
-    if sampled and sampling.seed is None:
+    if sampling.settled()["do_sample"] and sampling.seed is None:
         sampling.seed = 0
 
 

@@ -2,7 +2,7 @@
 many in batches. What the terminal, the web page and the evaluation have in common.
 
     speaker = Speaker.load(SpeakerArguments("models/SmolLM2-135M-Instruct", lora_model="outputs/sft"), TEMPLATES)
-    for piece in speaker.stream(Conversation((Message("user", "Hi"),)), SamplingArguments(seed=1)):
+    for piece in speaker.stream(Conversation((Message("user", "Hi"),)), SamplingArguments(temperature=0.7, seed=1)):
         print(piece, end="", flush=True)
 """
 

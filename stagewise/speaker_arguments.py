@@ -42,10 +42,13 @@ class SpeakerArguments:
     torch_dtype: str = field(
         default="auto", metadata={"help": "Weights' precision: auto (the checkpoint's), float32, bfloat16, float16."}
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "Hold linear layers in 4 bit (nf4, bitsandbytes)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Hold linear layers in 8 bit (bitsandbytes)."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the linear layers in 4 bit (nf4, bitsandbytes)."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the linear layers in 8 bit (bitsandbytes)."})
     rope_scaling: str | None = field(
-        default=None, metadata={"help": "Longer context by scaled positions: dynamic (NTK), linear, yarn or longrope."}
+        default=None,
+        metadata={"help": "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope."},
     )
     rope_factor: float | None = field(
         default=None, metadata={"help": "How many times the model's own context; default: 2."}
@@ -54,21 +57,28 @@ class SpeakerArguments:
         default=None, metadata={"help": "longrope: json file with its lists short_factor and long_factor."}
     )
     flash_attn: bool = field(
-        default=False, metadata={"help": "FlashAttention where installed, else torch's fastest exact attention."}
+        default=False,
+        metadata={"help": "FlashAttention where installed, else torch's fastest exact attention on this GPU."},
     )
     device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu or cuda."})
     device_map: str | None = field(
         default=None, metadata={"help": "`auto` spreads one process's model over its GPUs; not with torchrun."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that the model ships."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model repository ships."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of a hub model; not the adapter's."}
+    )
     hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub model."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
 
 
 @dataclass
 class SamplingArguments:
-    """How an answer is drawn: transformers' names; what is not given is the model's own (generation_config.json).
+    """How an answer is drawn: transformers' names; what is not given of these is the model's own
+    (generation_config.json). Other ways of drawing that stand there (typical_p, epsilon_cutoff, eta_cutoff) are not
+    followed.
 
     Giving temperature, top_p, top_k or min_p asks for sampling, temperature 0 for the most probable token.
     """
@@ -78,7 +88,10 @@ class SamplingArguments:
     do_sample: bool | None = field(
         default=None, metadata={"help": "Draw tokens at random; False: always the most probable."}
     )
-    temperature: float | None = field(default=None, metadata={"help": "Below 1 bolder tokens only; 0 = no sampling."})
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Below 1: the more probable tokens come still more often; above 1: less; 0 = no sampling."},
+    )
     top_p: float | None = field(default=None, metadata={"help": "Draw from the fewest tokens that reach this share."})
     top_k: int | None = field(default=None, metadata={"help": "Draw from the k most probable tokens; 0 = all."})
     min_p: float | None = field(
@@ -118,10 +131,12 @@ class SamplingArguments:
             raise SpeakerError("--temperature 0 always takes the most probable token: leave --do_sample out")
         if greedy and (others := [name for name in asks if name != "temperature"]):
             raise SpeakerError(f"--{others[0]} has no effect with --temperature 0: leave one of them out")
-        sample = self.do_sample
+        sample, beams = self.do_sample, (self.num_beams or 1) > 1
         if sample is None:
-            beams = (self.num_beams or 1) > 1
             sample = not greedy and (bool(asks) or (bool(getattr(own, "do_sample", False)) and not beams))
+        known = own is not None or greedy or beams or self.do_sample is False  # whatever the model's own settings say
+        if self.seed is not None and not sample and known:
+            raise SpeakerError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
         values = {
             "temperature": 1.0,
             "top_p": 1.0,

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,11 @@ def choose_device(args: SpeakerArguments) -> torch.device:
     gpu = torch.cuda.is_available()
     if args.device == "cuda" and not gpu:
         raise SpeakerError("--device cuda: there is no CUDA GPU here; leave it out, or --device cpu")
-    if args.device == "cpu" and args.device_map:
+    placed = args.device_map not in (None, "", "None", "none")
+    if args.device == "cpu" and placed:
         raise SpeakerError("--device_map places a model on GPUs: it has no effect with --device cpu, leave one out")
+    if placed and not gpu:
+        raise SpeakerError("--device_map places a model on GPUs: there is none here, leave it out")
     if args.device == "cpu" and args.flash_attn and gpu:
         raise SpeakerError("--flash_attn needs a GPU: it has no effect with --device cpu, leave one out")
     on_cpu = args.device == "cpu" or not gpu
@@ -112,14 +116,26 @@ def choose_device(args: SpeakerArguments) -> torch.device:
 
 
 def find_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None]:
-    """The adapter's local directory (a hub name is downloaded) and its config.
+    """As `local_adapter`, of a model that speaks.
 
     Raises:
         SpeakerError: if it is none, or one of a reward model.
     """
+    source, config = local_adapter(args)
+    if config is not None and str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS":
+        raise SpeakerError(f"--lora_model {source}: an adapter of a reward model, which scores and does not speak")
+    return source, config
+
+
+def local_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None]:
+    """The adapter's local directory (a hub name is downloaded, its newest version) and its config; None where none is.
+
+    Raises:
+        SpeakerError: if it is no adapter.
+    """
     if not args.lora_model:
         return None, None
-    hub = for_loading(args)
+    hub = replace(for_loading(args), model_revision="main")
     source = find_source(args.lora_model, hub, "lora_model")
     if not Path(source).is_dir():
         try:
@@ -127,12 +143,9 @@ def find_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None]
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise SpeakerError(f"--lora_model {source}: no such directory, and no hub adapter: {error}") from error
     try:
-        config = read_adapter_config(source)
+        return source, read_adapter_config(source)
     except AdapterError as error:
         raise SpeakerError(f"--lora_model {error}") from error
-    if str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS":
-        raise SpeakerError(f"--lora_model {source}: an adapter of a reward model, which scores and does not speak")
-    return source, config
 
 
 def settle_factor(args: ModelArguments) -> None:

@@ -18,7 +18,7 @@ from conftest import EOS_ID, build_tiny_model, build_tiny_tokenizer
 from launching import environment, python, run, torchrun
 
 import inference
-from stagewise.answer_file import read_prompts
+from stagewise.answer_file import AnswerFile, read_prompts
 from stagewise.conversation import Conversation, Message
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.talk import Talk
@@ -157,6 +157,20 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_checkpoint, tmp_path):
     assert [line["n"] for line in read(out)] == list(range(60))
 
 
+@pytest.mark.parametrize("text", ["notes", "notes\nof mine\n", "[1]\n{}\n", '{"settings": 3}\n{}\n', '{"a": 1}\n'])
+def test_a_part_that_is_none_of_ours_is_named_and_kept(tmp_path, text):
+    part = tmp_path / "out.jsonl.part"
+    part.write_text(text)
+    with pytest.raises(SpeakerError, match="out.jsonl: out.jsonl.part is no file of unfinished answers.*--overwrite_"):
+        AnswerFile(tmp_path / "out.jsonl", {"seed": 1}, [{}], "response").begin()
+    assert part.read_text() == text
+    part.write_text('{"settings": {"se')  # killed in its first line
+    file = AnswerFile(tmp_path / "out.jsonl", {"seed": 1}, [{}], "response")
+    assert file.begin() == 0
+    file.close()
+    assert part.read_text() == '{"settings": {"seed": 1}}\n'
+
+
 @pytest.mark.distributed
 def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("llama")
@@ -187,6 +201,8 @@ def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
         (["--data_file", "x", "--output_file", "./x"], "--output_file ./x: is the file of prompts"),
         (["--interactive", "--batch_size", "2"], "--batch_size has no effect with --interactive"),
         (["--interactive", "--do_sample", "False", "--top_p", "0.5"], "--top_p has no effect"),
+        (["--interactive", "--temperature", "0", "--seed", "1"], "--seed has no effect on the most probable tokens"),
+        (["--interactive", "--do_sample", "False", "--seed", "1"], "--seed has no effect on the most probable tokens"),
         (["--interactive", "--lora_model", "a", "--output_dir", "b"], "--lora_model names the adapter"),
         (["--interactive", "--base_modle", "a"], "--base_modle: no such flag; the nearest known flag is --base_model"),
     ],
@@ -342,10 +358,10 @@ def test_a_talk_over_a_pipe_has_history_and_a_seed(tiny_checkpoint, tmp_path):
         "inference", "--base_model", base, "--interactive", "--max_new_tokens", 8, "--temperature", 1, "--seed", 3
     )
     outputs = []
-    for folder in ("one", "two"):
+    for folder, more in (("one", []), ("two", ["--rope_scaling", "dynamic"])):  # which changes nothing so early
         (tmp_path / folder).mkdir()
         done = subprocess.run(
-            command,
+            [*command, *more],
             input=script,
             text=True,
             capture_output=True,
@@ -405,6 +421,30 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_said_to_speak(tiny_
     assert capsys.readouterr().out == ""
     inference.do(talk, "/system\nin two\nlines")
     assert talk.system == "in two\nlines"
+
+
+def test_a_full_gpu_ends_the_answer_and_not_the_talk(tiny_checkpoint, monkeypatch, capsys):
+    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))), TEMPLATES)
+    talk, own = Talk(speaker, SamplingArguments(do_sample=False, max_new_tokens=4)), speaker.base.generate
+
+    def generate(**inputs):
+        if inputs["input_ids"].shape[1] > 700:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(**inputs)
+
+    monkeypatch.setattr(speaker.base, "generate", generate)
+    questions = iter(["one", "long " * 300, "two"])
+
+    class Typed:
+        def read(self, prompt):
+            try:
+                return next(questions)
+            except StopIteration:
+                raise EOFError from None
+
+    inference.converse(talk, Typed())
+    assert "error: the GPU's memory is full" in capsys.readouterr().out
+    assert [m.content for m in talk.messages[::2]] == ["one", "two"]
 
 
 @pytest.mark.real

@@ -252,6 +252,9 @@ def test_beams_find_a_more_probable_answer(tiny_checkpoint):
         ({"do_sample": False, "temperature": 0.7}, "--temperature has no effect with --do_sample False"),
         ({"do_sample": True, "temperature": 0}, "--temperature 0 always takes"),
         ({"temperature": 0, "top_p": 0.9}, "--top_p has no effect with --temperature 0"),
+        ({"temperature": 0, "seed": 3}, "--seed has no effect on the most probable tokens"),
+        ({"do_sample": False, "seed": 3}, "--seed has no effect on the most probable tokens"),
+        ({"num_beams": 4, "seed": 3}, "--seed has no effect on the most probable tokens"),
         ({"temperature": 0.7, "num_beams": 3}, "--num_beams 3: beam search draws nothing"),
         ({"top_p": 1.5}, "--top_p: expected above 0, at most 1, found 1.5"),
         ({"max_new_tokens": 0}, "--max_new_tokens: expected at least 1, found 0"),
@@ -273,6 +276,10 @@ def test_what_is_not_given_is_the_models_own():
     assert SamplingArguments(num_beams=2).settled(own)["do_sample"] is False
     assert SamplingArguments().settled()["do_sample"] is False
     assert SamplingArguments(top_k=3).settled()["do_sample"] is True
+    alone = SamplingArguments(seed=3)  # before the model is known, its own settings may still sample
+    assert (alone.settled()["do_sample"], alone.settled(own)["seed"]) == (False, 3)
+    with pytest.raises(SpeakerError, match="--seed has no effect"):
+        alone.settled(GenerationConfig())
 
 
 # ── words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -402,6 +409,9 @@ def test_what_cannot_speak_is_refused_by_its_flag(tiny_checkpoint, tmp_path):
         load(base, device="tpu")
     with pytest.raises(SpeakerError, match="are both given"):
         load(base, load_in_4bit=True, load_in_8bit=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(SpeakerError, match="--device_map places a model on GPUs: there is none here"):
+            load(base, device_map="auto")
     with pytest.raises(SpeakerError, match="--rope_factor needs --rope_scaling"):
         load(base, rope_factor=2.0)
     with pytest.raises(SpeakerError, match="a reward model has no language-model head"):

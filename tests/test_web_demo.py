@@ -260,8 +260,14 @@ def test_system_prompt_and_settings_reach_the_model(visit, speaker):
     wait_for(page, "adapter heard one")
     found = speaker.asked[-1]
     assert found.conversation.system == "Answer in rhymes."
-    assert (found.sampling.temperature, found.sampling.top_p, found.sampling.seed) == (0, None, 7)
+    assert (found.sampling.temperature, found.sampling.top_p, found.sampling.seed) == (0, None, None)
     assert found.sampling.settled(speaker.defaults)["do_sample"] is False
+    finished(page)
+    page.fill("#temperature input[type=number]", "0.5")
+    page.press("#temperature input[type=number]", "Tab")
+    ask(page, "two")
+    wait_for(page, "adapter heard two")
+    assert (speaker.asked[-1].sampling.temperature, speaker.asked[-1].sampling.seed) == (0.5, 7)
 
 
 def test_thoughts_are_folded_away_and_stay_whole_for_the_model(visit, speaker):
@@ -541,6 +547,19 @@ def test_flags_are_refused_by_name_before_anything_is_loaded(words, named, monke
     with pytest.raises(ArgumentError) as error:
         web_demo.main(["--base_model", "nowhere", *words])
     assert named in str(error.value)
+
+
+def test_torchrun_is_refused_and_a_seed_waits_for_the_slider(speaker, monkeypatch):
+    at_zero = SamplingArguments(temperature=0, seed=7)
+    assert web_demo.check(web_demo.WebArguments(), at_zero) is None
+    page = web_demo.Page(speaker, at_zero, web_demo.WebArguments(), compares=True)
+    values = {name: slider.value for name, slider in page.sliders.items()}
+    assert (values["temperature"], values["seed"]) == (0, 7)
+    assert page.chosen({**values, "temperature": 0.5}).seed == 7
+    assert page.chosen(values).settled(speaker.defaults)["do_sample"] is False
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match="start it with python, not with torchrun"):
+        web_demo.check(web_demo.WebArguments(), SamplingArguments())
 
 
 def test_the_table_of_flags_is_what_the_code_says():
