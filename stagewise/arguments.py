@@ -348,8 +348,6 @@ def parse(
         ArgumentError: for an unknown flag (with the nearest known name), a flag of a later version, or a bad file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        argv = _words_of_file(Path(argv[0])) + argv[1:]
     # argparse's own usage names every flag: pages before the one line that says what is wrong
     shape = {"usage": "%(prog)s [flags.yaml] --flag value …", "description": description}
     if description:
@@ -359,6 +357,9 @@ def parse(
         if action.type is string_to_bool and action.nargs is None:  # bool | None: alone it means True, as bool does
             action.nargs, action.const = "?", True
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+        argv = _words_of_file(Path(argv[0]), several) + argv[1:]
     argv = _today(argv, known)
     _refuse_unknown(argv, known)
     if before:
@@ -366,8 +367,11 @@ def parse(
     return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
 
 
-def _words_of_file(path: Path) -> list[str]:
-    """A file of flags as command-line words; lists are joined by commas, null is left out."""
+def _words_of_file(path: Path, several: set[str]) -> list[str]:
+    """A file of flags as command-line words; null is left out.
+
+    A list becomes a word for each value where the flag is in `several`, which take many; else one, joined by commas.
+    """
     if not path.is_file():
         raise ArgumentError(f"{path}: no such file of flags")
     text = path.read_text(encoding="utf-8")
@@ -379,13 +383,17 @@ def _words_of_file(path: Path) -> list[str]:
         raise ArgumentError(f"{path}: expected flags and their values, found {type(flags).__name__}")
     words: list[str] = []
     for name, value in flags.items():
+        name = str(name).lstrip("-").replace("-", "_")
+        if name in several and isinstance(value, list):
+            words += [f"--{name}", *map(str, value)] if value else []
+            continue
         if value is None:
             continue
         if isinstance(value, list):
             value = ",".join(map(str, value))
         elif isinstance(value, dict):
             value = json.dumps(value)
-        words += [f"--{str(name).lstrip('-')}", str(value)]
+        words += [f"--{name}", str(value)]
     return words
 
 

@@ -119,9 +119,10 @@ def shared_rows(first: Evaluation, other: Evaluation, part: str) -> tuple[dict[s
 def settings_of(one: Evaluation, part: str) -> dict[str, Any]:
     """What the numbers of a part follow from beside the model and the records."""
     flags, found = one.metrics.get("flags", {}), {}
+    chat = part != "benchmarks" or flags.get("apply_chat_template")
     if part == "sft":
         said = one.metrics["sft"].get("sampling", {})
-        drawn = ("temperature", "top_p", "top_k", "min_p") if said.get("do_sample") else ()
+        drawn = ("temperature", "top_p", "top_k", "min_p", "seed") if said.get("do_sample") else ()
         names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size", *drawn)
         found |= {name: said.get(name) for name in names}
         scorer = flags.get("reward_model_name_or_path")
@@ -131,7 +132,9 @@ def settings_of(one: Evaluation, part: str) -> dict[str, Any]:
     else:
         found["apply_chat_template"] = bool(flags.get("apply_chat_template"))
         found |= {f"num_fewshot of {name}": each.get("num_fewshot") for name, each in one.metrics[part].items()}
-    return found
+    found |= {name: bool(flags.get(name)) for name in ("load_in_4bit", "load_in_8bit")}
+    names = ("rope_scaling", "rope_factor", *(("template_name", "enable_thinking") if chat else ()))
+    return found | {name: flags.get(name, "not given") for name in names}
 
 
 def unlike(first: Evaluation, other: Evaluation) -> list[str]:
@@ -190,8 +193,8 @@ def draw_comparison(evaluations: Sequence[Evaluation], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     lines = [line for line in lines_of(evaluations) if line[1].of_model]
-    columns = min(3, len(lines))
-    rows = -(-len(lines) // columns)
+    columns = max(1, min(3, len(lines)))
+    rows = max(1, -(-len(lines) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
     places = range(len(evaluations))
     for axis, (title, _, numbers) in zip(axes.flat, lines, strict=False):
@@ -207,6 +210,8 @@ def draw_comparison(evaluations: Sequence[Evaluation], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(lines) :]:
         axis.axis("off")
+    if not lines:
+        axes.flat[0].text(0.5, 0.5, "no number says how good these models are", ha="center")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

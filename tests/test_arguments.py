@@ -36,6 +36,14 @@ class Trained:
     neftune_noise_alpha: float | None = field(default=None)
 
 
+@dataclass
+class Several:
+    """Flags that take several words."""
+
+    compare_with: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=lambda: ["x"])
+
+
 def read(*words, types=(Trained, ModelArguments)):
     return parse(list(types), ["--model_name_or_path", "m", *words])
 
@@ -104,6 +112,14 @@ def test_file_of_flags_and_later_flags_that_override_it(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"evaluation_strategy": "epoch", "model_name_or_path": "m"}))
     assert parse([Trained, ModelArguments], [str(path)])[0].eval_strategy == "epoch"
+
+
+def test_a_list_in_a_file_of_flags_is_what_the_flag_takes(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("compare-with: [a b, c]\nothers: []\ntarget_modules: [q_proj, v_proj]\n")
+    several, adapter = parse([Several, AdapterArguments], [str(path)])
+    assert (several.compare_with, several.others) == (["a b", "c"], ["x"])
+    assert adapter.target_modules == "q_proj,v_proj"
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n"])

@@ -636,8 +636,8 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, capsys):
+@pytest.mark.parametrize("adapter", [None, "folder", "someone/adapter", "modelscope://someone/adapter"])
+def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, capsys, monkeypatch):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -649,7 +649,9 @@ def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, c
         config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "o_proj"], init_lora_weights=False)
         model = get_peft_model(model, config)
         model.save_pretrained(tmp_path / "adapter")
-        flags = ["--lora_model", tmp_path / "adapter"]
+        flags = ["--lora_model", tmp_path / "adapter" if adapter == "folder" else adapter]
+        for hub in ("stagewise.speaker_loading.snapshot_download", "stagewise.model._download_modelscope"):
+            monkeypatch.setattr(hub, lambda *_, **__: str(tmp_path / "adapter"))
     model.eval()
     file = write_lines(tmp_path / "pairs.jsonl", PAIRS)
     found = run(*flags, "--test_file", file, "--batch_size", 2, "--output_dir", tmp_path / "out")["rm"]
@@ -880,6 +882,33 @@ def test_what_was_not_asked_alike_is_said(tmp_path):
     assert "not asked alike: reward_model_name_or_path was rm for a, rm2 for c" in sentences
     scored = [line for line in sentences if line.startswith("reward model's score")]
     assert [line.split(",")[0] for line in scored] == ["reward model's score: a 1.000 → b 1.000"]
+
+
+def test_how_the_model_was_loaded_and_asked_is_compared(tmp_path):
+    folders = [write_evaluation(tmp_path / name, None, 0.2, 9) for name in ("a", "b")]
+    drawn = {"do_sample": True, "temperature": 1.0}
+    of_b = {"template_name": "qwen", "enable_thinking": False, "load_in_4bit": True, "rope_scaling": "yarn"}
+    for folder, seed, flags in zip(folders, (1, 2), ({"load_in_8bit": False}, of_b), strict=True):
+        found = json.loads((folder / "metrics.json").read_text())
+        found |= {"flags": flags, "sft": {**found["sft"], "sampling": {**drawn, "seed": seed}}}
+        (folder / "metrics.json").write_text(json.dumps(found))
+    _, sentences = write_comparison([*map(str, folders)], tmp_path)
+    assert [line.removeprefix("not asked alike: ") for line in sentences if line.startswith("not asked")] == [
+        "seed was 1 for a, 2 for b",
+        "load_in_4bit was False for a, True for b",
+        "rope_scaling was not given for a, yarn for b",
+        "template_name was not given for a, qwen for b",
+        "enable_thinking was not given for a, False for b",
+    ]
+
+
+def test_evaluations_without_a_number_of_the_models_are_compared(tmp_path):
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, None, 0.2, 9)
+        write_lines(tmp_path / name / "answers.jsonl", [{"where": "t:1", "language": "en"}])
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"model": {}, "sft": {"all": {}}}))
+    rows, _ = write_comparison([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
+    assert rows == [["", "a", "b"]] and (tmp_path / "comparison.png").is_file()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"accuracy": 1}'])
