@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub makes it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it does
 
-# architecture.md's families first; gpt2 has Conv1D layers, phi3 fused ones.
+# The most used families first; gpt2 has Conv1D layers, phi3 fused ones.
 FAMILIES = ("llama", "qwen3", "gemma", "mixtral", "bloom", "falcon", "qwen3_5")
 OTHER_FAMILIES = ("gemma3", "mistral", "qwen2", "phi3", "gpt2", "falcon_rotary")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3

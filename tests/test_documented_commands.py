@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "data/README.md",
     *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md") if "_zh" not in p.name),
 ]
 GPU = re.compile(r"#.*\bneeds (a GPU|GPUs|\d+ GPUs)")
@@ -44,10 +46,18 @@ ELSEWHERE = {
     r"(transformers serve|curl http://127\.0\.0\.1:)": (
         "tests/test_serving.py::test_transformers_own_server_answers_as_we_do"
     ),
-    r"python -m tools\.export_gguf": "tests/test_serving.py::test_llama_cpp_answers_as_we_do",
-    r"python inference\.py .*--interactive": "tests/test_inference.py",
+    r"python inference\.py .*--rope_scaling dynamic --interactive": (
+        "tests/test_inference.py::test_a_talk_over_a_pipe_has_history_and_a_seed"
+    ),
+    r"python inference\.py (?!.*--rope_scaling).*--interactive": "tests/test_inference.py",
     r"python web_demo\.py": "tests/test_web_demo.py",
-    r"python evaluation\.py .*--benchmarks": "tests/test_evaluation.py",
+    r"python evaluation\.py .*--benchmarks .*--benchmark_dir": (
+        "tests/test_evaluation.py::test_a_benchmark_from_a_folder_with_a_model_whose_answers_are_known"
+    ),
+    r"python benchmarks/memory\.py --dry_run": "tests/test_memory_benchmark.py::test_the_estimates_alone_are_printed",
+    r"python benchmarks/memory\.py --table": (
+        "tests/test_memory_benchmark.py::test_rows_are_kept_as_they_are_finished_and_the_table_comes_last"
+    ),
 }
 # Commands that no test can run, with the reason.
 BY_HAND = {
@@ -55,6 +65,10 @@ BY_HAND = {
     r"bash (run_tests\.sh|\.ci/run)": "it is what runs this test",
     r"(python -m venv )?outputs/vllm\b.*": "another environment, of a gigabyte",
     r"hf (auth login|upload )": "an account of the Hub",
+    r"python evaluation\.py (?!.*--benchmark_dir).*--benchmarks": "the Hub, which the sets come from",
+    r"python -m tools\.export_gguf": "llama.cpp's converter, and requirements-llama-cpp.txt, which compiles",
+    r"python benchmarks/data\.py": "a file of conversations, and LLaMA-Factory in another environment",
+    r"python benchmarks/vocabulary\.py": "a book, and many minutes of training",
 }
 
 

@@ -55,6 +55,12 @@ def test_weights_of_the_plan_by_hand():
     assert rows[2]["weights"] == pytest.approx(31.2e9 * (0.5 + 1 / 64) + 2 * 2 * 152064 * 5120, rel=0.03)
 
 
+def test_the_estimates_alone_are_printed(capsys):
+    benchmark.main(["--dry_run", "--gpu_gib", "80", "--cells", "0.5B:lora,8B:full"])
+    printed = capsys.readouterr()
+    assert "cannot fit: the GPU has 80.0 GiB" in printed.err and "0.5B | lora" in printed.out
+
+
 def test_rows_are_kept_as_they_are_finished_and_the_table_comes_last(tmp_path, monkeypatch, capsys):
     out, seen = tmp_path / "rows.jsonl", []
 
