@@ -37,7 +37,7 @@ try:
 
     from stagewise.shown_text import FORMULAS, shown, written
 except ImportError as error:
-    sys.exit(f"error: {error.name} is not installed: pip install -r requirements-web.txt -c constraints.txt")
+    sys.exit(f"error: {error.name} is not installed: bash launch.sh set_up requirements-web.txt")
 
 BOTH = "both"
 SPEAKERS = {ADAPTER: (ADAPTER,), BASE: (BASE,), BOTH: (ADAPTER, BASE)}
