@@ -122,14 +122,15 @@ def main(argv: list[str] | None = None) -> None:
         text.write_text(before, encoding="utf-8")
     context = context_of(load_config(ModelArguments(str(args.model))))
     factor = max(lengths) / context
-    trained = [int(length) for length in (args.train_lengths or args.lengths).split(",")]
-    if args.train_lengths and (wrong := [n for n in trained if n not in lengths or n <= context]):
+    beyond = [length for length in lengths if length > context]
+    trained = [int(length) for length in args.train_lengths.split(",")] if args.train_lengths else beyond
+    if wrong := [length for length in trained if length not in beyond]:
         sys.exit(f"error: --train_lengths: {wrong} are not of --lengths {args.lengths} or within the own {context}")
     rows = [measure("as it is", args, args.model, ids, lengths)]
     for kind in ("dynamic", "yarn", "linear") if factor > 1 else ():
         name = f"{kind}, factor {factor:g}, no training"
         rows.append(measure(name, args, args.model, ids, lengths, rope_scaling=kind, rope_factor=factor))
-    for length in (length for length in trained if length > context and args.steps > 0):
+    for length in trained if args.steps > 0 else ():
         merged, seconds = train(args, length, text)
         name = f"linear, factor {length / context:g}, {args.steps} steps at {length} ({seconds:.0f} s)"
         rows.append(measure(name, args, merged, ids, lengths))

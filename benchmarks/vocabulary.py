@@ -45,13 +45,12 @@ DEFAULTS = {"cuda": Settings(60, 8, 512, None, 512), "cpu": Settings(12, 1, 256,
 
 
 def split(text: Path, folder: Path) -> tuple[Path, Path]:
-    """The first nine tenths of a text, up to a line's end, and the rest, as files alone in a folder each."""
+    """The first nine tenths of a text, up to a line's end, and the rest, as files in a folder each."""
     content = text.read_text(encoding="utf-8")
     cut = content.index("\n", int(0.9 * len(content))) + 1
     parts = folder / "train" / "text.txt", folder / "held_out" / "text.txt"
     for path, part in zip(parts, (content[:cut], content[cut:]), strict=True):
-        shutil.rmtree(path.parent, ignore_errors=True)
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(part, encoding="utf-8")
     return parts
 
@@ -129,6 +128,8 @@ def main() -> None:
     out = args.output_dir.resolve()
     train_file, held_file = split(args.text, out)
     held_out = held_file.read_text(encoding="utf-8")[: settings.held_out]
+    for earlier in train_file.parent.glob("more-*.txt"):
+        earlier.unlink()
     for number, path in enumerate([*[train_file] * (args.copies - 1), *args.more_text]):
         shutil.copy(path, train_file.with_name(f"more-{number}.txt"))
     models = {"the model's own": args.model.resolve()}
