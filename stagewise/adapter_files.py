@@ -39,6 +39,11 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
         raise AdapterError(f"{folder}/adapter_config.json: {error}") from error
 
 
+def task_of(config: PeftConfig) -> str:
+    """What an adapter was trained for: CAUSAL_LM, SEQ_CLS …; "None" where it does not say."""
+    return str(getattr(config.task_type, "value", config.task_type))
+
+
 def method_of(config: PeftConfig, folder: str | Path) -> str:
     """The --fine_tuning_type that made an adapter.
 

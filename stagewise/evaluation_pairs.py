@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stagewise.adapter import load_adapter
+from stagewise.adapter_files import task_of
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments, PairArguments, check_shared
 from stagewise.conversation import Message, Preference
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, PreferenceExample, encode_preference
@@ -56,7 +57,7 @@ class PairScorer:
 def is_reward_model(args: ModelArguments, adapter: PeftConfig | None) -> bool:
     """Whether a model gives a score in place of words, by its config and its adapter's; reads no weights."""
     if adapter is not None:
-        return str(getattr(adapter.task_type, "value", adapter.task_type)) == "SEQ_CLS"
+        return task_of(adapter) == "SEQ_CLS"
     settle_factor(args)
     return any(name.endswith("ForSequenceClassification") for name in load_config(args).architectures or [])
 

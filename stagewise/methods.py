@@ -13,7 +13,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from stagewise.adapter_files import method_of, read_adapter_config
+from stagewise.adapter_files import method_of, read_adapter_config, task_of
 from stagewise.arguments import (
     METHODS,
     VIRTUAL_TOKENS,
@@ -170,7 +170,7 @@ def check_continuation(
         everything: what --target_modules all stands for, once the model is there to say it.
     """
     method = method_of(config, args.peft_path)
-    if config.task_type is not None and str(getattr(config.task_type, "value", config.task_type)) != task_type:
+    if config.task_type is not None and task_of(config) != task_type:
         raise AdapterError(
             f"--peft_path {args.peft_path}: its task is {config.task_type}, this stage trains {task_type}"
         )

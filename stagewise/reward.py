@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from stagewise.adapter import load_adapter
-from stagewise.adapter_files import read_adapter_config
+from stagewise.adapter_files import read_adapter_config, task_of
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.conversation import Conversation, Message, RecordError
@@ -190,7 +190,7 @@ def _adapter(args: ModelArguments, label: int | None) -> tuple[nn.Module, PreTra
     """The base that the adapter names, with the adapter and its head on it."""
     folder = args.model_name_or_path
     config = read_adapter_config(folder)
-    if str(getattr(config.task_type, "value", config.task_type)) != "SEQ_CLS":
+    if task_of(config) != "SEQ_CLS":
         raise RewardError(f"{FLAG} {folder}: an adapter for {config.task_type}, expected a reward model's (SEQ_CLS)")
     args = replace(args, model_name_or_path=config.base_model_name_or_path, tokenizer_name_or_path=folder)
     args.kept_rope = (read_manifest(folder) or {}).get("rope")

@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stagewise.adapter import load_adapter, merge_in_memory
-from stagewise.adapter_files import read_adapter_config
+from stagewise.adapter_files import read_adapter_config, task_of
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments, check_choice, check_shared
 from stagewise.encoding import AnyTemplate
 from stagewise.manifest import read_manifest
@@ -122,7 +122,7 @@ def find_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None]
         SpeakerError: if it is none, or one of a reward model.
     """
     source, config = local_adapter(args)
-    if config is not None and str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS":
+    if config is not None and task_of(config) == "SEQ_CLS":
         raise SpeakerError(f"--lora_model {source}: an adapter of a reward model, which scores and does not speak")
     return source, config
 
