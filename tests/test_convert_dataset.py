@@ -152,10 +152,10 @@ def table(rows):
         ("in.csv", "\ufeffquestion,answer,system\r\nQ?,A.,\r\n", ()),
         ("in.tsv", "question\tanswer\nQ?\tA.\n", ()),
         ("in.parquet", table([{**QA, "history": None}]), ()),
-        ("in.jsonl.gz", gzip.compress(json.dumps(QA).encode()), ()),
+        ("in.jsonl.gz", gzip.compress(json.dumps(QA).encode(), mtime=0), ()),
         ("in.csv.zst", pyarrow.Codec("zstd").compress(b"question,answer\nQ?,A.\n", asbytes=True), ()),
         ("in.data", "question,answer\nQ?,A.\n", ("--file_type", "csv")),
-        ("in.txt.gz", gzip.compress(json.dumps([QA]).encode()), ("--file_type", "json")),
+        ("in.txt.gz", gzip.compress(json.dumps([QA]).encode(), mtime=0), ("--file_type", "json")),
     ],
 )
 def test_files_are_told_by_their_names(convert, name, content, flags):
