@@ -5,57 +5,45 @@
 
 The base is read tensor by tensor and written shard by shard (W + scale · B A in float32, cast back to the base's own
 precision), so that one shard is in memory, never base and result. Where a base's files do not allow that, the model is
-loaded and merged in place, and the log says why. Base + adapter and the merged model are then run in float32 on the
+loaded and merged in memory, and the log says why. Base + adapter and the merged model are then run in float32 on the
 same prompts; above the printed tolerance nothing is left at --output_dir.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import math
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from loguru import logger
-from peft import PeftConfig, load_peft_weights
+from peft import load_peft_weights
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from stagewise.adapter import fold, load_adapter
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
 from stagewise.arguments import ArgumentError, ModelArguments, parse
 from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
 from stagewise.manifest import read_manifest
-from stagewise.model import find_source, guard_4bit, hub_options, load_config, reward_config
+from stagewise.merge_check import check_merged
+from stagewise.merging import Job, MergeError, merge_in_memory
+from stagewise.model import find_source, hub_options, load_config, reward_config
 from stagewise.model_card import called, write_card
 from stagewise.rope import write_rope
 from stagewise.run import set_up_logging
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
+from stagewise.whole_directory import check_place, whole_directory
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
-TOLERANCE = 2e-4  # as a share of the largest logit, or absolute for scores below 1
-PROMPTS = (
-    "Drink enough water, sleep well, and ask a doctor",
-    "多喝水,好好休息。",
-    "def add(a, b):\n    return a + b\n",
-)
 ALONGSIDE = ("*.py", "preprocessor_config.json", "processor_config.json", "tokenizer.model", *LICENCE_FILES)
 
 
@@ -74,32 +62,7 @@ class MergeArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that the base ships."})
 
 
-class MergeError(ArgumentError):
-    """A merge that cannot be done or did not come out right; the message says what to do."""
-
-
-@dataclass
-class Job:
-    """What is merged: everything that was found out before a weight of the base was read."""
-
-    base: Path
-    name: str  # of the base: its directory, or its name on the hub
-    adapter: Path
-    config: PeftConfig  # the adapter's
-    base_config: PretrainedConfig  # with a reward head where the adapter has one
-    auto: type
-    skeleton: PreTrainedModel  # the model without weights
-    weights: dict[str, torch.Tensor]  # the adapter's, without PREFIX
-    tokenizer: PreTrainedTokenizerBase
-    rows: int  # of the merged embedding
-    options: dict[str, Any]  # for from_pretrained
-
-    @property
-    def scores(self) -> bool:
-        return self.auto is AutoModelForSequenceClassification
-
-
-# ── what is to be merged ────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is merged, and how ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def prepare(args: MergeArguments) -> Job:
@@ -117,7 +80,7 @@ def prepare(args: MergeArguments) -> Job:
     shared = {f: getattr(args, f) for f in ("model_type", "cache_dir", "model_revision", "hf_hub_token")}
     model_args = ModelArguments(name, trust_remote_code=args.trust_remote_code, **shared)
     model_args.model_name_or_path = base = fetch(find_source(name, model_args, "base_model"), model_args)
-    check_predecessor(adapter, base)
+    check_earlier_adapter(adapter, base)
     model_args.kept_rope = (read_manifest(adapter) or {}).get("rope")
     base_config = load_config(model_args)
     tokenizer = read_tokenizer(args, adapter, model_args)
@@ -137,7 +100,7 @@ def prepare(args: MergeArguments) -> Job:
     return Job(Path(base), name, adapter, config, base_config, auto, skeleton, weights, tokenizer, rows, options)
 
 
-def check_predecessor(adapter: Path, base: str) -> None:
+def check_earlier_adapter(adapter: Path, base: str) -> None:
     """An adapter that was trained with --checkpoint_dir belongs on its model with that earlier adapter merged in.
 
     Raises:
@@ -197,9 +160,6 @@ def grown(rows: int, tokenizer: PreTrainedTokenizerBase, resize: bool) -> int:
     return needed
 
 
-# ── merging ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def choose_plan(job: Job) -> Plan | str:
     """How to merge shard by shard, or why it has to be in memory."""
     if job.rows != job.skeleton.get_input_embeddings().weight.shape[0]:
@@ -207,54 +167,7 @@ def choose_plan(job: Job) -> Plan | str:
     return plan_shards(job.base, job.skeleton, job.config, job.weights)
 
 
-def quantisation(config: PretrainedConfig) -> str | None:
-    """What a checkpoint was quantised by, None for plain weights."""
-    about = getattr(config, "quantization_config", None)
-    method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
-    return None if about is None else str(getattr(method, "value", method))
-
-
-def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The base with the merged embedding's rows; a 4- or 8-bit base comes back in float32."""
-    method = quantisation(job.base_config)
-    if method and method != "bitsandbytes":
-        raise MergeError(f"--base_model {job.base}: quantised, and not by bitsandbytes; give its 16-bit original")
-    if method and importlib.util.find_spec("bitsandbytes") is None:
-        raise MergeError(
-            f"--base_model {job.base}: quantised by bitsandbytes, which is not installed: pip install bitsandbytes, "
-            "or give the 16-bit original, which an adapter is better merged into"
-        )
-    model = job.auto.from_pretrained(job.base, config=job.base_config, dtype=dtype, **job.options)
-    guard_4bit(model)
-    if getattr(model, "is_quantized", False):
-        model = model.dequantize(dtype=torch.float32)
-    old = model.get_input_embeddings().weight.shape[0]
-    if job.rows != old:
-        model.resize_token_embeddings(job.rows, mean_resizing=False)
-        for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-            module.weight.data[old:] = module.weight.data[:old].float().mean(dim=0).to(module.weight.dtype)
-    if job.scores:
-        model.score.float()  # kept as it was trained
-    return model.eval()
-
-
-def merge_in_place(job: Job, folder: Path) -> torch.dtype:
-    """Loads the base, adds the adapter in place and saves; returns the merged model's precision."""
-    quantised = quantisation(job.base_config) is not None
-    # PiSSA first takes from the base what it then adds to: in 16 bit the first rounding would not be undone.
-    exact = str(getattr(job.config, "init_lora_weights", "")).startswith("pissa")
-    model = fold(load_adapter(load_base(job, torch.float32 if exact else "auto"), job.adapter))
-    if exact and not quantised:
-        model = model.to(job.base_config.dtype or torch.float32)
-    if quantised:
-        # The dequantised model still carries what turns it back; its weights go into a plain one.
-        del job.skeleton.config.quantization_config
-        job.skeleton.load_state_dict(model.state_dict(), assign=True)
-        job.skeleton.tie_weights()
-        model = job.skeleton.to(torch.bfloat16)
-        logger.info("the base is 4 or 8 bit: merged in bfloat16")
-    model.save_pretrained(folder)
-    return model.dtype
+# ── what is written beside the weights ──────────────────────────────────────────────────────────────────────────────
 
 
 def write_config(job: Job, plan: Plan, folder: Path) -> None:
@@ -285,92 +198,6 @@ def write_alongside(job: Job, folder: Path) -> None:
         shutil.copy(source, folder)
 
 
-# ── the check ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
-    """Logits of every position of every prompt, (tokens, V), or of every prompt, (prompts, labels)."""
-    rows = [model(input_ids=torch.tensor([ids]), use_cache=False).logits for ids in prompts]
-    return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
-
-
-def check(job: Job, folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    """Compares merged with base + adapter in float32, one model in memory at a time.
-
-    Rounding the merged weights to a base's 16 bit moves the logits by more than a small mistake would. So base +
-    adapter is also merged here by PEFT and rounded: what is left between that and the merged model has a tolerance.
-
-    Raises:
-        MergeError: if the difference left is above the tolerance, or not a number.
-    """
-    rows = job.skeleton.get_input_embeddings().weight.shape[0]
-    texts = PROMPTS if job.scores else ["\n".join(PROMPTS)]  # one score a text, one row of logits a token
-    prompts = [[i for i in job.tokenizer(text).input_ids if i < rows] or [0] for text in texts]
-    wrapped = load_adapter(load_base(job, torch.float32), job.adapter)
-    expected = rounded = logits_of(wrapped, prompts)
-    with wrapped.disable_adapter():
-        effect = largest(expected - logits_of(wrapped, prompts))
-    if dtype != torch.float32:
-        wrapped.merge_adapter()
-        for name, parameter in wrapped.named_parameters():
-            if ".score." not in name:
-                parameter.data = parameter.data.to(dtype).float()
-        rounded = logits_of(wrapped, prompts)
-    del wrapped
-    merged = job.auto.from_pretrained(folder, dtype=torch.float32, **{**job.options, "local_files_only": True}).eval()
-    found = logits_of(merged, prompts)
-    difference, left = largest(found - expected), largest(found - rounded)
-    # float32 sums in another order, and a sum in another order may round the other way
-    tolerance = TOLERANCE * max(1.0, largest(expected)) + 0.1 * largest(rounded - expected)
-    told = f"largest difference of the logits {difference:.2e}"
-    if dtype != torch.float32:
-        told += f", {left:.2e} beyond rounding to {str(dtype).removeprefix('torch.')}"
-    told += f", tolerance {tolerance:.2e}"
-    if not (math.isfinite(tolerance) and left <= tolerance):
-        raise MergeError(f"merged is not base + adapter: {told}. Is --base_model the one that it was trained on?")
-    logger.info(f"merged = base + adapter in float32: {told}; the adapter moves them by up to {effect:.2e}")
-    figures = {"largest_difference": difference, "beyond_rounding": left, "tolerance": tolerance}
-    return {**figures, "adapter_effect": effect}
-
-
-def largest(tensor: torch.Tensor) -> float:
-    return tensor.abs().max().item()
-
-
-# ── whole or nothing ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def check_output_dir(args: MergeArguments) -> Path:
-    """Raises MergeError if something is there that was not asked to be replaced, or that is read from."""
-    output_dir = Path(args.output_dir)
-    for flag in ("lora_model", "base_model", "tokenizer_path"):
-        other = getattr(args, flag)
-        if other and Path(other).exists() and Path(other).resolve().is_relative_to(output_dir.resolve()):
-            raise MergeError(f"--output_dir {output_dir} holds --{flag}: give another directory")
-    if output_dir.is_file():
-        raise MergeError(f"--output_dir {output_dir} is a file: give a directory")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
-        raise MergeError(f"--output_dir {output_dir} is not empty: add --overwrite_output_dir, or give another")
-    return output_dir
-
-
-@contextmanager
-def whole_or_nothing(output_dir: Path) -> Iterator[Path]:
-    """A directory beside `output_dir` that takes its place at the end; after an error nothing of it is left."""
-    folder = output_dir.parent / f".{output_dir.name}.merging-{os.getpid()}"
-    old = output_dir.parent / f".{output_dir.name}.replaced-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if output_dir.exists():
-            os.replace(output_dir, old)
-        os.replace(folder, output_dir)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: dict[str, float]) -> None:
     """run.json: this step at the end of the adapter's lineage, or of the base's; and README.md, which tells it."""
     before = read_manifest(job.adapter) or {}
@@ -390,23 +217,28 @@ def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: d
 
 
 def main(argv: list[str] | None = None) -> None:
+    # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     (args,) = parse([MergeArguments], argv)
-    output_dir = check_output_dir(args)
+    output_dir = Path(args.output_dir)
+    read = {flag: getattr(args, flag) for flag in ("lora_model", "base_model", "tokenizer_path")}
+    check_place(output_dir, args.overwrite_output_dir, read)
+
+    # ── base and adapter ─────────────────────────────────────────────────────────────────────────────────────────
     job = prepare(args)
     if job.base.resolve().is_relative_to(output_dir.resolve()):
         raise MergeError(f"--output_dir {output_dir} holds the base: give another directory")
     plan = choose_plan(job)
-    with whole_or_nothing(output_dir) as folder:
+
+    # ── merge and check ──────────────────────────────────────────────────────────────────────────────────────────
+    with whole_directory(output_dir, args.overwrite_output_dir) as folder:
         if isinstance(plan, str):
             logger.info(f"merging in memory: {plan}")
-            dtype = merge_in_place(job, folder)
+            dtype = merge_in_memory(job, folder)
         else:
             dtype = merge_shards(job.base, plan, folder)
             write_config(job, plan, folder)
         write_alongside(job, folder)
-        write_account(job, folder, output_dir.resolve().name, plan, check(job, folder, dtype))
-        for path in folder.iterdir():  # safetensors writes files that only their owner can read
-            path.chmod((folder / "config.json").stat().st_mode)
+        write_account(job, folder, output_dir.resolve().name, plan, check_merged(job, folder, dtype))
     logger.info(f"merged model: {output_dir}")
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -191,41 +187,3 @@ class Writing:
             return words
         words = [word.replace(" ", SPACE) for word in words]
         return [SPACE + (words[0] if words else ""), *words[1:]] if leads else words
-
-
-# ------------------------------------------------------------------------------------------------- what is written
-
-
-@contextmanager
-def whole_directory(output_dir: Path, overwrite: bool, read: dict[str, Path | str | None]) -> Iterator[Path]:
-    """A directory that becomes `output_dir` at the end; after an error nothing of it is left, and what was there is.
-
-    Args:
-        read: flags with the paths that are read from, which must not be replaced.
-
-    Raises:
-        VocabularyError: before anything is written, if something is there and `overwrite` is not set.
-    """
-    check_output_dir(output_dir, overwrite, read)
-    folder = output_dir.parent / f".{output_dir.name}.writing-{os.getpid()}"
-    old = output_dir.parent / f".{output_dir.name}.replaced-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if output_dir.exists():
-            os.replace(output_dir, old)
-        os.replace(folder, output_dir)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def check_output_dir(output_dir: Path, overwrite: bool, read: dict[str, Path | str | None]) -> None:
-    """Raises VocabularyError if `output_dir` is a file, is not empty and may not be replaced, or is read from."""
-    for flag, path in read.items():
-        if path and Path(path).exists() and Path(path).resolve().is_relative_to(output_dir.resolve()):
-            raise VocabularyError(f"--output_dir {output_dir} holds --{flag}: give another directory")
-    if output_dir.is_file():
-        raise VocabularyError(f"--output_dir {output_dir} is a file: give a directory")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
-        raise VocabularyError(f"--output_dir {output_dir} is not empty: add --overwrite_output_dir, or give another")

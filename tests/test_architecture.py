@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"turns", "conversation", "blocks", "arguments", "page_texts", "shown_text"},
+    {"turns", "conversation", "blocks", "arguments", "page_texts", "shown_text", "whole_directory"},
     {
         "json_values",
         "tables",
@@ -78,6 +78,8 @@ LAYERS = [
         "memory",
         "row_quantisation",
         "adapter",
+        "merging",
+        "merge_check",
         "checkpoint",
         "callbacks",
         "splits",

@@ -33,6 +33,7 @@ from transformers import (
 
 import merge_peft_adapter
 from merge_peft_adapter import MergeError, main
+from stagewise import merge_check
 from stagewise.adapter import AdapterError, attach_adapter
 from stagewise.arguments import AdapterArguments, ArgumentError
 from stagewise.model import guard_4bit
@@ -471,7 +472,7 @@ def test_what_was_there_stays_when_a_merge_fails(tiny_checkpoint, tmp_path, monk
     adapter = adapt(tiny_checkpoint("llama"), tmp_path / "adapter")
     merged = merge(adapter, tmp_path / "merged")
     before = {path.name: path.read_bytes() for path in merged.iterdir()}
-    monkeypatch.setattr(merge_peft_adapter, "TOLERANCE", 0.0)
+    monkeypatch.setattr(merge_check, "TOLERANCE", 0.0)
     with pytest.raises(MergeError):
         merge(adapter, merged, "--overwrite_output_dir")
     assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
@@ -482,7 +483,7 @@ def test_an_output_dir_is_replaced_only_when_asked_to(tiny_checkpoint, tmp_path)
     adapter = adapt(tiny_checkpoint("llama"), tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "old.txt").touch()
-    with pytest.raises(MergeError, match="not empty: add --overwrite_output_dir"):
+    with pytest.raises(ArgumentError, match="not empty: add --overwrite_output_dir"):
         merge(adapter, tmp_path / "merged")
     merged = merge(adapter, tmp_path / "merged", "--overwrite_output_dir")
     assert not (merged / "old.txt").exists()
@@ -493,7 +494,7 @@ def test_neither_base_nor_adapter_can_be_the_output(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("llama")
     adapter = adapt(base, tmp_path / "adapter")
     for folder, told in ((adapter, "holds --lora_model"), (tmp_path, "holds --lora_model"), (base, "holds the base")):
-        with pytest.raises(MergeError, match=told):
+        with pytest.raises(ArgumentError, match=told):
             merge(adapter, folder, "--overwrite_output_dir")
     assert (adapter / "adapter_config.json").exists() and (base / "config.json").exists()
 
@@ -538,5 +539,11 @@ def test_the_command_ends_with_one_line_and_an_exit_code(tmp_path):
 
 
 def test_merged_files_are_as_readable_as_any(tiny_checkpoint, tmp_path):
-    merged = merge(adapt(tiny_checkpoint("llama"), tmp_path / "adapter"), tmp_path / "merged")
-    assert len({path.stat().st_mode for path in merged.iterdir()}) == 1
+    adapter = adapt(tiny_checkpoint("llama"), tmp_path / "adapter")
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(adapter)
+    merged = merge(adapter, tmp_path / "merged")
+    assert len({path.stat().st_mode for path in merged.iterdir() if path.is_file()}) == 1
+    folder = merged / "additional_chat_templates"  # which can be entered by those who can enter the model's
+    assert folder.stat().st_mode == merged.stat().st_mode and [path.name for path in folder.iterdir()]

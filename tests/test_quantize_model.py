@@ -69,7 +69,7 @@ def test_cpm_writes_what_its_loader_reads(bits, tiny_checkpoint, tiny_tokenizer,
     assert account["before"]["bytes"] == 4 * (18432 + others)
     assert account["after"]["bytes"] == 18432 * bits // 8 + 4 * (512 + others)
     assert (out / "tokenizer.json").is_file()
-    assert not (tmp_path / "out.partial").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @needs_bnb
@@ -118,6 +118,18 @@ def test_what_is_there_is_kept_unless_asked(tiny_checkpoint, tmp_path, capsys):
     assert "model-00009-of-00009.safetensors" not in names
 
 
+def test_an_earlier_model_stays_until_the_new_one_has_been_loaded(tiny_checkpoint, tmp_path, monkeypatch):
+    base, out = tiny_checkpoint("llama"), tmp_path / "out"
+    words = ["--model_name_or_path", base, "--output_dir", out, "--quantization", "cpm"]
+    run(*words)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr("tools.quantize_model.load_row_quantised", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*words, "--quantization_bit", 8, "--overwrite_output_dir")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -143,7 +155,7 @@ def test_models_are_refused_before_weights_load(tiny_checkpoint, tmp_path, capsy
     reward = tiny_checkpoint("llama", task="score")
     assert "a reward model" in refused(capsys, "--model_name_or_path", reward, *out)
     base = tiny_checkpoint("llama")
-    assert "is the model itself" in refused(capsys, "--model_name_or_path", base, "--output_dir", base)
+    assert "holds --model_name_or_path" in refused(capsys, "--model_name_or_path", base, "--output_dir", base)
     odd = tiny_checkpoint("llama", intermediate_size=63)
     assert "63 inputs" in refused(capsys, "--model_name_or_path", odd, *out, "--quantization", "cpm")
     empty = tmp_path / "empty.txt"

@@ -24,7 +24,8 @@ from loguru import logger
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stagewise.arguments import ArgumentError
-from stagewise.subwords import SPACE, VocabularyError, read_texts, whole_directory
+from stagewise.subwords import SPACE, VocabularyError, read_texts
+from stagewise.whole_directory import check_place, whole_directory
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -187,7 +188,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     library = choose_library(args.kind, args.library)
     lines = list(lines_of(read_texts(args.text_dir, "text_dir")))
     tokenizer, model = (with_tokenizers if library == "tokenizers" else with_sentencepiece)(lines, args)
-    with whole_directory(args.output_dir, args.overwrite_output_dir, {"text_dir": args.text_dir}) as folder:
+    with whole_directory(args.output_dir, args.overwrite_output_dir) as folder:
         from transformers import PreTrainedTokenizerFast
 
         named = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
@@ -203,7 +204,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises VocabularyError for a value out of range."""
+    """Raises ArgumentError for a value out of range, or a place that must not be written to."""
     if args.vocab_size < SMALLEST:
         raise VocabularyError(
             f"--vocab_size {args.vocab_size}: expected at least {SMALLEST}; {SMALLEST - 1} of them are special and "
@@ -219,6 +220,7 @@ def check(args: argparse.Namespace) -> None:
         args.min_frequency = 2
     if args.min_frequency < 1:
         raise VocabularyError(f"--min_frequency {args.min_frequency}: expected at least 1")
+    check_place(args.output_dir, args.overwrite_output_dir, {"text_dir": args.text_dir})
 
 
 def main(argv: list[str] | None = None) -> None:

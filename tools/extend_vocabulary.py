@@ -31,8 +31,9 @@ from transformers.utils import logging as transformers_logging
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.manifest import MANIFEST, read_manifest
 from stagewise.model import find_source, hub_options, load_causal_lm, load_config, refuse_adapter
-from stagewise.subwords import VocabularyError, check_output_dir, read_pieces, read_texts, read_words, whole_directory
+from stagewise.subwords import VocabularyError, read_pieces, read_texts, read_words
 from stagewise.vocabulary import Extension, extend
+from stagewise.whole_directory import check_place, whole_directory
 
 # Scripts that are written without spaces: a word of theirs stands inside a text, not behind a space.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
@@ -187,7 +188,7 @@ def grow(model: PreTrainedModel, replaced: dict[int, list[int]], rows: int, high
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises VocabularyError for flags that do not fit together, before anything is read."""
+    """Raises ArgumentError for flags that do not fit together, before anything is read."""
     if not args.vocabulary and not args.word_list:
         raise VocabularyError("nothing to add: give --vocabulary DIRECTORY, --word_list FILE, or both")
     if args.leading_space != "auto" and not args.word_list:
@@ -200,7 +201,7 @@ def check(args: argparse.Namespace) -> None:
         return
     if args.output_dir is None:
         raise VocabularyError("--output_dir is missing: give a directory, or --dry_run to see the report alone")
-    check_output_dir(args.output_dir, args.overwrite_output_dir, read_by(args))
+    check_place(args.output_dir, args.overwrite_output_dir, read_by(args))
 
 
 def read_by(args: argparse.Namespace) -> dict[str, str | None]:
@@ -260,7 +261,7 @@ def write(
     texts: Sequence[str],
 ) -> None:
     """The model directory: whole, or not at all."""
-    with whole_directory(args.output_dir, args.overwrite_output_dir, read_by(args)) as folder:
+    with whole_directory(args.output_dir, args.overwrite_output_dir) as folder:
         save_tokenizer(tokenizer, after, folder, texts)
         model = load_causal_lm(model_args, for_training=False)
         found["rows"] = rows_needed(
@@ -273,8 +274,6 @@ def write(
         manifest = {**step, "status": "finished", "lineage": [*base.get("lineage", []), step]}
         manifest |= {"template": base.get("template"), "vocabulary": found}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for path in folder.iterdir():  # safetensors writes files that only their owner can read
-            path.chmod((folder / "config.json").stat().st_mode)
 
 
 def told_left_out(extension: Extension) -> str:

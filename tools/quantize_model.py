@@ -7,7 +7,7 @@
 
 `bnb`: bitsandbytes (nf4 with double quantisation, or int8), which `from_pretrained` loads as it is. `cpm`: whole steps
 of one scale a row, in plain torch (`stagewise/row_quantisation.py` loads it). The output head stays as it was. What
-was saved is loaded again from --output_dir before its perplexity is measured.
+was saved is loaded again before its perplexity is measured; the directory appears whole, or not at all.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,6 +37,7 @@ from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
 from stagewise.model import DTYPES, find_source, guard_4bit, hub_options, load_causal_lm, load_config, load_tokenizer
 from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
+from stagewise.whole_directory import check_place, whole_directory
 
 # What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
 WRITTEN = (
@@ -89,15 +88,8 @@ def check_flags(args: QuantizeArguments) -> None:
         raise QuantizeError(f"--max_length: expected at least 2 tokens, found {args.max_length}")
     if args.max_tokens != -1 and args.max_tokens < 2:
         raise QuantizeError(f"--max_tokens: expected -1 (all) or at least 2, found {args.max_tokens}")
-    folder = Path(args.output_dir)
-    if folder.is_file():
-        raise QuantizeError(f"--output_dir {folder}: is a file; give a folder")
-    if Path(args.model_name_or_path).is_dir() and folder.resolve() == Path(args.model_name_or_path).resolve():
-        raise QuantizeError(f"--output_dir {folder}: is the model itself; give another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
-        raise QuantizeError(
-            f"--output_dir {folder}: holds files; --overwrite_output_dir replaces a model there; or give another"
-        )
+    read = {flag: getattr(args, flag) for flag in ("model_name_or_path", "tokenizer_name_or_path")}
+    check_place(Path(args.output_dir), args.overwrite_output_dir, read)
 
 
 def read_windows(args: QuantizeArguments, tokenizer: Any) -> list[torch.Tensor]:
@@ -222,36 +214,14 @@ def load_for_bnb(args: QuantizeArguments) -> PreTrainedModel:
     return model.eval()
 
 
-def load_saved(args: QuantizeArguments) -> PreTrainedModel:
+def load_saved(folder: Path, args: QuantizeArguments) -> PreTrainedModel:
     """What was written, as its reader will load it."""
     options = {"dtype": "auto", "device_map": {"": str(device())}, "trust_remote_code": args.trust_remote_code}
     if args.quantization == "cpm":
-        return load_row_quantised(args.output_dir, **options)
-    model = AutoModelForCausalLM.from_pretrained(args.output_dir, **options)
+        return load_row_quantised(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     guard_4bit(model)
     return model.eval()
-
-
-def clear(folder: Path) -> None:
-    """Removes an earlier model; other files stay."""
-    for path in {path for pattern in WRITTEN for path in folder.glob(pattern)}:
-        if path.is_file():
-            path.unlink()
-
-
-def save(model: PreTrainedModel, tokenizer: Any, args: QuantizeArguments) -> None:
-    """Writes beside --output_dir first, so that an interrupted run leaves no half of a model there."""
-    folder = Path(args.output_dir)
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.overwrite_output_dir:
-        clear(folder)
-    for path in temporary.iterdir():
-        os.replace(path, folder / path.name)
-    temporary.rmdir()
 
 
 def free() -> None:
@@ -279,27 +249,30 @@ def quantize(args: QuantizeArguments) -> dict[str, Any]:
         model = load_for_bnb(args)
     else:
         model = quantise_model(model, args.quantization_bit)
-    save(model, tokenizer, args)
-    del model
-    free()
-    saved = load_saved(args)
-    after = measured(saved, windows)
-    files = sum(path.stat().st_size for path in Path(args.output_dir).glob("*.safetensors"))
-    account = {
-        "base_model": args.model_name_or_path,
-        "quantization": args.quantization,
-        "quantization_bit": args.quantization_bit,
-        "before": before,
-        "after": {**after, "file_bytes": files},
-        "versions": versions(),
-    }
-    write_account(args, account)
+    with whole_directory(Path(args.output_dir), args.overwrite_output_dir, replaces=WRITTEN) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model
+        free()
+        saved = load_saved(folder, args)
+        after = measured(saved, windows)
+        del saved
+        free()
+        files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        account = {
+            "base_model": args.model_name_or_path,
+            "quantization": args.quantization,
+            "quantization_bit": args.quantization_bit,
+            "before": before,
+            "after": {**after, "file_bytes": files},
+            "versions": versions(),
+        }
+        write_account(folder, args, account)
     return account
 
 
-def write_account(args: QuantizeArguments, account: dict[str, Any]) -> None:
+def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]) -> None:
     """quantization.json, and run.json with the lineage where the base has one."""
-    folder = Path(args.output_dir)
     text = json.dumps(account, indent=2, ensure_ascii=False, default=str)
     (folder / "quantization.json").write_text(text + "\n", encoding="utf-8")
     earlier = read_manifest(args.model_name_or_path) if Path(args.model_name_or_path).is_dir() else None
