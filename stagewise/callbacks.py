@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from stagewise.checkpoint import mark_whole, rotate
+from stagewise.checkpoint import mark_whole, rotate, unmark
 from stagewise.validation import EvaluationTable
 
 
@@ -87,14 +87,22 @@ class Preemption(TrainerCallback):
             control.should_training_stop = True
 
 
-class StopsAtItsEnd:
-    """For a Trainer: a run that is resumed behind its last step takes none; transformers would take one more."""
+class Resumable:
+    """For a Trainer: a run that is resumed behind its last step takes none; transformers would take one more.
+
+    A checkpoint that it writes over, since it was resumed from an earlier one, does not count until it is whole again.
+    """
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.should_save:
+            unmark(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(*args, **kwargs)
 
 
 class EvaluationRows(TrainerCallback):

@@ -22,11 +22,17 @@ MARK = "whole.json"
 def mark_whole(folder: str | Path) -> None:
     """Writes the mark of a checkpoint whose files are all on disk."""
     folder = Path(folder)
-    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    sizes.pop(MARK, None)
     temporary = folder / (MARK + ".tmp")
+    own = (folder / MARK, temporary)  # the latter of a run that was killed while it wrote the mark
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in own]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     temporary.write_text(json.dumps(sizes, indent=1))
     os.replace(temporary, folder / MARK)
+
+
+def unmark(folder: str | Path) -> None:
+    """Takes the mark away before a checkpoint of the same step is written over this one."""
+    (Path(folder) / MARK).unlink(missing_ok=True)
 
 
 def is_whole(folder: str | Path) -> bool:

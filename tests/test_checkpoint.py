@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import adapter_weights
+from transformers import Trainer
 
 from stagewise.arguments import ArgumentError
 from stagewise.checkpoint import MARK, checkpoints, is_whole, last_whole, mark_whole, resume_point, rotate
@@ -20,6 +21,14 @@ def make(folder, step, whole=True):
 
 def test_the_mark_lists_every_file_with_its_size(tmp_path):
     path = make(tmp_path, 5)
+    assert json.loads((path / MARK).read_text()) == {"adapter.bin": 5, "sub/rng.pth": 1}
+    assert is_whole(path)
+
+
+def test_a_mark_that_a_killed_run_left_unfinished_is_written_anew(tmp_path):
+    path = make(tmp_path, 5, whole=False)
+    (path / (MARK + ".tmp")).write_text("{")
+    mark_whole(path)
     assert json.loads((path / MARK).read_text()) == {"adapter.bin": 5, "sub/rng.pth": 1}
     assert is_whole(path)
 
@@ -66,30 +75,55 @@ def test_rotate_keeps_the_newest_the_best_and_what_is_broken(tmp_path):
     assert len(checkpoints(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("script", ["supervised_finetuning", "reward_modeling", "ppo_training"])
-def test_a_run_that_was_stopped_behind_its_last_step_takes_no_other(stage, tiny_checkpoint, tmp_path, script):
+@pytest.fixture
+def words(tiny_checkpoint, tmp_path):
+    """words("supervised_finetuning"): two steps of a stage, each with a checkpoint, in tmp_path/out."""
+
+    def make(script):
+        data = "data/reward" if script == "reward_modeling" else "data/finetune"
+        found = ["--model_name_or_path", tiny_checkpoint("llama"), "--output_dir", tmp_path / "out", "--max_steps", 2]
+        found += ["--train_file_dir", f"{data}/train", "--validation_file_dir", f"{data}/validation"]
+        found += ["--max_train_samples", 12, "--max_eval_samples", 2, "--save_steps", 1, "--report_to", "none"]
+        found += ["--lr_scheduler_type", "constant", "--learning_rate", 0.01]
+        if script == "ppo_training":
+            found += ["--reward_model_name_or_path", tiny_checkpoint("llama", task="score")]
+            found += ["--max_target_length", 8, "--batch_size", 4, "--ppo_epochs", 1]
+        return found
+
+    return make
+
+
+SCRIPTS = ["supervised_finetuning", "reward_modeling", "ppo_training"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_was_stopped_behind_its_last_step_takes_no_other(stage, words, script):
     """It is evaluated and saved: what a kill in the last evaluation left undone."""
-    data = "data/reward" if script == "reward_modeling" else "data/finetune"
-    words = ["--model_name_or_path", tiny_checkpoint("llama"), "--output_dir", tmp_path / "out", "--max_steps", 2]
-    words += [
-        "--train_file_dir",
-        f"{data}/train",
-        "--validation_file_dir",
-        f"{data}/validation",
-        "--report_to",
-        "none",
-    ]
-    words += ["--max_train_samples", 12, "--max_eval_samples", 2, "--save_steps", 1]
-    words += ["--lr_scheduler_type", "constant", "--learning_rate", 0.01]
-    if script == "ppo_training":
-        words += ["--reward_model_name_or_path", tiny_checkpoint("llama", task="score"), "--max_target_length", 8]
-        words += ["--batch_size", 4, "--ppo_epochs", 1]
-    out = stage(script, *words)
+    flags = words(script)
+    out = stage(script, *flags)
     whole = adapter_weights(out)
     for name in ("run.json", "adapter_model.safetensors", "eval_results.json"):
         (out / name).unlink()
-    stage(script, *words, "--resume_from_checkpoint", "True")
+    stage(script, *flags, "--resume_from_checkpoint", "True")
     assert json.loads((out / "run.json").read_text())["steps"] == 2
     assert (out / "eval_results.json").is_file()
     for name, value in adapter_weights(out).items():
         assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_that_is_written_over_does_not_count_meanwhile(stage, words, monkeypatch, script):
+    """A run that goes on from an earlier checkpoint, and is killed while it writes a later one anew."""
+    flags = words(script)
+    out = stage(script, *flags)
+    first, second = checkpoints(out)[-2:]
+    assert is_whole(first) and is_whole(second)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(script, *flags, "--seed", 7, "--overwrite_output_dir", "--resume_from_checkpoint", first)
+    assert not (second / MARK).exists()  # sizes alone may be the same
+    assert last_whole(out) == first
