@@ -29,7 +29,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
-from stagewise.arguments import ArgumentError, parse
+from stagewise.arguments import ArgumentError
+from stagewise.command_line import parse
 from stagewise.run import is_main, set_up_logging
 from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device

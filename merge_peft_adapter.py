@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
-from stagewise.arguments import ArgumentError, ModelArguments, parse
+from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.command_line import parse
 from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
 from stagewise.manifest import read_manifest
 from stagewise.merge_check import check_merged

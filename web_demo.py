@@ -22,8 +22,9 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.arguments import ArgumentError, parse
+from stagewise.arguments import ArgumentError
 from stagewise.chats import ADAPTER, BASE, Chat, ChatError, Desk
+from stagewise.command_line import parse
 from stagewise.page_texts import CHINESE, ENGLISH, said
 from stagewise.run import set_up_logging
 from stagewise.speaker import Speaker

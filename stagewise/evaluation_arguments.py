@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from stagewise.arguments import ArgumentError, PairArguments, check_choice, check_shared, parse
+from stagewise.arguments import ArgumentError, PairArguments
+from stagewise.command_line import parse
 from stagewise.evaluation_compare import METRICS, PARTS
+from stagewise.flag_checks import check_choice, check_shared
 from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
 
 PAGE = "examples.html"

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stagewise.adapter import load_adapter
 from stagewise.adapter_files import task_of
-from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments, PairArguments, check_shared
+from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments, PairArguments
 from stagewise.conversation import Message, Preference
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, PreferenceExample, encode_preference
 from stagewise.evaluation_answers import in_batches
+from stagewise.flag_checks import check_shared
 from stagewise.manifest import read_manifest
 from stagewise.model import load_config, load_reward_model, load_tokenizer
 from stagewise.own_template import choose_template

@@ -23,13 +23,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from stagewise.adapter import method_callbacks
-from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, check_shared, parse
+from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments
 from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, WholeCheckpoints
 from stagewise.checkpoint import resume_point
+from stagewise.command_line import parse
 from stagewise.curves import write_pictures
 from stagewise.dry_run import dry_run
 from stagewise.encoding import Example, PreferenceExample
 from stagewise.eval_samples import EvaluationSamples
+from stagewise.flag_checks import check_shared
 from stagewise.lineage import begin_step, earlier_steps, finished_step
 from stagewise.manifest import MANIFEST, device_name, given_flags, parameters_of, versions, without_tokens
 from stagewise.methods import check_methods

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stagewise.adapter import load_adapter, merge_in_memory
 from stagewise.adapter_files import read_adapter_config, task_of
-from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments, check_choice, check_shared
+from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.encoding import AnyTemplate
+from stagewise.flag_checks import check_choice, check_shared
 from stagewise.manifest import read_manifest
 from stagewise.model import find_source, load_causal_lm, load_tokenizer
 from stagewise.own_template import choose_template

@@ -7,7 +7,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"turns", "conversation", "blocks", "arguments", "page_texts", "shown_text", "whole_directory"},
+    {
+        "turns",
+        "conversation",
+        "blocks",
+        "arguments",
+        "command_line",
+        "flag_checks",
+        "page_texts",
+        "shown_text",
+        "whole_directory",
+    },
     {
         "json_values",
         "tables",

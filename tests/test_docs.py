@@ -125,7 +125,7 @@ def torchrun_flags() -> set[str]:
 
 @cache
 def earlier_flags() -> set[str]:
-    from stagewise.arguments import ALWAYS_SO, NOT_YET, RENAMED
+    from stagewise.command_line import ALWAYS_SO, NOT_YET, RENAMED
 
     return {f"--{name}" for name in (*ALWAYS_SO, *NOT_YET, *RENAMED, "group_by_length")}
 
@@ -422,7 +422,7 @@ def test_every_flag_of_ours_is_in_the_tables():
 
 
 def test_translations_without_a_text_are_found():
-    from stagewise.arguments import ALWAYS_SO, NOT_YET
+    from stagewise.command_line import ALWAYS_SO, NOT_YET
     from tools.document_flags import groups, own_fields, talking
     from tools.flag_texts import CHINESE
 

@@ -9,7 +9,8 @@ import torch
 from conftest import build_tiny_model, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stagewise.arguments import ArgumentError, ModelArguments, PairArguments, check_shared
+from stagewise.arguments import ArgumentError, ModelArguments, PairArguments
+from stagewise.flag_checks import check_shared
 from stagewise.model import load_causal_lm, load_config
 from stagewise.rope import RopeError, check_continued, context_of, kept_rope, restore_rope, scale_rope, write_rope
 

@@ -24,7 +24,7 @@ from unittest import mock
 
 from transformers.hf_argparser import HfArgumentParser
 
-from stagewise.arguments import ALWAYS_SO, NOT_YET, OPTIMIZERS, RENAMED
+from stagewise.command_line import ALWAYS_SO, NOT_YET, RENAMED, RENAMED_OPTIMIZERS
 from stagewise.settings import StageArguments
 from tools.flag_texts import CHINESE, COMMON
 
@@ -186,7 +186,7 @@ def common_table(language: str) -> str:
 def renamed_rows() -> list[tuple[str, str]]:
     rows = {old: f"`--{new}`" for old, new in RENAMED.items()}
     rows["group_by_length"] = "`--train_sampling_strategy group_by_length`"
-    rows |= {f"optim {old}": f"`--optim {new}`" for old, new in OPTIMIZERS.items()}
+    rows |= {f"optim {old}": f"`--optim {new}`" for old, new in RENAMED_OPTIMIZERS.items()}
     return [(f"`--{old}`", new) for old, new in sorted(rows.items())]
 
 

@@ -85,7 +85,7 @@ COMMON: dict[str, tuple[str, str]] = {
     "run_name": ("Name of the run in a tracker.", "在跟踪工具中的运行名称。"),
 }
 
-# Help text of a dataclass field, or a reason in stagewise/arguments.py -> the same in Chinese.
+# Help text of a dataclass field, or a reason in stagewise/command_line.py -> the same in Chinese.
 CHINESE: dict[str, str] = {
     # ModelArguments
     "Model directory, or a hub name.": "模型目录,或 hub 上的名称。",

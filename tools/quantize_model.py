@@ -32,7 +32,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
-from stagewise.arguments import ArgumentError, ModelArguments, check_choice, parse
+from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.command_line import parse
+from stagewise.flag_checks import check_choice
 from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
 from stagewise.model import DTYPES, find_source, guard_4bit, hub_options, load_causal_lm, load_config, load_tokenizer

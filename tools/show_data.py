@@ -25,9 +25,11 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.arguments import ArgumentError, DataArguments, LanguageModelArguments, check_shared, parse
+from stagewise.arguments import ArgumentError, DataArguments, LanguageModelArguments
+from stagewise.command_line import parse
 from stagewise.conversation import RecordError
 from stagewise.data_summary import measure, summarise
+from stagewise.flag_checks import check_shared
 from stagewise.results import has_colour
 from stagewise.run import set_up_logging
 from stagewise.settings import settle_what_to_do

@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stagewise import layers, memory
 from stagewise.adapter import attach_adapter, read_adapter_config
-from stagewise.arguments import FALSE_WORDS, AdapterArguments, ArgumentError, ModelArguments, check_shared, parse
+from stagewise.arguments import AdapterArguments, ArgumentError, ModelArguments
+from stagewise.command_line import FALSE_WORDS, parse
+from stagewise.flag_checks import check_shared
 from stagewise.forward import takes_kept_logits
 from stagewise.methods import check_methods
 from stagewise.model import DTYPES, load_config

@@ -1,0 +1,232 @@
+"""How a command line is read, by every script alike: strictly.
+
+It may start with a `.yaml` or `.json` file of flags; flags after it override the file. Names that earlier pipelines
+used are taken as what they meant, with one line that says today's name. A flag that a script does not have ends the
+program with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from loguru import logger
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
+
+from stagewise.arguments import ArgumentError, ChatArguments, LanguageModelArguments
+
+FALSE_WORDS = {"false", "no", "0", "none", "off"}
+
+# Flags of later versions: given with a value that asks for them, they are refused by name.
+NOT_YET = {
+    "cpm_quantization_target": "train with --qlora; tools.quantize_model writes the CPM form of a finished model",
+}
+
+# Names of earlier pipelines -> today's name; the value is taken over as it is.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "use_auth_token": "hf_hub_token",
+    "token": "hf_hub_token",
+    "dtype": "torch_dtype",
+    "reward_model_checkpoint": "reward_model_name_or_path",
+    "quantized_or_merged_output_dir": "output_dir",
+    "max_length": "model_max_length",
+    "quantization": "load_in_4bit",  # these two by `_quantisation`, which reads the value
+    "quantization_bit": "load_in_4bit",
+    "adalora_init_r": "init_r",
+    "adalora_tinit": "tinit",
+    "adalora_tfinal": "tfinal",
+    "adalora_delta_t": "deltaT",
+    "adalora_target_r": "target_r",
+    "neftune_noise_alpha": "neft_alpha",
+    "disable_tqdm": "quiet",
+    "output_router_logits": "router_aux_loss",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "predictions_file": "output_file",
+    "train_dir": "train_file_dir",
+    "validation_dir": "validation_file_dir",
+}
+
+# Names that transformers dropped because what they asked for is now always so.
+ALWAYS_SO = {
+    "use_fast_tokenizer": "transformers 5 has one kind of tokenizer, the fast one",
+    "save_safetensors": "weights are always saved as safetensors",
+    "half_precision_backend": "torch's own autocast is used",
+    "fp16_opt_level": "torch's own autocast is used",
+    "include_tokens_per_second": "the samples and steps a second are always logged",
+    "low_cpu_mem_usage": "weights are always loaded without a second copy",
+}
+RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help with the description as it is written, each flag under one name, and defaults where there are any."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = next((o for o in action.option_strings if o.startswith("--")), "")
+        takes = "" if action.nargs == 0 else " " + ("True|False" if action.nargs == "?" else name[2:].upper())
+        return name + takes
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
+        return action.help if silent else f"{action.help.rstrip('.')} (default: {action.default})."
+
+
+def parse(
+    dataclass_types: list[type],
+    argv: list[str] | None = None,
+    before: Callable[[list[str]], list[str]] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Parses a stage's command line strictly.
+
+    Args:
+        dataclass_types: the stage's dataclasses; every field is a flag.
+        argv: words after the script's name; default `sys.argv[1:]`.
+        before: is given the words, in today's names, before any dataclass is made from them; returns the words to use.
+        description: what --help shows above the flags, as it is.
+
+    Returns:
+        one instance for each dataclass, in order.
+
+    Raises:
+        ArgumentError: for an unknown flag (with the nearest known name), a flag of a later version, or a bad file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # argparse's own usage names every flag: pages before the one line that says what is wrong
+    shape = {"usage": "%(prog)s [flags.yaml] --flag value …", "description": description}
+    if description:
+        shape["formatter_class"] = Help
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, **shape)
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # bool | None: alone it means True, as bool does
+            action.nargs, action.const = "?", True
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+        argv = _words_of_file(Path(argv[0]), several) + argv[1:]
+    argv = _today(argv, known)
+    _refuse_unknown(argv, known)
+    if before:
+        argv = before(argv)
+    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+
+
+def _words_of_file(path: Path, several: set[str]) -> list[str]:
+    """A file of flags as command-line words; null is left out.
+
+    A list becomes a word for each value where the flag is in `several`, which take many; else one, joined by commas.
+    """
+    if not path.is_file():
+        raise ArgumentError(f"{path}: no such file of flags")
+    text = path.read_text(encoding="utf-8")
+    try:
+        flags = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ArgumentError(f"{path}: not valid {path.suffix[1:]}: {error}") from error
+    if not isinstance(flags, dict):
+        raise ArgumentError(f"{path}: expected flags and their values, found {type(flags).__name__}")
+    words: list[str] = []
+    for name, value in flags.items():
+        name = str(name).lstrip("-").replace("-", "_")
+        if name in several and isinstance(value, list):
+            words += [f"--{name}", *map(str, value)] if value else []
+            continue
+        if value is None:
+            continue
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        elif isinstance(value, dict):
+            value = json.dumps(value)
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def _split(argv: list[str]) -> list[tuple[str | None, list[str]]]:
+    """Words grouped as (flag without dashes, its values); values before the first flag have flag None."""
+    groups: list[tuple[str | None, list[str]]] = []
+    for word in argv:
+        if word == "-h":
+            groups.append(("help", []))
+        elif word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            groups.append((name, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            groups.append((None, [word]))
+    return groups
+
+
+def _today(argv: list[str], known: set[str]) -> list[str]:
+    """Flags of earlier pipelines rewritten to today's, each with one line that says so."""
+    words: list[str] = []
+    for name, values in _split(argv):
+        if name is None:
+            raise ArgumentError(f"expected a flag that starts with --, found {values[0]!r}")
+        if name not in known or RENAMED.get(name) in known:
+            name, values = _rewritten(name, values, known)
+            if name is None:
+                continue
+        if name == "optim" and values and values[0] in RENAMED_OPTIMIZERS:
+            logger.info(f"--optim {values[0]} is --optim {RENAMED_OPTIMIZERS[values[0]]} today")
+            values = [RENAMED_OPTIMIZERS[values[0]]]
+        words += [f"--{name}", *values]
+    return words
+
+
+def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | None, list[str]]:
+    asked = not (values and values[0].lower() in FALSE_WORDS)
+    if name in ALWAYS_SO:
+        logger.info(f"--{name} is no flag any more: {ALWAYS_SO[name]}")
+        return None, []
+    if name == "group_by_length":
+        logger.info(f"--group_by_length is --train_sampling_strategy {'group_by_length' if asked else 'random'} today")
+        return ("train_sampling_strategy", ["group_by_length"]) if asked else (None, [])
+    if name in ("quantization", "quantization_bit") and "load_in_4bit" in known:
+        return _quantisation(name, values, asked)
+    if name in NOT_YET:
+        if asked:
+            raise ArgumentError(f"--{name}: not in this version. {NOT_YET[name][0].upper()}{NOT_YET[name][1:]}.")
+        return None, []
+    if name in RENAMED and RENAMED[name] in known:
+        logger.info(f"--{name} is --{RENAMED[name]} today")
+        return RENAMED[name], values
+    return name, values
+
+
+def _quantisation(name: str, values: list[str], asked: bool) -> tuple[str | None, list[str]]:
+    """`--quantization bnb --quantization_bit 4`, which earlier pipelines said for --load_in_4bit."""
+    value = values[0] if values else ""
+    if not asked or (name, value) == ("quantization", "bnb"):
+        return None, []
+    if name == "quantization_bit" and value in ("4", "8"):
+        logger.info(f"--quantization_bit {value} is --load_in_{value}bit today")
+        return f"load_in_{value}bit", ["True"]
+    raise ArgumentError(
+        f"--{name} {value}: a model is quantised while it loads by bitsandbytes alone: --load_in_4bit, --load_in_8bit "
+        "or --qlora"
+    )
+
+
+def _refuse_unknown(argv: list[str], known: set[str]) -> None:
+    for name, _ in _split(argv):
+        if name not in known:
+            near = difflib.get_close_matches(name or "", known, n=1, cutoff=0.5)
+            hint = f"; the nearest known flag is --{near[0]}" if near else ""
+            if name in {part.name for part in dataclasses.fields(LanguageModelArguments)}:
+                hint = "; only pretraining.py and supervised_finetuning.py have it"
+            if name in {part.name for part in dataclasses.fields(ChatArguments)}:
+                hint = "; the stages that read conversations have it"
+            raise ArgumentError(f"--{name}: no such flag{hint}. --help lists all flags")
