@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import memory as benchmark
+from benchmarks.memory_cell import predicted
+from benchmarks.memory_shapes import Cell
 from stagewise import memory
 from stagewise.layers import EstimateError, parameters_of, skeleton
 from stagewise.memory import Step, estimate, layers_in_bits, quantised_bytes
@@ -211,9 +212,7 @@ PEAKS_IN_8_BIT = {
 
 @pytest.mark.parametrize("shape", PEAKS_IN_8_BIT)
 def test_a_measured_peak_in_8_bit(shape):
-    cell = benchmark.parse_arguments(["--cells", f"{shape}:qlora8"])
-    cell.shape, cell.method = shape, "qlora8"
-    found = benchmark.predicted(cell)
+    found = predicted(Cell(shape, "qlora8"))
     peak, share = PEAKS_IN_8_BIT[shape]
     assert found.peak == pytest.approx(peak, rel=0.10)
     assert found.peak + (2 * share - 1) * found.outliers_of_8_bit_layers == pytest.approx(peak, rel=0.02)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from benchmarks import memory as benchmark
+from benchmarks import memory_cell, memory_table
+from benchmarks.memory_shapes import Cell
 
 SMALL = ("--tokens", "16", "--steps", "1")
 
@@ -17,11 +19,11 @@ def rows_of(path) -> list[dict]:
 
 def planned(*words) -> list[dict]:
     args = benchmark.parse_arguments(list(words))
-    return benchmark.plan(args, benchmark.gpu_room(args)[0])
+    return benchmark.plan(benchmark.cells_of(args), benchmark.gpu_room(args)[0])
 
 
 def test_all_published_shapes_and_methods_are_planned():
-    cells = benchmark.cells_of(benchmark.parse_arguments([]))
+    cells = [(cell.shape, cell.method) for cell in benchmark.cells_of(benchmark.parse_arguments([]))]
     methods = ["full", "full16", "lora", "qlora8", "qlora4"]
     expected = [(shape, method) for shape in ("0.5B", "1.5B", "8B", "14B", "32B", "8x7B") for method in methods]
     assert cells == [*expected, ("8x7B", "qlora4_experts")]
@@ -62,11 +64,12 @@ def test_the_estimates_alone_are_printed(capsys):
 
 
 def test_rows_are_kept_as_they_are_finished_and_the_table_comes_last(tmp_path, monkeypatch, capsys):
-    out, seen = tmp_path / "rows.jsonl", []
+    out, seen = tmp_path / "not_yet" / "rows.jsonl", []
 
-    def start_cell(shape, method, args, seconds):
-        seen.append((shape, method, len(rows_of(out)) if out.exists() else 0))
-        return {"peak": 2**31, "tokens_per_second": 1234.5} if method == "lora" else {"skipped": "stopped after 9 s"}
+    def start_cell(cell, seconds):
+        seen.append((cell.shape, cell.method, len(rows_of(out)) if out.exists() else 0))
+        measured = {"peak": 2**31, "tokens_per_second": 1234.5}
+        return measured if cell.method == "lora" else {"skipped": "stopped after 9 s"}
 
     monkeypatch.setattr(benchmark, "start_cell", start_cell)
     words = ["--cells", "tiny:full,tiny:lora,8B:full", "--gpu_gib", "79", "--output", str(out), *SMALL]
@@ -95,6 +98,22 @@ def test_time_that_is_up_is_said(monkeypatch, capsys):
     assert "| the time was up |" in capsys.readouterr().out
 
 
+def test_a_short_limit_of_a_cell_is_not_the_end_of_the_time(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "start_cell", lambda cell, seconds: {"skipped": f"stopped after {seconds} s"})
+    benchmark.main(["--cells", "tiny:full", "--seconds", "9", *SMALL])
+    assert "| stopped after 9.0 s |" in capsys.readouterr().out
+
+
+def test_the_heading_says_what_is_installed(monkeypatch):
+    """bitsandbytes is not among the requirements."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else name)
+    told = memory_table.heading(Cell("tiny", "lora", tokens=16, checkpointing=False, flash_attn=True), "CPU")
+    assert told.startswith(
+        "CPU: one row of 16 tokens, without gradient checkpointing, adamw_torch_fused, --flash_attn; "
+    )
+    assert "peft" in told and "bitsandbytes" not in told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -103,6 +122,8 @@ def test_time_that_is_up_is_said(monkeypatch, capsys):
         (["--cells", "9B:lora"], "found '9B'"),
         (["--shapes", "8B,9B"], "--shapes: expected some of"),
         (["--cells", "8B:qlora4_experts"], "the shape has no experts"),
+        (["--shapes", "8B", "--methods", "qlora4_experts"], "none of --shapes 8B has experts"),
+        (["--table", "nowhere.jsonl"], "--table nowhere.jsonl: no such file"),
     ],
 )
 def test_a_cell_that_does_not_exist_is_refused(words, message, capsys):
@@ -112,17 +133,15 @@ def test_a_cell_that_does_not_exist_is_refused(words, message, capsys):
 
 
 def test_experts_leave_16_bit_before_the_next_ones_are_made(monkeypatch):
-    quantise, held = benchmark.quantise_experts, []
+    quantise, held = memory_cell.quantise_experts, []
 
     def watched(module, name):
         assert not [each for each in held if each() is not None]
         held.append(weakref.ref(getattr(module, name)))
         quantise(module, name)
 
-    monkeypatch.setattr(benchmark, "quantise_experts", watched)
-    cell = benchmark.parse_arguments(["--cells", "tiny_moe:qlora4_experts", *SMALL])
-    cell.shape, cell.method = "tiny_moe", "qlora4_experts"
-    model = benchmark.random_model(cell, torch.device("cpu"))
+    monkeypatch.setattr(memory_cell, "quantise_experts", watched)
+    model = memory_cell.random_model(Cell("tiny_moe", "qlora4_experts", tokens=16), torch.device("cpu"))
     assert len(held) == 4  # two layers, two parameters each
     assert not [p for p in model.parameters() if p.dim() == 3]
 
