@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from loguru import logger
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
+from stagewise.answer_evaluation import COLUMNS, answer_metrics
 from stagewise.arguments import (
     AdapterArguments,
     ArgumentError,
@@ -38,7 +38,7 @@ from stagewise.arguments import (
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import Conversation
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example
-from stagewise.generation import Sampling, random_numbers, ready_to_speak, repetition, sample_answers
+from stagewise.generation import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
 from stagewise.losses import (
     adapted_kl_coef,
     gae,
@@ -48,22 +48,20 @@ from stagewise.losses import (
     value_loss,
     whiten,
 )
-from stagewise.metrics import perplexity, standard_error
 from stagewise.model import load_causal_lm, load_config, load_tokenizer
 from stagewise.own_template import choose_template
-from stagewise.policy import Batch, Policy, answer_batch
+from stagewise.policy import Batch, Policy
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
 from stagewise.readers import RECORD_FILES
 from stagewise.reward import Scorer, load_scorer
-from stagewise.rollout import EVALUATION, ROLLOUT, RolloutEnds, RolloutTrainer, Schedule, read_prompts
+from stagewise.rollout import RolloutEnds, RolloutTrainer, end_ids, read_prompts
 from stagewise.router import BalancesExperts, RouterLoss, router_loss
 from stagewise.run import Run, start
+from stagewise.schedule import Schedule, settle_batches
 from stagewise.settings import StageArguments
 from stagewise.splits import SplitReader, Splits
 from stagewise.validation import EvaluationTable, ValidationSet
 from template import TEMPLATES
-
-COLUMNS = ("score", "kl", "length", "nll", "ended", "repetition")
 
 
 @dataclass
@@ -137,7 +135,6 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         *args: Any,
         guard: NonFiniteGuard,
         ppo: PPOArguments,
-        sampling: Sampling,
         max_target_length: int,
         scorer: Scorer,
         conversations: dict[str, dict[str, Conversation]],
@@ -146,9 +143,9 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, kl_coef=ppo.init_kl_coef, **kwargs)
-        self.router = router
-        self.guard, self.ppo, self.sampling, self.scorer, self.policy = guard, ppo, sampling, scorer, policy
+        self.guard, self.ppo, self.scorer, self.policy, self.router = guard, ppo, scorer, policy, router
         self.max_target_length, self.conversations = max_target_length, conversations
+        self.eval_answers = ppo.eval_answers
         self.moved = torch.zeros((), device=self.args.device)  # nats from the rollout's policy, of an update's answers
 
     def rollout(self) -> list[Batch]:
@@ -259,86 +256,31 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
             reference = self.policy.reference_logps
             return *self.policy.logps_and_values(self.model, batch), *reference(batch, *temperatures)
 
-    def batches_of(self, prompts: Sequence[Example], answers: Sequence[list[int]]) -> list[Batch]:
-        """Prompts with their answers as minibatches on the device."""
-        ids, size = [prompt.input_ids for prompt in prompts], self.schedule.mini_batch_size
-        spans = [slice(first, first + size) for first in range(0, len(ids), size)]
-        batches = [answer_batch(ids[span], answers[span], self.sampling.pad_id) for span in spans]
-        return [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
-
-    def ended(self, answers: Sequence[list[int]]) -> torch.Tensor:
-        """Which answers ended by themselves: (B,) bool."""
-        return torch.tensor([answer[-1] in self.sampling.stop_ids for answer in answers], device=self.args.device)
-
-    # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Answers validation prompts, from the same random numbers each time: COLUMNS, (B, 6), and index, (B,).
-
-        A prompt's row is the mean over its --eval_answers answers.
-        """
-        keys = [(i, number) for i in inputs["index"].tolist() for number in range(self.ppo.eval_answers)]
-        prompts = [self.eval_dataset.examples[i] for i, _ in keys]
-        answers = self.generate(prompts, [(EVALUATION, *key) for key in keys])
-        scores, lengths = self.score("validation", prompts, answers), [len(answer) for answer in answers]
-        judged = [self.judge(batch, 1.0) for batch in self.batches_of(prompts, answers)]
-        logps, _, reference, plain = (torch.cat(parts) for parts in zip(*judged, strict=True))
-        kl, nll = (torch.stack([row.sum() for row in flat.split(lengths)]) for flat in (logps - reference, -plain))
-        repeated = scores.new_tensor([repetition(answer) for answer in answers])
-        rows = torch.stack([scores, kl, scores.new_tensor(lengths), nll, self.ended(answers).float(), repeated], dim=1)
-        rows = rows.unflatten(0, (-1, self.ppo.eval_answers)).mean(dim=1)
-        said = zip(keys, prompts, answers, scores.tolist(), self.ended(answers).tolist(), strict=True)
-        for (_, number), prompt, answer, score, ended in said:
-            text = self.processing_class.decode(answer, skip_special_tokens=True)
-            self.answers.append(
-                {"where": prompt.where, "number": number, "answer": text, "score": score, "ended": ended}
-            )
-        return None, rows, inputs["index"]
-
-
-def answer_metrics(rows: np.ndarray) -> dict[str, float]:
-    """COLUMNS of all answers -> their means, and the perplexity of their tokens under the reference."""
-    means = dict(zip(COLUMNS, rows.mean(axis=0).tolist(), strict=True))
-    return {
-        "reward": means["score"],
-        "reward_standard_error": standard_error(rows[:, 0]),
-        "reference_perplexity": perplexity(means["nll"] / means["length"]),
-        **{name: means[name] for name in ("kl", "length", "ended", "repetition")},
-    }
-
 
 def check_arguments(run: Run, ppo: PPOArguments) -> None:
     """Raises ArgumentError for flags that don't fit together, before anything is read; fills in defaults."""
-    args, given = run.args, run.manifest["flags"]
     if run.zero3:
         raise ArgumentError("--deepspeed: answers cannot be sampled from partitioned weights (ZeRO-3); use zero2.json")
-    mini = ppo.mini_batch_size or min(args.per_device_train_batch_size, ppo.batch_size)
-    if given.get("per_device_train_batch_size", mini) != mini:
-        raise ArgumentError("--mini_batch_size and --per_device_train_batch_size are the same thing: give one of them")
     positive = ("batch_size", "ppo_epochs", "temperature", "cliprange", "cliprange_value", "rollouts", "target_kl")
     for name in (*positive, "eval_answers"):
         if (value := getattr(ppo, name)) is not None and value <= 0:
             raise ArgumentError(f"--{name}: expected more than 0, found {value}")
-    for name in ("top_p", "gamma", "lam"):
+    for name in ("gamma", "lam"):
         if not 0 <= getattr(ppo, name) <= 1:
             raise ArgumentError(f"--{name}: expected 0 to 1, found {getattr(ppo, name)}")
-    if mini < 1 or ppo.batch_size % mini:
-        raise ArgumentError(f"--batch_size {ppo.batch_size}: expected a multiple of --mini_batch_size {mini}")
-    if (minibatches := ppo.ppo_epochs * ppo.batch_size // mini) % args.gradient_accumulation_steps:
-        raise ArgumentError(f"--gradient_accumulation_steps: must divide a rollout's {minibatches} minibatches")
-    if ppo.rollouts and args.max_steps > 0:
-        raise ArgumentError("--rollouts and --max_steps both say how long the run is: give one of them")
+    for name in ("top_k", "init_kl_coef", "vf_coef"):
+        if getattr(ppo, name) < 0:
+            raise ArgumentError(f"--{name}: expected 0 or more, found {getattr(ppo, name)}")
+    if not 0 < ppo.top_p <= 1:
+        raise ArgumentError(f"--top_p: expected above 0, at most 1, found {ppo.top_p}")
+    ppo.mini_batch_size = settle_batches(
+        run.args, run.manifest["flags"], ppo.batch_size, ppo.mini_batch_size, ppo.ppo_epochs, ppo.rollouts
+    )
     if ppo.target_kl and not (ppo.adap_kl_ctrl or ppo.early_stopping):
         raise ArgumentError("--target_kl has no effect without --adap_kl_ctrl or --early_stopping: leave it out")
-    if ppo.reward_baseline is None and ppo.batch_size * args.world_size == 1:
+    if ppo.reward_baseline is None and ppo.batch_size * run.args.world_size == 1:
         raise ArgumentError("--batch_size 1: one score cannot be whitened; give more prompts, or --reward_baseline")
-    for name in ("auto_find_batch_size", "dataloader_drop_last", "dataloader_num_workers", "train_sampling_strategy"):
-        if given.get(name) not in (None, False, 0, "random"):
-            raise ArgumentError(f"--{name} has no effect: the batches of a rollout are made here; leave it out")
-    if args.metric_for_best_model == "loss":  # the default of --load_best_model_at_end; validation has no loss here
-        args.metric_for_best_model, args.greater_is_better = "reward", True
-    ppo.target_kl, ppo.mini_batch_size, args.per_device_train_batch_size = ppo.target_kl or 6.0, mini, mini
-    args.ignore_data_skip = True  # a resumed run knows by itself which prompts are next
+    ppo.target_kl = ppo.target_kl or 6.0
 
 
 def read_data(
@@ -398,8 +340,8 @@ def main() -> None:
             reference = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
 
         # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
-        ends = [tokenizer.encode(stop, add_special_tokens=False) for stop in template.stops]
-        stop_ids = {*(ids[0] for ids in ends if len(ids) == 1), tokenizer.eos_token_id} - {None}
+        stop_ids = end_ids(tokenizer, template.stops)
+        sampling = Sampling(ppo_args.temperature, ppo_args.top_p, ppo_args.top_k, stop_ids, tokenizer.pad_token_id)
         validation, guard = ValidationSet(splits.validation), NonFiniteGuard()
         table = EvaluationTable(validation.wheres, COLUMNS, answer_metrics)
         trainer = PPOTrainer(
@@ -412,9 +354,7 @@ def main() -> None:
             schedule=schedule,
             guard=guard,
             ppo=ppo_args,
-            sampling=Sampling(
-                ppo_args.temperature, ppo_args.top_p, ppo_args.top_k, tuple(sorted(stop_ids)), tokenizer.pad_token_id
-            ),
+            sampling=sampling,
             max_target_length=pair_args.max_target_length,
             scorer=scorer,
             conversations=conversations,

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from loguru import logger  # noqa: E402
 
-from benchmarks.memory_shapes import METHODS, PUBLISHED, SHAPES, WARM_UP, Cell, has_experts  # noqa: E402
+from benchmarks.memory_shapes import EXPERTS_IN_4_BIT, METHODS, PUBLISHED, SHAPES, WARM_UP, Cell, has_experts  # noqa: E402
 from benchmarks.memory_table import heading, line, table  # noqa: E402
 
 CONTEXT = 0.6 * 2**30  # the CUDA context, and what the allocator cannot use
@@ -46,7 +46,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
         pairs = [cell.split(":") for cell in args.cells.split(",")]
     else:
         grid = [(shape, method) for shape in args.shapes.split(",") for method in args.methods.split(",")]
-        pairs = [(shape, method) for shape, method in grid if method != "qlora4_experts" or has_experts(shape)]
+        pairs = [(shape, method) for shape, method in grid if method not in EXPERTS_IN_4_BIT or has_experts(shape)]
     same = {name: getattr(args, name) for name in ("tokens", "steps", "optim", "checkpointing", "flash_attn")}
     return [Cell(shape, method, **same) for shape, method in pairs]
 
@@ -119,12 +119,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for flag, found, known in zip(flags, (shapes, methods), (SHAPES, METHODS), strict=True):
         if unknown := sorted(set(found) - set(known)):
             parser.error(f"--{flag}: expected some of {', '.join(known)}, found {', '.join(map(repr, unknown))}")
-    if lacking := [s for s, m in asked if m == "qlora4_experts" and not has_experts(s)]:
-        parser.error(f"--cells {lacking[0]}:qlora4_experts: the shape has no experts")
+    if lacking := [(s, m) for s, m in asked if m in EXPERTS_IN_4_BIT and not has_experts(s)]:
+        parser.error(f"--cells {':'.join(lacking[0])}: the shape has no experts")
     if args.tokens < 2 or args.steps < 1:
         parser.error("--tokens: expected at least 2, and --steps at least 1")
     if not cells_of(args):
-        parser.error(f"--methods qlora4_experts: none of --shapes {args.shapes} has experts")
+        parser.error(f"--methods {args.methods}: none of --shapes {args.shapes} has experts")
     if missing := [path for path in args.table or [] if not path.is_file()]:
         parser.error(f"--table {missing[0]}: no such file")
     return args

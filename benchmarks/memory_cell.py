@@ -33,7 +33,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationMethod
 
-from benchmarks.memory_shapes import SHAPES, WARM_UP, Cell, has_experts
+from benchmarks.memory_shapes import EXPERTS_IN_4_BIT, SHAPES, WARM_UP, Cell, has_experts
 from stagewise import memory
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, ModelArguments
@@ -85,7 +85,7 @@ def predicted(cell: Cell) -> memory.Memory:
         checkpointing=cell.checkpointing,
         optim=cell.optim,
         bits=cell.bits,
-        experts_in_bits=cell.method == "qlora4_experts",
+        experts_in_bits=cell.method in EXPERTS_IN_4_BIT,
     )
     return memory.estimate(with_adapter(model, cell), step, in_bits)
 
@@ -117,7 +117,7 @@ def random_model(cell: Cell, device: torch.device) -> PreTrainedModel:
                     made[id(empty)] = nn.Parameter(value, requires_grad=not cell.bits)
                 del value
             setattr(module, name, made[id(empty)])
-            if cell.method == "qlora4_experts" and empty.dim() == 3:
+            if cell.method in EXPERTS_IN_4_BIT and empty.dim() == 3:
                 del made[id(empty)]  # else all experts would stay in 16 bit until the model is whole
                 quantise_experts(module, name)
     for module in model.modules():

@@ -46,6 +46,7 @@ SHAPES = {
 }
 PUBLISHED = ("0.5B", "1.5B", "8B", "14B", "32B", "8x7B")
 METHODS = ("full", "full16", "lora", "qlora8", "qlora4", "qlora4_experts")
+EXPERTS_IN_4_BIT = ("qlora4_experts",)  # methods for shapes with experts alone
 WARM_UP = 2  # steps before the timed ones
 BITS = {"qlora8": 8, "qlora4": 4, "qlora4_experts": 4}
 

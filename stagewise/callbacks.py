@@ -87,11 +87,8 @@ class Preemption(TrainerCallback):
             control.should_training_stop = True
 
 
-class Resumable:
-    """For a Trainer: a run that is resumed behind its last step takes none; transformers would take one more.
-
-    A checkpoint that it writes over, since it was resumed from an earlier one, does not count until it is whole again.
-    """
+class StopsAtItsEnd:
+    """For a Trainer: a run that is resumed behind its last step takes none; transformers would take one more."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         if self.state.global_step >= self.state.max_steps:
@@ -100,6 +97,7 @@ class Resumable:
         return super().get_batch_samples(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """One that is written over, by a run resumed from an earlier one, does not count until it is whole again."""
         if self.args.should_save:
             unmark(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(*args, **kwargs)

@@ -26,6 +26,8 @@ from stagewise.attention import attention_for_generation
 
 # Rows are dropped when at most this share of the batch still speaks: dropping copies the whole cache once.
 STILL_SPEAKING = 0.8
+# What PPO's random numbers are for: the number after the seed in their key.
+EVALUATION, ROLLOUT, PROMPTS, UPDATES = range(4)
 
 
 class GenerationError(ValueError):

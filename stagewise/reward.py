@@ -105,9 +105,7 @@ class Scorer:
         limit = position_limit(self.model.config, self.tokenizer)
         if self.template is None:
             question = "\n".join(message.content for message in prompt.messages)
-            self.tokenizer.truncation_side = "left"  # the end of a long history is what is answered
-            cut = {"truncation": "only_first", "max_length": limit} if limit else {}
-            return dict(self.tokenizer(question, text, **cut))
+            return self._pair(question, text, limit, prompt.where)
         messages = prompt.messages
         while True:
             whole = replace(prompt, messages=(*messages, Message("assistant", text)))
@@ -121,6 +119,18 @@ class Scorer:
                 raise RecordError(prompt.where, "too long for the reward model", f"the last question with its answer "
                                   f"has {len(ids)} tokens, {FLAG} takes {limit}")  # fmt: skip
             messages = messages[later[0] :]
+
+    def _pair(self, question: str, answer: str, limit: int | None, where: str) -> dict[str, list[int]]:
+        """Prompt and answer as a pair of texts; of a long prompt the end is kept, which is what is answered."""
+        pair = dict(self.tokenizer(question, answer))
+        if limit is None or len(pair["input_ids"]) <= limit:
+            return pair
+        alone = len(self.tokenizer("", answer)["input_ids"])
+        if alone >= limit:
+            raise RecordError(where, "too long for the reward model", f"an answer alone has {alone} of its tokens, "
+                              f"{FLAG} takes {limit}; lower --max_target_length")  # fmt: skip
+        self.tokenizer.truncation_side = "left"
+        return dict(self.tokenizer(question, answer, truncation="only_first", max_length=limit))
 
 
 def position_limit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -9,88 +9,36 @@ end.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from loguru import logger
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-from stagewise.arguments import ArgumentError
-from stagewise.callbacks import Resumable
+from stagewise.answer_evaluation import EvaluatesAnswers
+from stagewise.callbacks import StopsAtItsEnd
 from stagewise.conversation import Conversation, parse_prompt
 from stagewise.data_summary import Step, measure, rollout_contents
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, encode_prompt
-from stagewise.eval_samples import Sample, Text, chosen
-from stagewise.policy import Batch
+from stagewise.generation import PROMPTS, UPDATES, Sampling
+from stagewise.policy import Batch, answer_batch
+from stagewise.schedule import Schedule
 from stagewise.speed import TellsSpeed
 from stagewise.splits import SplitReader, Splits
 
 STATE = "ppo_state.pt"  # value head, rollouts made and KL coefficient: with each checkpoint, for resuming
-# What random numbers are for: the number after the seed in their key.
-EVALUATION, ROLLOUT, PROMPTS, UPDATES = range(4)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How many prompts, updates and rollouts there are.
-
-    Args:
-        batch_size: prompts of a rollout, a process.
-        mini_batch_size: answers of a forward pass, a process.
-        passes: times that a rollout is learned from.
-        an_epoch: rollouts of about one pass over the prompts.
-        last: rollouts of the whole run.
-    """
-
-    batch_size: int
-    mini_batch_size: int
-    passes: int
-    an_epoch: int
-    last: int
-
-    @classmethod
-    def plan(
-        cls,
-        args: TrainingArguments,
-        batch_size: int,
-        mini_batch_size: int,
-        passes: int,
-        rollouts: int | None,
-        prompts: Sequence[Example],
-    ) -> Schedule:
-        """The schedule of `rollouts`, else --max_steps, else --num_train_epochs; sets `args.max_steps` to it.
-
-        Raises:
-            ArgumentError: a rollout takes more prompts than there are.
-        """
-        size, minibatches = batch_size * args.world_size, passes * batch_size // mini_batch_size
-        if args.do_train and size > len(prompts):
-            raise ArgumentError(f"--batch_size {batch_size}: a rollout takes {size} prompts, there are {len(prompts)}")
-        updates, an_epoch = minibatches // args.gradient_accumulation_steps, max(1, math.ceil(len(prompts) / size))
-        if args.max_steps > 0:
-            last = math.ceil(args.max_steps / updates)
-        else:
-            last = rollouts or math.ceil(args.num_train_epochs * an_epoch)
-            args.max_steps = last * updates
-        if args.do_train:
-            logger.info(
-                f"schedule: {last} rollouts of {size} prompts, {updates} updates each, {args.max_steps} in all"
-            )
-        return cls(batch_size, mini_batch_size, passes, an_epoch, last)
-
-    @property
-    def minibatches(self) -> int:
-        """Forward passes with gradients of a rollout."""
-        return self.passes * self.batch_size // self.mini_batch_size
+def end_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> tuple[int, ...]:
+    """The tokens that end an answer: the end markers that are one token, and the tokenizer's own."""
+    markers = [tokenizer.encode(stop, add_special_tokens=False) for stop in stops]
+    return tuple(sorted({*(ids[0] for ids in markers if len(ids) == 1), tokenizer.eos_token_id} - {None}))
 
 
 def read_prompts(
@@ -119,7 +67,7 @@ def read_prompts(
     return splits, {"train": first, "validation": last}
 
 
-class RolloutTrainer(Resumable, TellsSpeed, Trainer):
+class RolloutTrainer(EvaluatesAnswers, StopsAtItsEnd, TellsSpeed, Trainer):
     """A Trainer whose training batches come from the model as it is when they are asked for.
 
     The stage's subclass holds `rollout`, which returns a rollout's minibatches, and `compute_loss`. The model has a
@@ -128,10 +76,10 @@ class RolloutTrainer(Resumable, TellsSpeed, Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, schedule: Schedule, kl_coef: float, **kwargs: Any):
+    def __init__(self, *args: Any, schedule: Schedule, sampling: Sampling, kl_coef: float, **kwargs: Any):
         super().__init__(*args, data_collator=lambda items: {"index": torch.tensor([i for i, _ in items])}, **kwargs)
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the answers' tokens of a whole update
-        self.schedule, self.kl_coef = schedule, kl_coef
+        self.schedule, self.sampling, self.kl_coef = schedule, sampling, kl_coef
         self.rollouts = 0  # made so far
         self.queue: list[Batch] = []  # minibatches of this rollout that are still to come
         self.meter = Meter()
@@ -171,6 +119,17 @@ class RolloutTrainer(Resumable, TellsSpeed, Trainer):
         order = np.random.default_rng([self.args.seed, UPDATES, self.rollouts])
         return [batches[i] for _ in range(self.schedule.passes) for i in order.permutation(len(batches))]
 
+    def batches_of(self, prompts: Sequence[Example], answers: Sequence[list[int]]) -> list[Batch]:
+        """Prompts with their answers as minibatches on the device."""
+        ids, size = [prompt.input_ids for prompt in prompts], self.schedule.mini_batch_size
+        spans = [slice(first, first + size) for first in range(0, len(ids), size)]
+        batches = [answer_batch(ids[span], answers[span], self.sampling.pad_id) for span in spans]
+        return [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
+
+    def ended(self, answers: Sequence[list[int]]) -> torch.Tensor:
+        """Which answers ended by themselves: (B,) bool."""
+        return torch.tensor([answer[-1] in self.sampling.stop_ids for answer in answers], device=self.args.device)
+
     def over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes."""
         return self.accelerator.reduce(values, "sum")
@@ -189,36 +148,6 @@ class RolloutTrainer(Resumable, TellsSpeed, Trainer):
                 seen["reward_std"] = math.sqrt(max(seen.pop("reward_squared") - seen["reward"] ** 2, 0))
             logs.update(seen)
         super().log(logs, start_time)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Leaves the answers of all processes in `answers`."""
-        self.answers = []
-        output = super().evaluation_loop(*args, **kwargs)
-        # Processes are handed whole batches, so the last ones may repeat a record.
-        answers = {(answer["where"], answer["number"]): answer for answer in gather_object(self.answers)}
-        self.answers = list(answers.values())
-        return output
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """With --save_eval_records the answers' texts are written, too: eval_records/answers-step-N.jsonl."""
-        metrics = super().evaluate(*args, **kwargs)
-        if self.args.save_eval_records and self.args.should_save:
-            path = Path(self.args.output_dir) / "eval_records" / f"answers-step-{self.state.global_step}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
-            path.write_text("".join(lines), encoding="utf-8")
-        return metrics
-
-    def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
-        """A few of the answers that the last evaluation scored (--eval_samples)."""
-        answers = {answer["where"]: answer for answer in self.answers if answer["number"] == 0}
-        samples = []
-        for place in chosen(self, count):
-            prompt = self.eval_dataset.examples[place]
-            own = answers[prompt.where]
-            text = Text("answer", own["answer"], own["score"], own["ended"])
-            samples.append(Sample(prompt.where, self.processing_class.decode(prompt.input_ids), [text]))
-        return samples
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if state_dict is None and not hasattr(self.model, "peft_config"):

