@@ -4,45 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+NAMES += ("vocab_size",)
+
+
+def sizes(*numbers: int) -> dict[str, int]:
+    """NAMES of a config."""
+    return dict(zip(NAMES, numbers, strict=True))
+
+
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
+LLAMA = {"model_type": "llama", "max_position_embeddings": 131072, "rope_theta": 500000.0}
+MIXTRAL = {"model_type": "mixtral", "rope_theta": 1000000.0, "sliding_window": None}
+TIED, APART = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 # Qwen2.5-0.5B, -1.5B, -14B, -32B, Llama-3.1-8B and Mixtral-8x7B-v0.1 as published; the tiny ones try the script out.
 SHAPES = {
-    "0.5B": {**QWEN, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "1.5B": {
-        **QWEN,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-    }
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "8B": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
-    | {"max_position_embeddings": 131072, "tie_word_embeddings": False},
-    "14B": {
-        **QWEN,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-    }
-    | {"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-    "32B": {
-        **QWEN,
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-    }
-    | {"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-    "8x7B": {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "rope_theta": 1000000.0}
-    | {"num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": None},
-    "tiny": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320},
-    "tiny_moe": {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "num_local_experts": 4},
+    "0.5B": QWEN | TIED | sizes(896, 4864, 24, 14, 2, 151936),
+    "1.5B": QWEN | TIED | sizes(1536, 8960, 28, 12, 2, 151936),
+    "8B": LLAMA | APART | sizes(4096, 14336, 32, 32, 8, 128256),
+    "14B": QWEN | APART | sizes(5120, 13824, 48, 40, 8, 152064),
+    "32B": QWEN | APART | sizes(5120, 27648, 64, 40, 8, 152064),
+    "8x7B": MIXTRAL | APART | EXPERTS | sizes(4096, 14336, 32, 32, 8, 32000),
+    "tiny": {"model_type": "llama"} | sizes(64, 128, 2, 4, 2, 320),
+    "tiny_moe": {"model_type": "mixtral", "num_local_experts": 4} | sizes(64, 128, 2, 4, 2, 320),
 }
 PUBLISHED = ("0.5B", "1.5B", "8B", "14B", "32B", "8x7B")
 METHODS = ("full", "full16", "lora", "qlora8", "qlora4", "qlora4_experts")
