@@ -3,11 +3,13 @@
 import itertools
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +40,7 @@ def encode_all(
     on_bad_record: str = "error",
     rejected_path: str | Path | None = None,
     num_workers: int | None = None,
+    alone: bool = False,
     folder: str | Path | None = None,
     raw: Callable[[str], str] | None = None,
     description: str = "Encoding",
@@ -56,6 +59,7 @@ def encode_all(
         on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`.
         num_workers: processes that encode; 1 is this one, with threads on its cores; None is one a core, at most
             four, for more than a few hundred records on Linux.
+        alone: whether the run's other processes on this machine wait, so that all cores are this one's.
         raw: where → the record as it was read, for `rejected_path`.
         quiet: no bar.
 
@@ -67,7 +71,7 @@ def encode_all(
     total = len(records) if hasattr(records, "__len__") else None
     quiet = quiet or os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
     with tqdm(total=total, desc=description, unit=" records", disable=quiet, leave=False) as bar:
-        for record, outcome in _outcomes(iter(records), encode, num_workers):
+        for record, outcome in _outcomes(iter(records), encode, num_workers, _cores(alone)):
             seen += 1
             bar.update()
             if isinstance(outcome, RecordError):
@@ -92,16 +96,16 @@ def encode_all(
 
 
 def _outcomes(
-    records: Iterator[Any], encode: Callable[[Any], Any], num_workers: int | None
+    records: Iterator[Any], encode: Callable[[Any], Any], num_workers: int | None, cores: int
 ) -> Iterator[tuple[Any, Encoded | RecordError]]:
     """Every record with its outcome, in order; a few chunks are under way at a time."""
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
     first = list(itertools.islice(chunks, AT_ONCE))
     # Forked workers start at once and take any `encode`; for few records not even they are worth it.
     forks = len(first) == AT_ONCE and sys.platform == "linux"
-    workers = num_workers or (_cores() if forks else 1)
+    workers = num_workers or (cores if forks else 1)
     work = encode_chunk if workers > 1 else partial(encode_chunk, encode=encode)
-    with _pool(workers, encode) as pool:
+    with _pool(workers, cores, encode) as pool:
         waiting: deque[tuple[list[Any], Future]] = deque()
         for chunk in itertools.chain(first, chunks):
             waiting.append((chunk, pool.submit(work, chunk)))
@@ -115,21 +119,22 @@ def _results(chunk: list[Any], future: Future) -> Iterator[tuple[Any, Encoded | 
     return zip(chunk, future.result(), strict=True)
 
 
-def _pool(workers: int, encode: Callable[[Any], Any]) -> Executor:
+def _pool(workers: int, cores: int, encode: Callable[[Any], Any]) -> Executor:
     # Each thread or process calls the tokenizer; its own threads would only be in the way, and complain when this
     # process is forked, here or by a data loader.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if workers == 1:
-        return ThreadPoolExecutor(_cores(), initializer=getattr(encode, "in_thread", None))
+        return ThreadPoolExecutor(cores, initializer=getattr(encode, "in_thread", None))
     context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")  # `encode` must be picklable there
     return ProcessPoolExecutor(workers, context, _start_worker, (encode,))
 
 
-def _cores() -> int:
-    """The cores that are this process's share, at most AT_ONCE."""
+def _cores(alone: bool) -> int:
+    """The cores that are this process's share, or all where the run's others wait; at most AT_ONCE."""
     # How many cores this process may use is told on Linux only.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(AT_ONCE, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    sharing = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(AT_ONCE, cores // sharing))
 
 
 _WORKER_ENCODE: list[Callable[[Any], Any]] = []  # set once in each worker: a tokenizer is large to send each time
@@ -138,6 +143,16 @@ _WORKER_ENCODE: list[Callable[[Any], Any]] = []  # set once in each worker: a to
 def _start_worker(encode: Callable[[Any], Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER_ENCODE[:] = [encode]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it was killed: it would wait for work, and keep a lock, for good.
+
+    Of several forked workers the last one sees it first; the one before it when that has ended.
+    """
+    wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def encode_chunk(chunk: Sequence[Any], encode: Callable[[Any], Any] | None = None) -> list[Encoded | RecordError]:

@@ -35,7 +35,7 @@ from stagewise.data_summary import Measures
 from stagewise.examples import Example, Examples, ExampleWriter
 from stagewise.lanes import Lane, LaneRow, LaneState, Recipe, Refusal, counting
 from stagewise.readers import file_names
-from stagewise.records import Account, append_rejected
+from stagewise.records import Account, write_rejected
 from stagewise.sampling import outlive_termination
 from stagewise.scanning import Files
 from stagewise.sources import Source
@@ -160,7 +160,7 @@ class RecordStream(IterableDataset):
         self.states.update(batch.states)
         self.rows_taken += self.world * self.batch
         for _, error, raw in batch.refused if self.folder else ():
-            append_rejected(self.rejected_path, error, raw)
+            write_rejected(self.rejected_path, error, raw)
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 

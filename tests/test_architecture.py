@@ -24,6 +24,7 @@ LAYERS = [
         "chats",
         "web_server",
         "cache",
+        "locks",
         "encoding",
         "examples",
         "tokenization",
