@@ -19,7 +19,7 @@ from stagewise.cache import CacheWriter, cache_path, copy_rejected, read_cache, 
 from stagewise.data_summary import Summary, measure, summarise
 from stagewise.examples import Examples
 from stagewise.locks import Turn, turn
-from stagewise.preparation import encode_all
+from stagewise.preparation import Encoder, encode_all
 from stagewise.records import (
     Account,
     Records,
@@ -80,7 +80,7 @@ class SplitReader:
     def read(
         self,
         parse: Callable[[dict[str, Any], str], T],
-        encode: Callable[[T], Any],
+        encode: Encoder,
         *,
         train: bool,
         validation: bool,
@@ -93,7 +93,7 @@ class SplitReader:
 
         Args:
             parse: record, where → what `encode` takes; raises RecordError.
-            encode: parsed record → an example, (example, cut) or a list of examples; raises RecordError.
+            encode: makes examples of parsed records.
             train: whether training records are needed.
             validation: the same for validation records.
             limits: the token limits that `encode` keeps to, by the names of their flags.
@@ -124,7 +124,7 @@ class SplitReader:
             self._say_first(splits, limits)
         return splits
 
-    def _stream(self, parse: Callable[[dict[str, Any], str], T], encode: Callable[[T], Any], buffer: int):
+    def _stream(self, parse: Callable[[dict[str, Any], str], T], encode: Encoder, buffer: int):
         skip = self.data.on_bad_record == "skip"
         sources, limit = self._sources("train"), self.data.max_train_samples
         return stream_of(sources, limit, parse, encode, buffer=buffer, skip=skip, rejected=self.rejected)
@@ -133,7 +133,7 @@ class SplitReader:
         self,
         entry: Path | None,
         parse: Callable[[dict[str, Any], str], T],
-        encode: Callable[[T], Any],
+        encode: Encoder,
         train: bool,
         validation: bool,
     ) -> tuple[Splits, bool]:
@@ -172,7 +172,7 @@ class SplitReader:
     def _prepare(
         self,
         parse: Callable[[dict[str, Any], str], T],
-        encode: Callable[[T], Any],
+        encode: Encoder,
         train: bool,
         validation: bool,
         rejected: Path | None,
@@ -198,7 +198,7 @@ class SplitReader:
         own = self._has_own_validation()
         return ["train"] * (train or (validation and not own)) + ["validation"] * (validation and own)
 
-    def _cache_entry(self, parse: Callable[..., Any], encode: Callable[..., Any], key: dict[str, Any]) -> Path | None:
+    def _cache_entry(self, parse: Callable[..., Any], encode: Encoder, key: dict[str, Any]) -> Path | None:
         """Where --cache_dir keeps what these flags make of these files, if it does."""
         if not self.model.cache_dir:
             return None
@@ -295,7 +295,7 @@ class SplitReader:
         split: str,
         records: InOrder[T] | Drawn[T],
         account: Account,
-        encode: Callable[[T], Any],
+        encode: Encoder,
         rejected: Path | None,
         writer: CacheWriter | None,
     ) -> Examples:

@@ -34,6 +34,7 @@ from stagewise.conversation import RecordError
 from stagewise.data_summary import Measures
 from stagewise.examples import Example, Examples, ExampleWriter
 from stagewise.lanes import Lane, LaneRow, LaneState, Recipe, Refusal, counting
+from stagewise.preparation import Encoder
 from stagewise.readers import file_names
 from stagewise.records import Account, write_rejected
 from stagewise.sampling import outlive_termination
@@ -75,7 +76,7 @@ class RecordStream(IterableDataset):
         sources: Sequence[Source],
         files: Sequence[Files],
         parse: Callable[[dict[str, Any], str], Any],
-        encode: Callable[[Any], Any],
+        encode: Encoder,
         *,
         buffer: int,
         skip: bool,
@@ -255,7 +256,7 @@ def stream_of(
     sources: Sequence[Source],
     limit: int,
     parse: Callable[[dict[str, Any], str], Any],
-    encode: Callable[[Any], Any],
+    encode: Encoder,
     **options: Any,
 ) -> RecordStream:
     """A stream of weighted sources, or of all sources' files in order, of which `limit` records are read (−1: all).

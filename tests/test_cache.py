@@ -19,7 +19,7 @@ from stagewise import readers
 from stagewise.arguments import DataArguments, ModelArguments
 from stagewise.cache import cache_path, read_cache, write_cache
 from stagewise.conversation import RecordError, parse_conversation, parse_preference
-from stagewise.encoding import ConversationEncoder, encode_preference
+from stagewise.encoding import ConversationEncoder, PreferenceEncoder
 from stagewise.examples import ExampleWriter
 from stagewise.splits import SplitReader
 from template import TEMPLATES
@@ -137,9 +137,7 @@ def test_pairs_come_back(setting):
     records = [{"question": "the user", "response_chosen": "rest" * n, "response_rejected": "no"} for n in (1, 2, 3)]
     write_lines(setting.folder / "data/a.jsonl", records)
 
-    def encode(preference):
-        return encode_preference(setting.tokenizer, setting.template, preference, 150, 50)
-
+    encode = PreferenceEncoder(setting.tokenizer, setting.template, 150, 50)
     first, second = (read(setting, parse_preference, encode) for _ in range(2))
     assert list(second.train) == list(first.train)
     assert len(entries(setting)) == 1
@@ -220,13 +218,16 @@ from stagewise.cache import write_cache
 from stagewise.locks import turn
 from stagewise.records import Account
 
-def encode(record):
-    Path(sys.argv[2]).touch()
-    time.sleep(600)
+class Stuck:
+    letters, in_thread = len, None
+
+    def many(self, records):
+        Path(sys.argv[2]).touch()
+        time.sleep(600)
 
 entry = Path(sys.argv[1])
 with turn(entry.with_name(entry.name + ".lock"), ""), write_cache(entry, alone=True) as writer:
-    preparation.encode_all(range(9), encode, account=Account(), num_workers=2, folder=writer.folder("train"))
+    preparation.encode_all(["a"] * 9, Stuck(), account=Account(), num_workers=2, folder=writer.folder("train"))
 """
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from encoders import OneByOne
 
 from stagewise import splits as splits_module
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
@@ -49,7 +50,9 @@ def read(train=True, validation=False, cache_dir=None, dry_run=False, seed=1, da
     model = ModelArguments("none", cache_dir=cache_dir)
     args = SimpleNamespace(output_dir="out", seed=seed, data_seed=data_seed, dry_run=dry_run, do_train=train)
     reader = SplitReader(data, model, args, RECORD_FILES)
-    return reader.read(parse_conversation, encode, train=train, validation=validation, limits={"model_max_length": 99})
+    return reader.read(
+        parse_conversation, OneByOne(encode), train=train, validation=validation, limits={"model_max_length": 99}
+    )
 
 
 def rejected():
