@@ -21,7 +21,7 @@ from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
 from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import parse_text
-from stagewise.encoding import encode_text
+from stagewise.encoding import TextEncoder
 from stagewise.language_model import LanguageModelTrainer, training_rows
 from stagewise.metrics import language_model_metrics
 from stagewise.model import load_causal_lm, load_config, load_tokenizer
@@ -60,7 +60,7 @@ def read_data(
     tokenizer = load_tokenizer(model_args)
     splits = SplitReader(data_args, model_args, args, TEXT_FILES).read(
         lambda record, where: (parse_text(record, where), where),
-        lambda document: encode_text(tokenizer, document[0], pt_args.block_size, document[1]),
+        TextEncoder(tokenizer, pt_args.block_size),
         train=args.do_train,
         validation=args.do_eval,
         stream=rows_args.shuffle_buffer if rows_args.streaming else None,

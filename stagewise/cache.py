@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -18,9 +19,11 @@ from typing import Any
 
 from loguru import logger
 
+from stagewise.arguments import ArgumentError
 from stagewise.examples import Examples, read_examples
 
 LIBRARIES = ("tokenizers", "transformers")
+REJECTED = "rejected.jsonl"
 
 
 def cache_path(
@@ -50,34 +53,58 @@ def cache_path(
     return Path(cache_dir) / f"encoded-{digest.hexdigest()}"
 
 
-def read_cache(path: Path, rejected: Path | None) -> tuple[dict[str, Examples], dict[str, Any]] | None:
-    """What write_cache left at `path`, its rejected.jsonl copied to `rejected`; None where there is nothing whole.
+def read_cache(path: Path, since: float | None = None) -> tuple[dict[str, Examples], dict[str, Any]] | None:
+    """What write_cache left at `path`, if it was written after the time `since`; None where there is nothing whole.
 
     Returns:
         the examples of each split, mapped from their files, and the accounts as they were given.
     """
+    about_file = path / "about.json"
     if not path.is_dir():
         return None
     try:
-        about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        if since is not None and about_file.stat().st_mtime < since:
+            return None
+        about = json.loads(about_file.read_text(encoding="utf-8"))
         splits = {name: read_examples(path / name, kind) for name, kind in about["kinds"].items()}
     except (OSError, ValueError, KeyError) as error:
         logger.info(f"the cache {path} can't be read ({error}) and is made again")
         return None
-    if rejected and (path / "rejected.jsonl").is_file() and os.environ.get("RANK", "0") == "0":
-        rejected.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path / "rejected.jsonl", rejected)
     return splits, about["accounts"]
 
 
+def copy_rejected(path: Path, rejected: Path | None) -> None:
+    """Copies the rejected.jsonl of the entry, or of one in the making, to `rejected`, if it has one."""
+    if rejected and (path / REJECTED).is_file():
+        rejected.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path / REJECTED, rejected)
+
+
 @contextmanager
-def write_cache(path: Path) -> Iterator["CacheWriter"]:
-    """A new entry that appears at `path` when the block ends without an error, whole or not at all."""
-    part, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
+def write_cache(path: Path, alone: bool = False) -> Iterator["CacheWriter"]:
+    """A new entry that appears at `path` when the block ends without an error, whole or not at all.
+
+    Args:
+        path: where.
+        alone: whether no other process of this machine makes it: then what killed ones left is taken away.
+
+    Raises ArgumentError where the folder can't be written to.
+    """
+    host = socket.gethostname()
+    if alone:
+        for left in (*path.parent.glob(f"{path.name}.{host}-*.part"), *path.parent.glob(f"{path.name}.{host}-*.old")):
+            shutil.rmtree(left, ignore_errors=True)
+    # Machines that share the folder may give two processes one number.
+    part, old = (path.with_name(f"{path.name}.{host}-{os.getpid()}.{kind}") for kind in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        yield CacheWriter(part)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"--cache_dir {path.parent}: nothing can be written there ({error.strerror}); give another folder"
+        ) from error
+    try:
+        yield CacheWriter(part, alone)
         # Another run may put the same entry there at the same time: then that one, which says the same, stays.
         with suppress(FileNotFoundError):
             path.rename(old)  # made again, or damaged
@@ -92,20 +119,18 @@ def write_cache(path: Path) -> Iterator["CacheWriter"]:
 
 
 class CacheWriter:
-    """An entry in the making: each split is written into its `folder` while it is encoded."""
+    """An entry in the making: each split is written into its `folder` while it is encoded, refusals to `rejected`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, alone: bool):
+        self.path, self.alone, self.rejected = path, alone, path / REJECTED
 
     def folder(self, split: str) -> Path:
         folder = self.path / split
         folder.mkdir(exist_ok=True)
         return folder
 
-    def finish(self, splits: dict[str, Examples], accounts: dict[str, Any], rejected: Path | None) -> None:
-        """Notes the accounts, and what `rejected` holds."""
-        if rejected is not None and rejected.is_file():
-            shutil.copyfile(rejected, self.path / "rejected.jsonl")
+    def finish(self, splits: dict[str, Examples], accounts: dict[str, Any]) -> None:
+        """Notes the accounts."""
         about = {"kinds": {name: examples.kind for name, examples in splits.items()}, "accounts": accounts}
         (self.path / "about.json").write_text(json.dumps(about), encoding="utf-8")
 

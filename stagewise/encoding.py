@@ -1,20 +1,27 @@
 """Segments → token ids and labels: the only place that masks.
 
 Each segment is encoded alone, so that the ids of a prompt are a prefix of the ids of the whole with any tokenizer.
+
+    TextEncoder           (text, where)   → blocks         PT
+    ConversationEncoder   Conversation    → an example     SFT
+    PreferenceEncoder     Preference      → a pair         RM, DPO
+    PromptEncoder         Conversation    → a prompt       PPO
+
+Each takes many records at once, since a tokenizer is fastest where it is given many texts.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stagewise.arguments import ArgumentError
-from stagewise.conversation import Conversation, Preference, RecordError
+from stagewise.conversation import Conversation, Message, Preference, RecordError
 from stagewise.examples import IGNORE_INDEX as IGNORE_INDEX
-from stagewise.examples import Example, PreferenceExample, Row
+from stagewise.examples import Encoded, Example, PreferenceExample, Row
 from stagewise.own_template import AnyTemplate as AnyTemplate
 from stagewise.rendering import Segment, adds_bos
-from stagewise.tokenization import Piece, PieceEncoder, piece_encoder
+from stagewise.tokenization import Piece, PieceEncoder, piece_encoder, pieces_of
 from stagewise.truncation import SIDES, Turns, drop_first_exchanges, turns_of, whole_turns, without_history
 
 
@@ -62,9 +69,13 @@ class ConversationEncoder:
         (found,) = self.many([conversation])
         if isinstance(found, RecordError):
             raise found
-        return found[0].example(), found[1]
+        ((row,),) = found.items
+        return row.example(), found.cut
 
-    def many(self, conversations: Sequence[Conversation]) -> list[tuple[Row, bool] | RecordError]:
+    def letters(self, conversation: Conversation) -> int:
+        return _letters(conversation.messages)
+
+    def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
         """The same for many conversations, as numbers; a RecordError stands in the place of its conversation."""
         found: list[Any] = [self._begin(conversation) for conversation in conversations]
         self._encode([work for work in found if isinstance(work, _Work)])
@@ -100,7 +111,7 @@ class ConversationEncoder:
             self._letters = max(1.0, sum(len(piece.text) for piece in pieces) / max(tokens, 1))
             works = [work for work in works if not work.is_enough(self.max_length, self._encoder.at_least)]
 
-    def _end(self, work: "_Work") -> tuple[Row, bool] | RecordError:
+    def _end(self, work: "_Work") -> Encoded | RecordError:
         shortened = False
         if self.truncation_side == "left" and work.answered(self.max_length) > self.max_length:
             try:
@@ -119,7 +130,7 @@ class ConversationEncoder:
         if not any(end > max(start, 1) for start, end in zip(row.spans[::2], row.spans[1::2], strict=True)):
             return self._nothing_left(where, learned)
         lost = any(turns.answers[keep:]) or (self.train_on_inputs and keep < len(turns.texts))
-        return row, shortened or length > self.max_length or lost
+        return Encoded("Example", [(row,)], shortened or length > self.max_length or lost)
 
     def _nothing_left(self, where: str, learned: Sequence[bool]) -> RecordError:
         why = "the first question alone fills" if any(learned) else "nothing that is learned stays within"
@@ -160,6 +171,94 @@ def encode_conversation(
     return ConversationEncoder(tokenizer, template, max_length, *settings)(conversation)
 
 
+@dataclass
+class PromptEncoder:
+    """Conversations → their ids up to where the assistant is to speak, at most `max_length`: see encode_prompt."""
+
+    tokenizer: Any
+    template: AnyTemplate
+    max_length: int
+
+    def __post_init__(self) -> None:
+        self._encoder = PieceEncoder(self.tokenizer)
+        self.in_thread = self._encoder.in_thread
+
+    def letters(self, conversation: Conversation) -> int:
+        return _letters(conversation.messages)
+
+    def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
+        """Nothing in them is learned; one that lost exchanges is cut."""
+        return _together([self._encoded(each) for each in conversations], self._encoder)
+
+    def _encoded(self, conversation: Conversation) -> "Asking":
+        pieces, prompt = yield from _prompt(self.template, conversation, self.max_length)
+        row = Row(_joined(pieces), array("i"), conversation.where)
+        return Encoded("Example", [(row,)], prompt.messages != conversation.messages)
+
+
+@dataclass
+class PreferenceEncoder:
+    """Preferences → both answers after the same prompt: see encode_preference."""
+
+    tokenizer: Any
+    template: AnyTemplate
+    max_source_length: int
+    max_target_length: int
+
+    def __post_init__(self) -> None:
+        self._encoder = PieceEncoder(self.tokenizer)
+        self.in_thread = self._encoder.in_thread
+
+    def letters(self, preference: Preference) -> int:
+        return sum(map(_letters, (preference.prompt.messages, preference.chosen, preference.rejected)))
+
+    def many(self, preferences: Sequence[Preference]) -> list[Encoded | RecordError]:
+        limits = self.max_source_length, self.max_target_length
+        return _together([_pair(self.template, each, *limits) for each in preferences], self._encoder)
+
+
+@dataclass
+class TextEncoder:
+    """Documents, (text, where), as blocks of at most `block_size` tokens, all learned, the eos token at their end.
+
+    They begin with a bos where the tokenizer adds one. A long document is cut; each block begins with the last token
+    of the block before, since a row's first token is never predicted: so every token is learned exactly once.
+
+    Raises:
+        ArgumentError: where the tokenizer has no eos token, or a block would hold nothing that is learned.
+    """
+
+    tokenizer: Any
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ArgumentError(
+                "the tokenizer has no eos token to end a document with; set one in tokenizer_config.json"
+            )
+        if self.block_size < 2:
+            raise ArgumentError(f"--block_size: a block needs at least 2 tokens, found {self.block_size}")
+        self._start = array("i", [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else [])
+        self._end = array("i", [self.tokenizer.eos_token_id])
+        self._encoder = PieceEncoder(self.tokenizer)
+        self.in_thread = self._encoder.in_thread
+
+    def letters(self, document: tuple[str, str]) -> int:
+        return len(document[0])
+
+    def many(self, documents: Sequence[tuple[str, str]]) -> list[Encoded | RecordError]:
+        encoded = self._encoder.encode([text for text, _ in documents])
+        return [
+            Encoded("Example", [(row,) for row in self._blocks(self._start + ids + self._end, where)])
+            for ids, (_, where) in zip(encoded, documents, strict=True)
+        ]
+
+    def _blocks(self, ids: array, where: str) -> list[Row]:
+        starts = range(0, max(len(ids) - 1, 1), self.block_size - 1)
+        blocks = [ids[begin : begin + self.block_size] for begin in starts]
+        return [Row(block, array("i", (0, len(block))), where) for block in blocks]
+
+
 def encode_prompt(
     tokenizer: Any, template: AnyTemplate, conversation: Conversation, limit: int
 ) -> tuple[list[int], Conversation]:
@@ -168,17 +267,8 @@ def encode_prompt(
     Earliest exchanges are dropped whole until it fits. Raises RecordError where the last question alone has more than
     `limit` tokens.
     """
-    messages = conversation.messages
-    while True:
-        prompt = replace(conversation, messages=messages)
-        ids, _ = encode_segments(tokenizer, template.segments(prompt, generation=True))
-        if len(ids) <= limit:
-            return ids, prompt
-        later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
-        if not later:
-            raise RecordError(conversation.where, "prompt too long", f"the last question alone has {len(ids)} tokens, "
-                              f"the limit is {limit}; raise --max_source_length")  # fmt: skip
-        messages = messages[later[0] :]
+    pieces, prompt = _alone(_prompt(template, conversation, limit), tokenizer)
+    return _joined(pieces).tolist(), prompt
 
 
 def encode_preference(
@@ -190,47 +280,85 @@ def encode_preference(
     Returns whether an answer was cut or an exchange of the prompt dropped. Raises RecordError where both answers
     encode alike, one has nothing to learn, or the last question is too long.
     """
+    found = _alone(_pair(template, preference, max_source_length, max_target_length), tokenizer)
+    ((chosen, rejected),) = found.items
+    return PreferenceExample(chosen.example(), rejected.example(), preference.where), found.cut
+
+
+# --- records whose ids say what is asked for next --------------------------------------------------------------------
+
+# Asks for the ids of a conversation's texts, from its start, as often as it needs; then returns.
+Asking = Generator[Sequence[str], list[array], Any]
+
+
+def _prompt(template: AnyTemplate, conversation: Conversation, limit: int) -> Asking:
+    """The ids of each segment of a prompt, and the conversation that they show: see encode_prompt."""
+    messages = conversation.messages
+    while True:
+        prompt = replace(conversation, messages=messages)
+        pieces = yield [segment.text for segment in template.segments(prompt, generation=True)]
+        length = sum(map(len, pieces))
+        if length <= limit:
+            return pieces, prompt
+        later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
+        if not later:
+            raise RecordError(conversation.where, "prompt too long", f"the last question alone has {length} tokens, "
+                              f"the limit is {limit}; raise --max_source_length")  # fmt: skip
+        messages = messages[later[0] :]
+
+
+def _pair(template: AnyTemplate, preference: Preference, max_source_length: int, max_target_length: int) -> Asking:
+    """The pair: see encode_preference."""
     where = preference.where
-    prompt_ids, prompt = encode_prompt(tokenizer, template, preference.prompt, max_source_length)
+    asked, prompt = yield from _prompt(template, preference.prompt, max_source_length)
     cut = prompt.messages != preference.prompt.messages
-    first = len(template.segments(prompt, generation=True))
+    first, prompt_ids = len(asked), _joined(asked)
     rows = []
     for answer in (preference.chosen, preference.rejected):
-        whole = replace(prompt, messages=(*prompt.messages, *answer))
-        turns = turns_of(template.segments, whole)
+        turns = turns_of(template.segments, replace(prompt, messages=(*prompt.messages, *answer)))
         last = max(number for number, answers in enumerate(turns.answers) if answers) + 1
-        ids = piece_encoder(tokenizer).row(turns.texts[:last])
-        if _joined(ids[:first]).tolist() != prompt_ids:
+        ids = yield turns.texts[:last]
+        if _joined(ids[:first]) != prompt_ids:
             raise RecordError(where, "inexact cut", "the prompt's tokens change when an answer follows")
-        answers = turns.answers[first:last]
-        keep, length = whole_turns(answers, map(len, ids[first:]), max_target_length)
+        keep, length = whole_turns(turns.answers[first:last], map(len, ids[first:]), max_target_length)
         cut = cut or length > max_target_length or first + keep < last
         learned = [False] * first + turns.learned[first : first + keep]
         row = _row(ids[: first + keep], learned, where, len(prompt_ids) + max_target_length)
         if not row.spans:
             raise RecordError(where, "nothing learned", "every turn of an answer has weight 0")
-        rows.append(row.example())
-    if rows[0].input_ids == rows[1].input_ids:
+        rows.append(row)
+    if rows[0].ids == rows[1].ids:
         raise RecordError(where, "answers alike", f"both answers are the same {max_target_length} or fewer tokens; "
                           "raise --max_target_length if they differ later")  # fmt: skip
-    return PreferenceExample(*rows, where), cut
+    return Encoded("PreferenceExample", [tuple(rows)], cut)
 
 
-def encode_text(tokenizer: Any, text: str, block_size: int, where: str = "?") -> list[Example]:
-    """A document as examples of at most `block_size` tokens, all learned, the eos token at its end.
+def _together(jobs: Sequence[Asking], encode: PieceEncoder) -> list[Any]:
+    """What each job returns, or its RecordError; what all ask for next is encoded at once, and each piece once."""
+    found: list[Any] = [None] * len(jobs)
+    known: dict[Piece, array] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(jobs)))
+    while answers:
+        asked: dict[int, list[Piece]] = {}
+        for number, answer in answers.items():
+            try:
+                asked[number] = pieces_of(jobs[number].send(answer))
+            except StopIteration as done:
+                found[number] = done.value
+            except RecordError as error:
+                found[number] = error
+        new = list(dict.fromkeys(piece for pieces in asked.values() for piece in pieces if piece not in known))
+        known.update(zip(new, encode(new), strict=True))
+        answers = {number: [known[piece] for piece in pieces] for number, pieces in asked.items()}
+    return found
 
-    It begins with a bos where the tokenizer adds one. A long document is cut; each block begins with the last token
-    of the block before, since a row's first token is never predicted: so every token is learned exactly once.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ArgumentError("the tokenizer has no eos token to end a document with; set one in tokenizer_config.json")
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    ids = start + piece_encoder(tokenizer).encode([text])[0].tolist() + [tokenizer.eos_token_id]
-    if block_size < 2:
-        raise ArgumentError(f"--block_size: a block needs at least 2 tokens, found {block_size}")
-    starts = range(0, max(len(ids) - 1, 1), block_size - 1)
-    blocks = [ids[begin : begin + block_size] for begin in starts]
-    return [Example(block, list(block), where) for block in blocks]
+
+def _alone(job: Asking, tokenizer: Any) -> Any:
+    """What a job returns. Raises its RecordError."""
+    (found,) = _together([job], piece_encoder(tokenizer))
+    if isinstance(found, RecordError):
+        raise found
+    return found
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -273,6 +401,10 @@ class _Work:
             return done == len(texts) or self.said
         end = next((n + 1 for n in range(done, len(texts)) if self.turns.answers[n]), len(texts))
         return self.tokens + sum(map(at_least, texts[done:end])) > limit
+
+
+def _letters(messages: Iterable[Message]) -> int:
+    return sum(len(message.content) for message in messages)
 
 
 def _joined(pieces: Iterable[array]) -> array:

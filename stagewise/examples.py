@@ -46,6 +46,14 @@ class Row(NamedTuple):
         return Example(self.ids.tolist(), labels_of(self.ids, self.spans), self.where)
 
 
+class Encoded(NamedTuple):
+    """What one record gave: the rows of each of its items (see ExampleWriter.add), and whether it was cut."""
+
+    kind: str
+    items: list[tuple[Row, ...]]
+    cut: bool = False
+
+
 def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
     """The ids inside the spans, −100 elsewhere."""
     labels = [IGNORE_INDEX] * len(ids)
@@ -54,18 +62,8 @@ def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
     return labels
 
 
-def row_of(example: Example) -> Row:
-    """The example as numbers. Raises ValueError where a label is neither the token's own id nor −100."""
-    ids, labels = np.asarray(example.input_ids, np.int32), np.asarray(example.labels, np.int32)
-    learned = labels != IGNORE_INDEX
-    if ids.shape != labels.shape or not (labels[learned] == ids[learned]).all():
-        raise ValueError(f"{example.where}: a label must be the token's own id or {IGNORE_INDEX}")
-    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False))
-    return Row(array("i", ids.tobytes()), array("i", edges.astype(np.int32).tobytes()), example.where)
-
-
 class Examples(Sequence):
-    """Examples, preference examples or lists of ids (`kind`), made from flat arrays when they are asked for."""
+    """Examples or preference examples (`kind`), made from flat arrays when they are asked for."""
 
     def __init__(self, kind: str, columns: dict[str, np.ndarray]):
         self.kind, self._columns = kind, columns
@@ -81,8 +79,6 @@ class Examples(Sequence):
         if not -size <= index < size:
             raise IndexError(f"there are {size} examples, none at {index}")
         index %= size
-        if self.kind == "ids":
-            return self._part("ids", index).tolist()
         if self.kind == "Example":
             return self._example(index)
         return PreferenceExample(self._example(2 * index), self._example(2 * index + 1), self._where(2 * index))

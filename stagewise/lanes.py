@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import RecordError
-from stagewise.examples import Example, Row
+from stagewise.examples import Encoded, Example, Row
 from stagewise.packing import pack
-from stagewise.preparation import Encoded, encode_chunk
+from stagewise.preparation import Encoder
 from stagewise.records import Account
 from stagewise.scanning import Files, Place, Position
 
@@ -104,7 +104,7 @@ class Recipe:
         sources: the files of each source.
         weights: the share of records that each source gets; None where there is one source.
         parse: record, where → what `encode` takes; raises RecordError.
-        encode: → an example, (example, cut) or a list of examples; raises RecordError.
+        encode: makes examples of them.
         skip: leave bad records out (--on_bad_record skip).
         buffer: records that are shuffled among, over all lanes.
         capacity: tokens of a packed row; None: every example is a row.
@@ -115,7 +115,7 @@ class Recipe:
     sources: tuple[Files, ...]
     weights: tuple[float, ...] | None
     parse: Callable[[dict[str, Any], str], Any]
-    encode: Callable[[Any], Any]
+    encode: Encoder
     skip: bool
     buffer: int
     capacity: int | None = None
@@ -261,7 +261,7 @@ class Lane:
     def _take(self, share: Share, window: Window) -> None:
         line = share.files.read(share.take())
         try:
-            (encoded,) = encode_chunk([line.parsed(self.recipe.parse)], self.recipe.encode)
+            (encoded,) = self.recipe.encode.many([line.parsed(self.recipe.parse)])
             if isinstance(encoded, RecordError):
                 raise encoded
         except RecordError as error:

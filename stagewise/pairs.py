@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from stagewise.arguments import PairArguments
 from stagewise.callbacks import NonFiniteGuard, StopsAtItsEnd
 from stagewise.conversation import parse_preference
-from stagewise.encoding import AnyTemplate, encode_preference
+from stagewise.encoding import AnyTemplate, PreferenceEncoder
 from stagewise.eval_samples import Sample, chosen, scored_pairs
 from stagewise.sampling import GroupsByLength
 from stagewise.speed import TellsSpeed
@@ -26,7 +26,7 @@ def read_pairs(
     limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
     return reader.read(
         parse_preference,
-        lambda preference: encode_preference(tokenizer, template, preference, **limits),
+        PreferenceEncoder(tokenizer, template, **limits),
         train=args.do_train,
         validation=args.do_eval,
         tokenizer=tokenizer,

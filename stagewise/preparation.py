@@ -3,59 +3,66 @@
 import itertools
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import RecordError
-from stagewise.examples import Example, Examples, ExampleWriter, PreferenceExample, Row, row_of
+from stagewise.examples import Encoded, Examples, ExampleWriter
 from stagewise.records import Account, check_on_bad_record, write_rejected
 
 CHUNK = 128  # records that are encoded together: enough for the tokenizer to work outside of Python for long
+LETTERS = 1 << 21  # of which a chunk has hardly more: a document may be as long as a chunk of others
 AT_ONCE = 4  # chunks; more threads would wait for each other, more processes for the one that reads
 
 
-class Encoded(NamedTuple):
-    """What one record gave: the rows of each of its items, and whether it was cut."""
+class Encoder(Protocol):
+    """Makes examples of records, many at a time: see stagewise/encoding.py."""
 
-    kind: str
-    items: list[tuple[Row, ...]]
-    cut: bool
+    def many(self, records: Sequence[Any]) -> list[Encoded | RecordError]:
+        """What each record gave; a RecordError stands in the place of one that gave nothing."""
+
+    def letters(self, record: Any) -> int:
+        """How long a record is."""
+
+    def in_thread(self) -> None:
+        """Called first in each thread that encodes."""
 
 
 def encode_all(
     records: Iterable[Any],
-    encode: Callable[[Any], Any],
+    encode: Encoder,
     *,
     account: Account,
     on_bad_record: str = "error",
     rejected_path: str | Path | None = None,
     num_workers: int | None = None,
+    alone: bool = False,
     folder: str | Path | None = None,
     raw: Callable[[str], str] | None = None,
     description: str = "Encoding",
     quiet: bool = False,
 ) -> Examples:
-    """`encode(record)` of every record, in order, with a progress bar on the main process's terminal.
+    """The examples of all records, in order, with a progress bar on the main process's terminal.
 
     `records` may be an iterator: a few hundred records are held at a time. The examples stay in memory while they are
     few, else in files (ExampleWriter), in `folder` where one is given.
 
     Args:
-        encode: returns an Example, a PreferenceExample, a list of ids, any of these with a flag "cut" behind it, or a
-            list of Examples, which are laid out flat; raises RecordError. One with a method `many` (a
-            ConversationEncoder) is asked for many records at a time.
-        account: records that raise RecordError leave `account.kept`, as in load_records.
+        encode: makes the examples, all of one kind.
+        account: records that give a RecordError leave `account.kept`, as in load_records.
         on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`.
         num_workers: processes that encode; 1 is this one, with threads on its cores; None is one a core, at most
             four, for more than a few hundred records on Linux.
+        alone: whether the run's other processes on this machine wait, so that all cores are this one's.
         raw: where → the record as it was read, for `rejected_path`.
         quiet: no bar.
 
@@ -67,7 +74,7 @@ def encode_all(
     total = len(records) if hasattr(records, "__len__") else None
     quiet = quiet or os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
     with tqdm(total=total, desc=description, unit=" records", disable=quiet, leave=False) as bar:
-        for record, outcome in _outcomes(iter(records), encode, num_workers):
+        for record, outcome in _outcomes(iter(records), encode, num_workers, _cores(alone)):
             seen += 1
             bar.update()
             if isinstance(outcome, RecordError):
@@ -92,16 +99,16 @@ def encode_all(
 
 
 def _outcomes(
-    records: Iterator[Any], encode: Callable[[Any], Any], num_workers: int | None
+    records: Iterator[Any], encode: Encoder, num_workers: int | None, cores: int
 ) -> Iterator[tuple[Any, Encoded | RecordError]]:
     """Every record with its outcome, in order; a few chunks are under way at a time."""
-    chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
+    chunks = _chunks(records, encode.letters)
     first = list(itertools.islice(chunks, AT_ONCE))
     # Forked workers start at once and take any `encode`; for few records not even they are worth it.
     forks = len(first) == AT_ONCE and sys.platform == "linux"
-    workers = num_workers or (_cores() if forks else 1)
-    work = encode_chunk if workers > 1 else partial(encode_chunk, encode=encode)
-    with _pool(workers, encode) as pool:
+    workers = num_workers or (cores if forks else 1)
+    work = _encode_in_worker if workers > 1 else encode.many
+    with _pool(workers, cores, encode) as pool:
         waiting: deque[tuple[list[Any], Future]] = deque()
         for chunk in itertools.chain(first, chunks):
             waiting.append((chunk, pool.submit(work, chunk)))
@@ -111,55 +118,57 @@ def _outcomes(
             yield from _results(*waiting.popleft())
 
 
+def _chunks(records: Iterable[Any], letters: Callable[[Any], int]) -> Iterator[list[Any]]:
+    chunk, held = [], 0
+    for record in records:
+        chunk.append(record)
+        held += letters(record)
+        if len(chunk) == CHUNK or held > LETTERS:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
 def _results(chunk: list[Any], future: Future) -> Iterator[tuple[Any, Encoded | RecordError]]:
     return zip(chunk, future.result(), strict=True)
 
 
-def _pool(workers: int, encode: Callable[[Any], Any]) -> Executor:
+def _pool(workers: int, cores: int, encode: Encoder) -> Executor:
     # Each thread or process calls the tokenizer; its own threads would only be in the way, and complain when this
     # process is forked, here or by a data loader.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if workers == 1:
-        return ThreadPoolExecutor(_cores(), initializer=getattr(encode, "in_thread", None))
+        return ThreadPoolExecutor(cores, initializer=encode.in_thread)
     context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")  # `encode` must be picklable there
     return ProcessPoolExecutor(workers, context, _start_worker, (encode,))
 
 
-def _cores() -> int:
-    """The cores that are this process's share, at most AT_ONCE."""
+def _cores(alone: bool) -> int:
+    """The cores that are this process's share, or all where the run's others wait; at most AT_ONCE."""
     # How many cores this process may use is told on Linux only.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(AT_ONCE, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    sharing = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(AT_ONCE, cores // sharing))
 
 
-_WORKER_ENCODE: list[Callable[[Any], Any]] = []  # set once in each worker: a tokenizer is large to send each time
+_WORKER_ENCODE: list[Encoder] = []  # set once in each worker: a tokenizer is large to send each time
 
 
-def _start_worker(encode: Callable[[Any], Any]) -> None:
+def _start_worker(encode: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER_ENCODE[:] = [encode]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def encode_chunk(chunk: Sequence[Any], encode: Callable[[Any], Any] | None = None) -> list[Encoded | RecordError]:
-    """What each record gave, or its RecordError; `encode` as encode_all takes it, in its workers their own."""
-    encode = encode or _WORKER_ENCODE[0]
-    if hasattr(encode, "many"):
-        found = encode.many(chunk)
-        return [each if isinstance(each, RecordError) else Encoded("Example", [each[:1]], each[1]) for each in found]
-    return [_encoded(record, encode) for record in chunk]
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it was killed: it would wait for work, and keep a lock, for good.
+
+    Of several forked workers the last one sees it first; the one before it when that has ended.
+    """
+    wait([parent_process().sentinel])
+    os._exit(1)
 
 
-def _encoded(record: Any, encode: Callable[[Any], Any]) -> Encoded | RecordError:
-    """The result of one record in one shape; a RecordError is a result as well, for the caller to count."""
-    try:
-        result = encode(record)
-    except RecordError as error:
-        return error
-    result, cut = result if isinstance(result, tuple) else (result, False)
-    if isinstance(result, PreferenceExample):
-        return Encoded("PreferenceExample", [(row_of(result.chosen), row_of(result.rejected))], cut)
-    if isinstance(result, Example):
-        return Encoded("Example", [(row_of(result),)], cut)
-    if result and isinstance(result[0], Example):
-        return Encoded("Example", [(row_of(example),) for example in result], cut)
-    return Encoded("ids", [(row_of(Example(result, result)),)], cut)
+def _encode_in_worker(chunk: Sequence[Any]) -> list[Encoded | RecordError]:
+    return _WORKER_ENCODE[0].many(chunk)

@@ -274,14 +274,10 @@ def check_on_bad_record(value: str) -> None:
 
 
 def write_rejected(path: str | Path | None, error: RecordError, raw: str) -> None:
-    """Append a left-out record to `path`; in a distributed run the first process alone writes."""
-    if path is None or os.environ.get("RANK", "0") != "0":
+    """Append a left-out record to the file `path`, which this process alone writes; nothing where it is None."""
+    if path is None:
         return
-    append_rejected(Path(path), error, raw)
-
-
-def append_rejected(path: Path, error: RecordError, raw: str) -> None:
-    """Append a left-out record to a file that this process alone writes."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {"where": error.where, "reason": error.reason, "message": error.message, "raw": raw}
     with path.open("a", encoding="utf-8") as file:

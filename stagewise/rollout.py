@@ -25,7 +25,7 @@ from stagewise.answer_evaluation import EvaluatesAnswers
 from stagewise.callbacks import StopsAtItsEnd
 from stagewise.conversation import Conversation, parse_prompt
 from stagewise.data_summary import Step, measure, rollout_contents
-from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, encode_prompt
+from stagewise.encoding import AnyTemplate, Example, PromptEncoder
 from stagewise.generation import PROMPTS, UPDATES, Sampling
 from stagewise.policy import Batch, answer_batch
 from stagewise.schedule import Schedule
@@ -56,10 +56,7 @@ def read_prompts(
         asked.setdefault(where, []).append(prompt)
         return prompt
 
-    def encode(prompt: Conversation) -> tuple[Example, bool]:
-        ids, fitting = encode_prompt(tokenizer, template, prompt, limit)
-        return Example(ids, [IGNORE_INDEX] * len(ids), prompt.where), fitting.messages != prompt.messages
-
+    encode = PromptEncoder(tokenizer, template, limit)
     kept = {"tokenizer": tokenizer, "template": template.jinja(), "limits": {"max_source_length": limit}}
     splits = reader.read(parse, encode, train=args.do_train, validation=args.do_eval, parse_always=True, **kept)
     # Both splits may have a file of one name; training records are read first.

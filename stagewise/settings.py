@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,7 @@ class StageArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self.started = time.time()  # before the run's processes meet: what one of them wrote later is of this run
         if self.output_dir is None:
             raise ArgumentError("--output_dir: missing; give the folder that the run is written to")
         if self.gradient_checkpointing_kwargs is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +15,11 @@ from typing import Any, TypeVar
 from loguru import logger
 
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
-from stagewise.cache import CacheWriter, cache_path, read_cache, write_cache
+from stagewise.cache import CacheWriter, cache_path, copy_rejected, read_cache, write_cache
 from stagewise.data_summary import Summary, measure, summarise
 from stagewise.examples import Examples
-from stagewise.preparation import encode_all
+from stagewise.locks import Turn, turn
+from stagewise.preparation import Encoder, encode_all
 from stagewise.records import (
     Account,
     Records,
@@ -31,6 +33,7 @@ from stagewise.streaming import stream_of
 T = TypeVar("T")
 FIRST, FIRST_TOKENS = 1000, 1 << 20  # records of a stream that are summed up before training, and their tokens
 VALIDATION_NAMES = ("validation", "valid", "dev", "eval", "test")
+HEAD_START = 1.0  # seconds that the first process has for itself: the bar and the log of the one that encodes are seen
 
 
 @dataclass
@@ -55,8 +58,12 @@ class SplitReader:
         model: the model flags, for the hub's token and the cache folder.
         args: the stage's own: `output_dir`, where rejected.jsonl is written (--on_bad_record skip) unless `dry_run`
             (eval_rejected.jsonl by a run that only evaluates, which leaves the training run's alone); `seed`, of the
-            shuffle behind --validation_split_percentage; `data_seed`, of the draw of --data_weights.
+            shuffle behind --validation_split_percentage; `data_seed`, of the draw of --data_weights; `started`, when
+            the run's processes had not met yet.
         suffixes: endings of the files that this stage reads.
+
+    With --cache_dir one process of a run encodes, or one a machine where machines share no such folder; the others
+    wait for it and read the cache.
     """
 
     def __init__(self, data: DataArguments, model: ModelArguments, args: Any, suffixes: Sequence[str]):
@@ -64,14 +71,16 @@ class SplitReader:
         self.seed, self.data_seed = args.seed, args.seed if args.data_seed is None else args.data_seed
         name = "rejected.jsonl" if args.do_train else "eval_rejected.jsonl"
         self.quiet = getattr(args, "quiet", False)  # tools have no such flag
+        self.started = getattr(args, "started", time.time())
         self.rejected = None if args.dry_run else Path(args.output_dir) / name
+        self.is_first = os.environ.get("RANK", "0") == "0"  # of the run's processes, the one that writes `rejected`
         if data.overwrite_cache and not model.cache_dir:
             logger.info("--overwrite_cache: without --cache_dir nothing is cached that it could overwrite")
 
     def read(
         self,
         parse: Callable[[dict[str, Any], str], T],
-        encode: Callable[[T], Any],
+        encode: Encoder,
         *,
         train: bool,
         validation: bool,
@@ -84,7 +93,7 @@ class SplitReader:
 
         Args:
             parse: record, where → what `encode` takes; raises RecordError.
-            encode: parsed record → an example, (example, cut) or a list of examples; raises RecordError.
+            encode: makes examples of parsed records.
             train: whether training records are needed.
             validation: the same for validation records.
             limits: the token limits that `encode` keeps to, by the names of their flags.
@@ -95,7 +104,7 @@ class SplitReader:
         Raises:
             ArgumentError, RecordError: naming the flag, or the file and line.
         """
-        if self.rejected and os.environ.get("RANK", "0") == "0":  # the one process that writes it
+        if self.rejected and self.is_first:
             self.rejected.unlink(missing_ok=True)
         limits = dict(limits or {})
         streamed = self._stream(parse, encode, stream) if train and stream is not None else None
@@ -103,16 +112,10 @@ class SplitReader:
         entry = None
         if train or validation:
             entry = self._cache_entry(parse, encode, {**key, "limits": limits, "splits": (train, validation)})
-        splits = self._cached(entry)
+        splits, made = self._cached(entry), False
         if splits is None:
-            keeps = entry is not None and self.rejected is not None and os.environ.get("RANK", "0") == "0"
-            with write_cache(entry) if keeps else nullcontext() as writer:
-                splits = self._prepare(parse, encode, train, validation, writer)
-                if writer:
-                    made = {name: getattr(splits, name) for name in splits.accounts}
-                    accounts = {name: account.as_dict() for name, account in splits.accounts.items()}
-                    writer.finish(made, accounts, self.rejected)
-        elif parse_always:
+            splits, made = self._made(entry, parse, encode, train, validation)
+        if parse_always and not made:
             for split in self._needed(train, validation):
                 deque(self._load(split, parse, rejected=None)[0], maxlen=0)
         self._say(splits, limits)
@@ -121,32 +124,73 @@ class SplitReader:
             self._say_first(splits, limits)
         return splits
 
-    def _stream(self, parse: Callable[[dict[str, Any], str], T], encode: Callable[[T], Any], buffer: int):
+    def _stream(self, parse: Callable[[dict[str, Any], str], T], encode: Encoder, buffer: int):
         skip = self.data.on_bad_record == "skip"
         sources, limit = self._sources("train"), self.data.max_train_samples
         return stream_of(sources, limit, parse, encode, buffer=buffer, skip=skip, rejected=self.rejected)
 
+    def _made(
+        self,
+        entry: Path | None,
+        parse: Callable[[dict[str, Any], str], T],
+        encode: Encoder,
+        train: bool,
+        validation: bool,
+    ) -> tuple[Splits, bool]:
+        """The splits, and whether this process encoded them; with a cache entry one process does it for all."""
+        work = (parse, encode, train, validation)
+        own = self.rejected if self.is_first else None
+        if entry is None or self.rejected is None:  # a dry run writes nothing
+            return self._prepare(*work, own), True
+        with suppress(OSError):  # said where the entry can't be written
+            entry.parent.mkdir(parents=True, exist_ok=True)
+        if not self.is_first:
+            time.sleep(HEAD_START)
+        while True:
+            with turn(entry.with_name(f"{entry.name}.lock"), f"the encoded data {entry}") as whose:
+                if whose is Turn.UNKNOWN and not self.is_first:
+                    return self._prepare(*work, own), True
+                if whose is not Turn.UNKNOWN and (splits := self._cached(entry)):
+                    return splits, False
+                if whose is not Turn.OVER:
+                    return self._written(entry, work, alone=whose is Turn.MINE), True
+
+    def _written(self, entry: Path, work: tuple[Any, ...], alone: bool) -> Splits:
+        """The splits, encoded into the cache; `alone`: no other process encodes them, on this machine at least."""
+        whole = False
+        with write_cache(entry, alone) as writer:
+            try:
+                splits = self._prepare(*work, writer.rejected, writer)
+                made = {name: getattr(splits, name) for name in splits.accounts}
+                writer.finish(made, {name: account.as_dict() for name, account in splits.accounts.items()})
+                whole = True
+            finally:
+                if self.is_first or not whole:  # of an error nobody else will tell
+                    copy_rejected(writer.path, self.rejected)
+        return splits
+
     def _prepare(
         self,
         parse: Callable[[dict[str, Any], str], T],
-        encode: Callable[[T], Any],
+        encode: Encoder,
         train: bool,
         validation: bool,
-        writer: CacheWriter | None,
+        rejected: Path | None,
+        writer: CacheWriter | None = None,
     ) -> Splits:
         splits = Splits()
         held_out: tuple[Drawn[T], Account] | None = None
         if "train" in self._needed(train, validation):
-            records, account = self._load("train", parse, self.rejected)
+            records, account = self._load("train", parse, rejected)
             if validation and not self._has_own_validation():
                 records, held_out = self._hold_out(records, account)
             if train:
                 splits.accounts["train"] = account
-                splits.train = self._encode("train", records, account, encode, writer)
+                splits.train = self._encode("train", records, account, encode, rejected, writer)
         if validation:
-            records, account = held_out or self._load("validation", parse, self.rejected)
+            records, account = held_out or self._load("validation", parse, rejected)
             splits.accounts["validation"] = account
-            splits.validation = self._encode("validation", records, account, encode, writer)
+            splits.validation = self._encode("validation", records, account, encode, rejected, writer)
         return splits
 
     def _needed(self, train: bool, validation: bool) -> list[str]:
@@ -154,7 +198,7 @@ class SplitReader:
         own = self._has_own_validation()
         return ["train"] * (train or (validation and not own)) + ["validation"] * (validation and own)
 
-    def _cache_entry(self, parse: Callable[..., Any], encode: Callable[..., Any], key: dict[str, Any]) -> Path | None:
+    def _cache_entry(self, parse: Callable[..., Any], encode: Encoder, key: dict[str, Any]) -> Path | None:
         """Where --cache_dir keeps what these flags make of these files, if it does."""
         if not self.model.cache_dir:
             return None
@@ -172,13 +216,13 @@ class SplitReader:
         return cache_path(self.model.cache_dir, files=files, code=code, flags=flags, seed=self.seed, **key)
 
     def _cached(self, entry: Path | None) -> Splits | None:
-        """What an earlier start encoded."""
-        if entry is None or self.data.overwrite_cache:
-            return None
-        found = read_cache(entry, self.rejected)
+        """What an earlier start encoded, or with --overwrite_cache another process since this run started."""
+        found = read_cache(entry, self.started if self.data.overwrite_cache else None) if entry else None
         if found is None:
             return None
         examples, accounts = found
+        if self.is_first:
+            copy_rejected(entry, self.rejected)
         logger.info(f"read from {entry} (--overwrite_cache encodes again)")
         return Splits(**examples, accounts={name: Account(**account) for name, account in accounts.items()})
 
@@ -251,7 +295,8 @@ class SplitReader:
         split: str,
         records: InOrder[T] | Drawn[T],
         account: Account,
-        encode: Callable[[T], Any],
+        encode: Encoder,
+        rejected: Path | None,
         writer: CacheWriter | None,
     ) -> Examples:
         examples = encode_all(
@@ -259,8 +304,9 @@ class SplitReader:
             encode,
             account=account,
             on_bad_record=self.data.on_bad_record,
-            rejected_path=self.rejected,
+            rejected_path=rejected,
             num_workers=self.data.preprocessing_num_workers,
+            alone=bool(writer and writer.alone),
             folder=writer and writer.folder(split),
             raw=account.again,
             description=f"encode {split}",

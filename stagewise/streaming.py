@@ -34,8 +34,9 @@ from stagewise.conversation import RecordError
 from stagewise.data_summary import Measures
 from stagewise.examples import Example, Examples, ExampleWriter
 from stagewise.lanes import Lane, LaneRow, LaneState, Recipe, Refusal, counting
+from stagewise.preparation import Encoder
 from stagewise.readers import file_names
-from stagewise.records import Account, append_rejected
+from stagewise.records import Account, write_rejected
 from stagewise.sampling import outlive_termination
 from stagewise.scanning import Files
 from stagewise.sources import Source
@@ -75,7 +76,7 @@ class RecordStream(IterableDataset):
         sources: Sequence[Source],
         files: Sequence[Files],
         parse: Callable[[dict[str, Any], str], Any],
-        encode: Callable[[Any], Any],
+        encode: Encoder,
         *,
         buffer: int,
         skip: bool,
@@ -160,7 +161,7 @@ class RecordStream(IterableDataset):
         self.states.update(batch.states)
         self.rows_taken += self.world * self.batch
         for _, error, raw in batch.refused if self.folder else ():
-            append_rejected(self.rejected_path, error, raw)
+            write_rejected(self.rejected_path, error, raw)
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -255,7 +256,7 @@ def stream_of(
     sources: Sequence[Source],
     limit: int,
     parse: Callable[[dict[str, Any], str], Any],
-    encode: Callable[[Any], Any],
+    encode: Encoder,
     **options: Any,
 ) -> RecordStream:
     """A stream of weighted sources, or of all sources' files in order, of which `limit` records are read (−1: all).

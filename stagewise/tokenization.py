@@ -26,6 +26,11 @@ class Piece(NamedTuple):
     before: str | None
 
 
+def pieces_of(texts: Sequence[str]) -> list[Piece]:
+    """The texts of one conversation, from its start."""
+    return [Piece(text, texts[n - 1] if n else None) for n, text in enumerate(texts)]
+
+
 class PieceEncoder:
     """The token ids of pieces of text, nothing added, each encoded alone, but as the middle of a text.
 
@@ -63,7 +68,7 @@ class PieceEncoder:
 
     def row(self, texts: Sequence[str]) -> list[array]:
         """The ids of each text of one conversation, from its start."""
-        return self([Piece(text, texts[n - 1] if n else None) for n, text in enumerate(texts)])
+        return self(pieces_of(texts))
 
     def encode(self, texts: Sequence[str]) -> list[array]:
         """The ids of whole texts, nothing added."""

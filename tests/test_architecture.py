@@ -34,6 +34,7 @@ LAYERS = [
         "chats",
         "web_server",
         "cache",
+        "locks",
         "encoding",
         "examples",
         "tokenization",

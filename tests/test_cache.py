@@ -3,17 +3,23 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from loguru import logger
 
 from stagewise import cache as cache_module
 from stagewise import readers
 from stagewise.arguments import DataArguments, ModelArguments
 from stagewise.cache import cache_path, read_cache, write_cache
-from stagewise.conversation import parse_conversation, parse_preference
-from stagewise.encoding import ConversationEncoder, encode_preference
+from stagewise.conversation import RecordError, parse_conversation, parse_preference
+from stagewise.encoding import ConversationEncoder, PreferenceEncoder
 from stagewise.examples import ExampleWriter
 from stagewise.splits import SplitReader
 from template import TEMPLATES
@@ -131,12 +137,121 @@ def test_pairs_come_back(setting):
     records = [{"question": "the user", "response_chosen": "rest" * n, "response_rejected": "no"} for n in (1, 2, 3)]
     write_lines(setting.folder / "data/a.jsonl", records)
 
-    def encode(preference):
-        return encode_preference(setting.tokenizer, setting.template, preference, 150, 50)
-
+    encode = PreferenceEncoder(setting.tokenizer, setting.template, 150, 50)
     first, second = (read(setting, parse_preference, encode) for _ in range(2))
     assert list(second.train) == list(first.train)
     assert len(entries(setting)) == 1
+
+
+class Slow(ConversationEncoder):
+    """Waits, once it is asked for the first time, until it may go on."""
+
+    def __init__(self, setting):
+        super().__init__(setting.tokenizer, setting.template, 150)
+        self.asked, self.may = threading.Event(), threading.Event()
+
+    def many(self, conversations):
+        self.asked.set()
+        assert self.may.wait(20)
+        return super().many(conversations)
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite_cache": True}])
+def test_of_two_runs_at_once_the_second_waits_and_maps(flags, setting):
+    if flags:  # there is something to be written over
+        encode = Slow(setting)
+        encode.may.set()
+        read(setting, encode=encode)
+    with ThreadPoolExecutor(2) as pool:
+        encode = Slow(setting)
+        first = pool.submit(read, setting, encode=encode, **flags)
+        assert encode.asked.wait(20)
+        said = []
+        sink = logger.add(lambda message: said.append(message.record["message"]), level="INFO")
+        waiting = Slow(setting)  # of the same name, and never asked
+        second = pool.submit(read, setting, encode=waiting, **flags)
+        while not any(line.startswith("waiting for another process") for line in said):
+            time.sleep(0.01)
+        encode.may.set()
+        assert second.result(20).as_dict() == first.result(20).as_dict()
+        logger.remove(sink)
+    assert not waiting.asked.is_set()
+    assert list(second.result().train) == list(first.result().train)
+    assert len(entries(setting)) == 1
+
+
+def test_an_error_of_the_one_that_encodes_is_the_error_of_the_one_that_waits(setting):
+    """The record that the form refuses is the third; neither parses it twice."""
+    with ThreadPoolExecutor(2) as pool:
+        encode = Slow(setting)
+        parsed = threading.Event()
+
+        def parse(record, where):
+            if "xyz" in json.dumps(record):
+                parsed.set()
+                assert encode.may.wait(20)
+                raise RecordError(where, "odd", "an odd record")
+            return parse_conversation({**record, "conversations": conversation(1)["conversations"]}, where)
+
+        first = pool.submit(read, setting, parse, encode, on_bad_record="error")
+        assert parsed.wait(20)
+        said = []
+        sink = logger.add(lambda message: said.append(message.record["message"]), level="INFO")
+        second = pool.submit(read, setting, parse, encode, on_bad_record="error")
+        while not any(line.startswith("waiting for another process") for line in said):
+            time.sleep(0.01)
+        parsed.clear()
+        encode.may.set()
+        logger.remove(sink)
+        for run in (first, second):
+            with pytest.raises(RecordError, match=r"^a\.jsonl:5: an odd record$"):
+                run.result(20)
+    assert not parsed.is_set()
+    assert entries(setting) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from stagewise import preparation
+from stagewise.cache import write_cache
+from stagewise.locks import turn
+from stagewise.records import Account
+
+class Stuck:
+    letters, in_thread = len, None
+
+    def many(self, records):
+        Path(sys.argv[2]).touch()
+        time.sleep(600)
+
+entry = Path(sys.argv[1])
+with turn(entry.with_name(entry.name + ".lock"), ""), write_cache(entry, alone=True) as writer:
+    preparation.encode_all(["a"] * 9, Stuck(), account=Account(), num_workers=2, folder=writer.folder("train"))
+"""
+
+
+def test_a_killed_encoder_blocks_nobody_and_leaves_nothing(setting):
+    """Its workers would hold the lock as long as they are there."""
+    whole = read(setting)
+    (name,) = entries(setting)
+    cache = setting.folder / "cache"
+    shutil.rmtree(cache / name)
+    there = setting.folder / "there"
+    words = [sys.executable, "-c", KILLED, str(cache / name), str(there)]
+    process = subprocess.Popen(words, cwd=PACKAGE.parent)
+    while not there.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert {entry.rpartition(".")[2] for entry in entries(setting)} == {"lock", "part"}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(read, setting)
+        time.sleep(0.5)
+        assert not waiting.done()
+        process.kill()
+        process.wait()
+        assert waiting.result(20).as_dict() == whole.as_dict()
+    assert entries(setting) == [name]
 
 
 def test_everything_that_matters_changes_the_name(setting, tiny_tokenizer):
@@ -190,7 +305,7 @@ def test_an_entry_appears_whole_or_not_at_all(tmp_path):
         ExampleWriter(writer.folder("train")).finish()
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
-    assert read_cache(entry, tmp_path / "rejected.jsonl") is None
+    assert read_cache(entry) is None
 
 
 def test_of_two_runs_that_make_an_entry_at_once_one_stays(setting, tmp_path):

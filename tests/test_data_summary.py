@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from encoders import row_of
 
 from stagewise.data_summary import (
     Measures,
@@ -22,7 +23,7 @@ from stagewise.data_summary import (
     rollout_contents,
     summarise,
 )
-from stagewise.examples import Example, ExampleWriter, PreferenceExample, row_of
+from stagewise.examples import Example, ExampleWriter, PreferenceExample
 
 
 def example(labels: list[int]) -> Example:

@@ -162,6 +162,64 @@ def test_two_machines_are_one_process_with_twice_the_batch(stage, words, tmp_pat
     assert_same(tmp_path / "two", one, rtol=1e-4, atol=1e-5)
 
 
+COUNTED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import supervised_finetuning as stage
+from stagewise import encoding, splits
+
+many = encoding.ConversationEncoder.many
+
+def counted(self, conversations):
+    with open({count!r}, "a") as file:
+        file.write(os.environ["RANK"] + chr(10))
+    return many(self, conversations)
+
+encoding.ConversationEncoder.many = counted
+splits.HEAD_START = {head_start}
+stage.main()
+"""
+
+
+def shared_cache(tmp_path, words, head_start: float, *more) -> subprocess.CompletedProcess:
+    """Two processes train with one --cache_dir; `count` in tmp_path has a line for every time that one encoded."""
+    script = tmp_path / "counted.py"
+    script.write_text(COUNTED.format(root=str(ROOT), count=str(tmp_path / "count"), head_start=head_start))
+    flags = words("sft", "out", cache_dir=tmp_path / "cache", max_steps=1, on_bad_record="skip")
+    command = torchrun(str(script.with_suffix("")), *flags, *more)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_of_two_processes_one_encodes_and_the_other_reads_the_cache(words, tmp_path):
+    done = shared_cache(tmp_path, words, 1.0)
+    assert done.returncode == 0, done.stderr[-6000:]
+    # the training records and those of validation, 12 each, one chunk: by the first process, whose log is seen
+    assert (tmp_path / "count").read_text().split() == ["0", "0"]
+    first = manifest(tmp_path / "out")["data"]
+    again = shared_cache(tmp_path, words, 0.0, "--overwrite_cache", "True", "--overwrite_output_dir")
+    assert again.returncode == 0, again.stderr[-6000:]
+    assert sorted((tmp_path / "count").read_text().split()[2:]) in (["0", "0"], ["1", "1"])
+    assert manifest(tmp_path / "out")["data"] == first
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_an_error_in_the_data_ends_both_processes(words, tmp_path):
+    flags = words("sft", "out", cache_dir=tmp_path / "cache", max_steps=1)
+    (tmp_path / "sft.jsonl").write_text(json.dumps(record("sft", 0)) + "\n{\n")
+    done = subprocess.run(
+        torchrun("supervised_finetuning", *flags),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "error: sft.jsonl:2: not JSON" in done.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def started(command: list[str], until: Path) -> subprocess.Popen:
     """A command in the background, once `until` is there."""
     process = subprocess.Popen(

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from encoders import encode_text
 from odd_tokenizers import MARKERS, lossy_tokenizer, sentencepiece_tokenizer, spelling_tokenizer
 from tokenizers import AddedToken
 
@@ -28,7 +29,6 @@ from stagewise.encoding import (
     encode_preference,
     encode_prompt,
     encode_segments,
-    encode_text,
 )
 from stagewise.own_template import choose_template
 from stagewise.records import load_records
@@ -426,7 +426,7 @@ def test_many_at_once_are_what_each_is_alone(zoo):
                         encode_conversation(tokenizer, template, conversation, limit)
                 else:
                     alone = encode_conversation(tokenizer, template, conversation, limit)
-                    assert (found[0].example(), found[1]) == alone
+                    assert (found.items[0][0].example(), found.cut) == alone
 
 
 def test_earliest_exchanges_of_a_prompt_are_dropped_whole(spelling):

@@ -5,12 +5,20 @@ from array import array
 
 import numpy as np
 import pytest
+from encoders import OneByOne, row_of
 
 from stagewise import examples as examples_module
 from stagewise import preparation
 from stagewise.conversation import Conversation, Message, Preference, RecordError
-from stagewise.encoding import ConversationEncoder, encode_preference, encode_prompt, encode_text
-from stagewise.examples import Example, ExampleWriter, PreferenceExample, Row, read_examples, row_of
+from stagewise.encoding import (
+    ConversationEncoder,
+    PreferenceEncoder,
+    PromptEncoder,
+    TextEncoder,
+    encode_preference,
+    encode_prompt,
+)
+from stagewise.examples import Example, ExampleWriter, PreferenceExample, Row, read_examples
 from stagewise.preparation import encode_all
 from stagewise.records import Account
 from stagewise.tokenization import PieceEncoder
@@ -80,7 +88,7 @@ def test_the_first_bad_record_is_raised(records, encode):
 def test_threads_and_processes_give_what_one_call_a_record_gives(workers, many, records, encode, monkeypatch):
     monkeypatch.setattr(preparation, "CHUNK", 3)  # more chunks than may be under way at a time
     account = account_of(records)
-    given = encode if many else lambda record: encode(record)
+    given = encode if many else OneByOne(encode)
     found = encode_all(iter(records), given, account=account, on_bad_record="skip", num_workers=workers)
     assert list(found) == [encode(record)[0] for record in records if record.where != "a.jsonl:9"]
     assert account.left_out == {"nothing learned": 1}
@@ -120,24 +128,38 @@ def test_no_record_left_is_an_error(encode):
         encode_all([talk("a", where="a:1")], encode, account=account_of([0]), on_bad_record="skip")
 
 
-def test_texts_are_laid_out_flat_and_prompts_are_lists(tokenizer, template):
-    examples = encode_all(["abc", "d"], lambda text: encode_text(tokenizer, text, 3), account=Account(2, 2))
+def test_texts_are_laid_out_flat(tokenizer):
+    texts = [("abc", "a:1"), ("d", "a:2")]
+    examples = encode_all(texts, TextEncoder(tokenizer, 3), account=Account(2, 2))
     assert [tokenizer.decode(example.input_ids) for example in examples] == ["abc", "c</s>", "d</s>"]
-    asked = talk("a", where="a:1")
-    account = Account(1, 1)
-    prompts = encode_all([asked], lambda prompt: encode_prompt(tokenizer, template, prompt, 99)[0], account=account)
-    assert list(prompts) == [encode_prompt(tokenizer, template, asked, 99)[0]]
+    assert [example.where for example in examples] == ["a:1", "a:1", "a:2"]
+
+
+def test_prompts_are_examples_of_which_nothing_is_learned(tokenizer, template, tmp_path):
+    """The second loses its first exchange, the third alone is too long."""
+    asked = [talk("a", where="a:1"), talk("a" * 30, "b", "c", where="a:2"), talk("a" * 99, where="a:3")]
+    limit, account = len(encode_prompt(tokenizer, template, asked[0], 999)[0]), Account(3, 3)
+    prompts = encode_all(asked, PromptEncoder(tokenizer, template, limit), account=account, on_bad_record="skip")
+    alone = [encode_prompt(tokenizer, template, talk(text, where="?"), 999)[0] for text in "ac"]
+    assert list(prompts) == [Example(ids, [-100] * limit, f"a:{n}") for n, ids in enumerate(alone, 1)]
+    assert (account.kept, account.cut, account.left_out) == (2, 1, {"prompt too long": 1})
+
+
+def test_a_chunk_of_long_documents_is_short(monkeypatch):
+    """The bound on memory where a record is as long as a book."""
+    monkeypatch.setattr(preparation, "LETTERS", 10)
+    chunks = preparation._chunks(["a" * 4, "b" * 7, "c" * 30, *"defg"], len)
+    assert [[text[0] for text in chunk] for chunk in chunks] == [["a", "b"], ["c"], ["d", "e", "f", "g"]]
+    monkeypatch.setattr(preparation, "CHUNK", 3)
+    assert [len(chunk) for chunk in preparation._chunks("abcdefg", len)] == [3, 3, 1]
 
 
 def test_pairs_stay_pairs(tokenizer, template):
     said = [(Message("assistant", text),) for text in ("yes", "no")]
     records = [Preference(talk("a" * n, where=f"a:{n}"), *said, f"a:{n}") for n in range(1, 5)]
 
-    def encode(preference):
-        return encode_preference(tokenizer, template, preference, 99, 99)
-
-    pairs = encode_all(records, encode, account=Account(4, 4))
-    assert list(pairs) == [encode(record)[0] for record in records]
+    pairs = encode_all(records, PreferenceEncoder(tokenizer, template, 99, 99), account=Account(4, 4))
+    assert list(pairs) == [encode_preference(tokenizer, template, record, 99, 99)[0] for record in records]
     assert isinstance(pairs[0], PreferenceExample)
     sizes = [[len(pair.chosen.input_ids), len(pair.rejected.input_ids)] for pair in pairs]
     assert pairs.tokens.tolist() == sizes
@@ -145,10 +167,11 @@ def test_pairs_stay_pairs(tokenizer, template):
 
 def test_kinds_are_not_mixed(encode, records):
     def sometimes(record):
-        return [1, 2] if record.where == "a.jsonl:3" else encode(record)
+        example, _ = encode(record)
+        return PreferenceExample(example, example) if record.where == "a.jsonl:3" else example
 
-    with pytest.raises(ValueError, match="of one kind, found Example and ids"):
-        encode_all(records[:3], sometimes, account=Account(3, 3))
+    with pytest.raises(ValueError, match="of one kind, found Example and PreferenceExample"):
+        encode_all(records[:3], OneByOne(sometimes), account=Account(3, 3))
 
 
 # --- examples as flat arrays -----------------------------------------------------------------------------------------
@@ -186,11 +209,6 @@ def test_no_examples_at_all(tmp_path):
     ExampleWriter(tmp_path).finish()
     empty = read_examples(tmp_path, "Example")
     assert (len(empty), empty.tokens.shape, empty.learned.shape) == (0, (0, 1), (0, 1))
-
-
-def test_labels_that_are_no_labels():
-    with pytest.raises(ValueError, match=r"a:1: a label must be the token's own id or -100"):
-        row_of(Example([1, 2], [1, 3], "a:1"))
 
 
 def test_files_that_do_not_belong_together(tmp_path):

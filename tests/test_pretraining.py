@@ -3,9 +3,8 @@ import json
 import pytest
 import torch
 from conftest import adapter_weights
+from encoders import encode_text
 from transformers import AutoModelForCausalLM
-
-from stagewise.encoding import encode_text
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from stagewise.conversation import Conversation, Message, Preference, RecordErro
 from stagewise.encoding import (
     IGNORE_INDEX,
     ConversationEncoder,
+    PreferenceEncoder,
+    PromptEncoder,
     encode_conversation,
     encode_preference,
     encode_prompt,
@@ -309,7 +311,44 @@ def test_many_at_once_are_what_each_is_alone(kind, form):
             except RecordError as error:
                 assert (found.reason, found.message) == (error.reason, error.message)
             else:
-                assert (found[0].example(), found[1]) == alone
+                assert (found.items[0][0].example(), found.cut) == alone
+
+    check()
+
+
+@some
+def test_many_pairs_and_prompts_at_once_are_what_each_is_alone(kind, form):
+    tokenizer, template = bound(kind, form)
+
+    @settings(BUDGET, max_examples=20)
+    @given(
+        st.lists(st.tuples(conversations(weights=True), texts()), max_size=5),
+        st.sampled_from([20, 60, 10**6]),
+        st.sampled_from([1, 5, 10**6]),
+    )
+    def check(drawn, source, target):
+        prompts = [first(talk, len(talk.messages) - 1) for talk, _ in drawn]
+        pairs = [
+            Preference(prompt, talk.messages[-1:], (Message("assistant", other),), "a:1")
+            for prompt, (talk, other) in zip(prompts, drawn, strict=True)
+        ]
+        many = PreferenceEncoder(tokenizer, template, source, target).many(pairs)
+        for pair, found in zip(pairs, many, strict=True):
+            try:
+                alone = encode_preference(tokenizer, template, pair, source, target)
+            except RecordError as error:
+                assert (found.reason, found.message) == (error.reason, error.message)
+            else:
+                assert tuple(row.example() for row in found.items[0]) == (alone[0].chosen, alone[0].rejected)
+                assert (found.kind, len(found.items), found.cut) == ("PreferenceExample", 1, alone[1])
+        for prompt, found in zip(prompts, PromptEncoder(tokenizer, template, source).many(prompts), strict=True):
+            try:
+                ids, kept = encode_prompt(tokenizer, template, prompt, source)
+            except RecordError as error:
+                assert (found.reason, found.message) == (error.reason, error.message)
+            else:
+                assert found.items[0][0].example().input_ids == ids
+                assert found.cut == (kept.messages != prompt.messages)
 
     check()
 

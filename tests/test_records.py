@@ -313,14 +313,6 @@ def test_what_differs_is_no_duplicate():
     assert key("a", "b") == key("a", "b", id=3)
 
 
-def test_only_the_first_process_writes_rejected_records(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", '{"text": ""}', '{"text": "a"}')
-    monkeypatch.setenv("RANK", "1")
-    _, account = load_records([path], parse_text, on_bad_record="skip", rejected_path=tmp_path / "r.jsonl")
-    assert account.left_out == {"empty text": 1}
-    assert not (tmp_path / "r.jsonl").exists()
-
-
 # --- datasets sets ---------------------------------------------------------------------------------------------------
 
 

@@ -4,10 +4,11 @@ import json
 from collections import Counter
 
 import pytest
+from encoders import row_of
 
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import parse_text
-from stagewise.examples import Example, ExampleWriter, row_of
+from stagewise.examples import Example, ExampleWriter
 from stagewise.readers import TEXT_FILES
 from stagewise.sources import count_shares, find_sources, load_sources, mixture
 

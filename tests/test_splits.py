@@ -1,11 +1,15 @@
 """From data flags to examples: every record read is trained on or counted, whatever the flags say."""
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from encoders import OneByOne
 
+from stagewise import splits as splits_module
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
 from stagewise.conversation import RecordError, parse_conversation
 from stagewise.examples import Example
@@ -46,7 +50,9 @@ def read(train=True, validation=False, cache_dir=None, dry_run=False, seed=1, da
     model = ModelArguments("none", cache_dir=cache_dir)
     args = SimpleNamespace(output_dir="out", seed=seed, data_seed=data_seed, dry_run=dry_run, do_train=train)
     reader = SplitReader(data, model, args, RECORD_FILES)
-    return reader.read(parse_conversation, encode, train=train, validation=validation, limits={"model_max_length": 99})
+    return reader.read(
+        parse_conversation, OneByOne(encode), train=train, validation=validation, limits={"model_max_length": 99}
+    )
 
 
 def rejected():
@@ -205,6 +211,62 @@ def test_a_second_start_reads_the_cache_and_says_the_same(folders):
     assert not Path("out/rejected.jsonl").exists() and list(Path("cache").iterdir()) == [entry]
     read(**{**flags, "data_weights": "0.5,0.5"})
     assert len(list(Path("cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_writes_rejected_records(rank, folders, monkeypatch):
+    folders(train__a_jsonl=[talk("Q"), talk("long"), {"question": "Q"}])
+    monkeypatch.setenv("RANK", rank)
+    assert read(on_bad_record="skip").accounts["train"].left_out == {"no answer": 1, "prompt too long": 1}
+    assert Path("out/rejected.jsonl").exists() == (rank == "0")
+
+
+# --- several processes with one cache: see test_cache.py and test_distributed.py as well ----------------------------
+
+
+def test_another_process_may_encode_for_the_first(folders, monkeypatch):
+    """What it refused comes into the first one's rejected.jsonl, with the entry."""
+    folders(train__a_jsonl=[talk("Q"), talk("long"), {"question": "Q"}])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(splits_module, "HEAD_START", 0)
+    flags = {"on_bad_record": "skip", "cache_dir": "cache"}
+    other = read(**flags)
+    assert not Path("out").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert read(**flags).as_dict() == other.as_dict()
+    assert [entry["reason"] for entry in rejected()] == ["no answer", "prompt too long"]
+
+
+def test_what_was_refused_is_seen_where_nothing_is_left(folders, monkeypatch):
+    folders(train__a_jsonl=[talk("long"), {"question": "Q"}])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(splits_module, "HEAD_START", 0)
+    with pytest.raises(ArgumentError, match="none of the 1 records is left"):
+        read(on_bad_record="skip", cache_dir="cache")
+    assert [entry["reason"] for entry in rejected()] == ["no answer", "prompt too long"]
+    assert list(Path("cache").iterdir()) == []
+
+
+def test_where_nothing_can_be_locked_the_first_process_alone_writes(folders, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(splits_module, "HEAD_START", 0)
+    folders(train__a_jsonl=[talk("Q"), talk("long")])
+    found = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        found.append(read(on_bad_record="skip", cache_dir="cache").as_dict())
+        entries = [path.name for path in Path("cache").glob("encoded-*") if path.is_dir()]
+        assert (len(entries), len(list(Path().glob("out/rejected.jsonl")))) == ((0, 0) if rank == "1" else (1, 1))
+    assert found[0] == found[1]
+
+
+def test_a_cache_folder_that_can_not_be_written_is_named(folders):
+    folders(train__a_jsonl=[talk("Q")], cache="a file")
+    with pytest.raises(ArgumentError, match=r"--cache_dir cache/deeper: nothing can be written there \(Not a dir"):
+        read(cache_dir="cache/deeper")
 
 
 def test_a_run_that_only_evaluates_leaves_the_training_runs_account_alone(folders):

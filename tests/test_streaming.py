@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, adapter_weights
+from encoders import OneByOne
 from launching import environment, python, run, torchrun
 
 from stagewise.arguments import ArgumentError, DataArguments, LanguageModelArguments
@@ -56,7 +57,7 @@ def number_of(example):
 
 
 def recipe(*paths, **changes):
-    settings = {"weights": None, "parse": parse, "encode": encode, "skip": False, "buffer": 8, **changes}
+    settings = {"weights": None, "parse": parse, "encode": OneByOne(encode), "skip": False, "buffer": 8, **changes}
     return Recipe((Files(paths),), **settings)
 
 
@@ -248,7 +249,7 @@ def test_blocks_of_one_document_are_counted_once_and_resumed_in_the_middle(tmp_p
         whole = encode(parsed)
         return [Example([number_of(whole), part], [number_of(whole), part], whole.where) for part in range(7)]
 
-    one = recipe(path, encode=blocks, capacity=6)
+    one = recipe(path, encode=OneByOne(blocks), capacity=6)
     rows = list(islice(Lane(one, 0), 30))
     # a pass is less than a window: 63 examples of 2 tokens, three in a row
     pieces = Counter(tuple(example.input_ids) for row in rows[:21] for example in row.examples)
@@ -273,7 +274,7 @@ def test_the_account_counts_what_was_taken_kept_and_left_out(tmp_path):
 
 def test_sources_are_drawn_by_weight_each_with_its_own_passes(tmp_path):
     paths = [write(tmp_path / "a.jsonl", range(100)), write(tmp_path / "b.jsonl", range(1000, 1005))]
-    one = Recipe(tuple(Files([path]) for path in paths), (0.75, 0.25), parse, encode, False, 10, None, 4)
+    one = Recipe(tuple(Files([path]) for path in paths), (0.75, 0.25), parse, OneByOne(encode), False, 10, None, 4)
     rows = [row for lane in range(4) for row in islice(Lane(one, lane), 500)]
     small = sum(number >= 1000 for number in numbers(rows))
     assert 0.21 < small / len(rows) < 0.29
@@ -318,7 +319,7 @@ def arguments(**changes):
 
 def open_stream(tmp_path, paths, **changes):
     settings = {"buffer": 12, "skip": False, "rejected": tmp_path / "out" / "rejected.jsonl", **changes}
-    return stream_of([Source("a", str(tmp_path), tuple(paths))], -1, parse, encode, **settings)
+    return stream_of([Source("a", str(tmp_path), tuple(paths))], -1, parse, OneByOne(encode), **settings)
 
 
 def collate(items):
