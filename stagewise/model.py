@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 import stagewise.row_quantisation  # noqa: F401  (from_pretrained then knows models saved in that form)
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.attention import choose_attention
+from stagewise.experts import ExpertsConfig, QuantisedExperts
 from stagewise.rope import scale_rope
 from stagewise.router import check_router
 
@@ -321,8 +322,9 @@ def _load(
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"--model_name_or_path {source}: {error}") from error
     guard_4bit(model)
-    if args.bits == 4 and args.quantize_experts:
-        quantise_experts(model, twice=args.qlora)
+    if experts := [module for module in model.modules() if isinstance(module, QuantisedExperts)]:
+        count = sum(len(module.states) for module in experts)
+        logger.info(f"experts: {count} 3-D parameters in 4 bit (--quantize_experts False leaves them)")
     held = f", linear layers in {args.bits} bit" if args.bits else ""
     placed = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     if for_training and len(placed) > 1 and placed & {"cpu", "disk"}:
@@ -355,37 +357,13 @@ def quantisation_options(args: ModelArguments, config: PretrainedConfig) -> dict
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     own = config.get_text_config().dtype or torch.float32
     compute = (own if isinstance(own, torch.dtype) else DTYPES[own]) if args.torch_dtype == "auto" else None
-    how = BitsAndBytesConfig(
+    how = (ExpertsConfig if args.quantize_experts else BitsAndBytesConfig)(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=args.qlora,
         bnb_4bit_compute_dtype=compute or DTYPES[args.torch_dtype],
     )
     return {"quantization_config": how}
-
-
-def quantise_experts(model: nn.Module, *, twice: bool) -> None:
-    """Holds experts that are one 3-D parameter in 4 bit, too: no linear layers, which from_pretrained leaves alone.
-
-    They come back to the precision of their scales for each forward pass, and get no gradient.
-
-    Args:
-        model: loaded with its linear layers in 4 bit; changed in place.
-        twice: quantise the scales once more.
-    """
-    experts = [
-        (module, name)
-        for path, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and "expert" in f"{path}.{name}"
-    ]
-    if not experts:
-        return
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-    for module, name in experts:
-        replace_parameter_4bit(module, name, compress_statistics=twice, quant_type="nf4")
-    logger.info(f"experts: {len(experts)} 3-D parameters in 4 bit (--quantize_experts False leaves them)")
 
 
 def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) -> str | dict[str, Any] | None:

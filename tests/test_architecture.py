@@ -70,6 +70,7 @@ LAYERS = [
     {
         "model",
         "targets",
+        "experts",
         "adapter_files",
         "methods",
         "virtual_tokens",
