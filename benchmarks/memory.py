@@ -11,7 +11,7 @@ one row of --tokens random tokens. What the estimate of stagewise/memory.py says
 row is told and kept as it is finished; the table, in Markdown, is printed last. Peak: torch.cuda.max_memory_allocated
 of the steps, without the CUDA context. methods: full (weights in float32, computed in bfloat16, as the stages do),
 full16 (in bfloat16), lora, qlora8, qlora4 (bitsandbytes int8 and nf4 with double quantisation), qlora4_experts
-(experts in nf4, too).
+(experts in nf4, too), qlora4_all (and the adapter on them).
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ SHAPES = {
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "num_local_experts": 4},
 }
 PUBLISHED = ("0.5B", "1.5B", "8B", "14B", "32B", "8x7B")
-METHODS = ("full", "full16", "lora", "qlora8", "qlora4", "qlora4_experts")
-ATTENTION_LAYERS = "q_proj,k_proj,v_proj,o_proj"  # of the mixture of experts, the adapter takes these alone
+METHODS = ("full", "full16", "lora", "qlora8", "qlora4", "qlora4_experts", "qlora4_all")
+EXPERTS_IN_4_BIT = ("qlora4_experts", "qlora4_all")
+ATTENTION_LAYERS = "q_proj,k_proj,v_proj,o_proj"  # of the mixture of experts, the adapter takes these but for qlora4_all
 COLUMNS = ("shape", "method", "weights GiB", "peak GiB", "estimate GiB", "estimate / peak", "tokens/s", "remark")
 WARM_UP = 2
 CONTEXT = 0.6 * 2**30  # the CUDA context, and what the allocator cannot use
@@ -96,14 +97,14 @@ def make_config(shape: str):
 
 
 def bits_of(method: str) -> int | None:
-    return {"qlora8": 8, "qlora4": 4, "qlora4_experts": 4}.get(method)
+    return {"qlora8": 8, "qlora4": 4, "qlora4_experts": 4, "qlora4_all": 4}.get(method)
 
 
-def adapter_arguments(shape: str):
+def adapter_arguments(shape: str, method: str):
     from stagewise.arguments import AdapterArguments
 
-    experts = "num_local_experts" in SHAPES[shape]
-    return AdapterArguments(target_modules=ATTENTION_LAYERS if experts else "all")
+    attention = "num_local_experts" in SHAPES[shape] and method != "qlora4_all"
+    return AdapterArguments(target_modules=ATTENTION_LAYERS if attention else "all")
 
 
 def predicted(cell: argparse.Namespace):
@@ -120,7 +121,7 @@ def predicted(cell: argparse.Namespace):
     model = skeleton(config, AutoModelForCausalLM, dtype)
     in_bits = memory.layers_in_bits(model) if bits_of(cell.method) else set()
     if not cell.method.startswith("full"):
-        model = attach_adapter(model, adapter_arguments(cell.shape), "CAUSAL_LM")
+        model = attach_adapter(model, adapter_arguments(cell.shape, cell.method), "CAUSAL_LM")
     step = memory.Step(
         rows=1,
         tokens=cell.tokens,
@@ -129,7 +130,7 @@ def predicted(cell: argparse.Namespace):
         checkpointing=cell.checkpointing,
         optim=cell.optim,
         bits=bits_of(cell.method),
-        experts_in_bits=cell.method == "qlora4_experts",
+        experts_in_bits=cell.method in EXPERTS_IN_4_BIT,
     )
     return memory.estimate(model, step, in_bits)
 
@@ -168,7 +169,7 @@ def random_model(cell: argparse.Namespace, device):
                     made[id(empty)] = nn.Parameter(value, requires_grad=not bits)
                 del value
             setattr(module, name, made[id(empty)])
-            if cell.method == "qlora4_experts" and empty.dim() == 3:
+            if cell.method in EXPERTS_IN_4_BIT and empty.dim() == 3:
                 del made[id(empty)]  # else all experts would stay in 16 bit until the model is whole
                 quantise_experts(module, name)
     for module in model.modules():
@@ -222,9 +223,11 @@ def prepare_layers(model, bits: int, dtype) -> dict:
 
 def quantise_experts(module, name: str) -> None:
     """A 3-D parameter in nf4, put together again whenever it is read."""
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+    from stagewise.experts import hold, pack
 
-    replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
+    packed, state = pack(getattr(module, name).detach(), twice=True)
+    setattr(module, name, packed)
+    hold(module, {name: state})
 
 
 def train(cell: argparse.Namespace, device) -> dict:
@@ -239,7 +242,7 @@ def train(cell: argparse.Namespace, device) -> dict:
 
     model = random_model(cell, device)
     if not cell.method.startswith("full"):
-        model = attach_adapter(model, adapter_arguments(cell.shape), "CAUSAL_LM")
+        model = attach_adapter(model, adapter_arguments(cell.shape, cell.method), "CAUSAL_LM")
     cuda = device.type == "cuda"
     vocabulary = SHAPES[cell.shape]["vocab_size"]
 
@@ -329,7 +332,7 @@ def cells_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     if args.cells:
         return [tuple(cell.split(":")) for cell in args.cells.split(",")]
     grid = [(shape, method) for shape in args.shapes.split(",") for method in args.methods.split(",")]
-    return [(s, m) for s, m in grid if m != "qlora4_experts" or "num_local_experts" in SHAPES[s]]
+    return [(s, m) for s, m in grid if m not in EXPERTS_IN_4_BIT or "num_local_experts" in SHAPES[s]]
 
 
 def gpu_room(args: argparse.Namespace) -> tuple[float, str]:
@@ -435,8 +438,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for flag, found, known in zip(flags, (shapes, methods), (SHAPES, METHODS), strict=True):
         if unknown := sorted(set(found) - set(known)):
             parser.error(f"--{flag}: expected some of {', '.join(known)}, found {', '.join(map(repr, unknown))}")
-    if lacking := [s for s, m in asked if m == "qlora4_experts" and "num_local_experts" not in SHAPES[s]]:
-        parser.error(f"--cells {lacking[0]}:qlora4_experts: the shape has no experts")
+    if lacking := [(s, m) for s, m in asked if m in EXPERTS_IN_4_BIT and "num_local_experts" not in SHAPES[s]]:
+        parser.error(f"--cells {':'.join(lacking[0])}: the shape has no experts")
     if args.tokens < 2 or args.steps < 1:
         parser.error("--tokens: expected at least 2, and --steps at least 1")
     return args
