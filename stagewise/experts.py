@@ -1,12 +1,14 @@
 """Experts that are one 3-D parameter, held in 4 bit, and LoRA on them.
 
-bitsandbytes quantises linear layers as they load; this does the same to experts that are no layers. The packed parameter
-keeps its name, its place and three dimensions, and the module puts it together whenever it is read: once a forward pass.
+bitsandbytes quantises linear layers as they load; this does the same to experts that are no layers. The packed
+parameter keeps its name, its place and three dimensions, and the module puts it together whenever it is read: once a
+forward pass.
 
-bitsandbytes has a form of its own for it (`bitsandbytes.nn.parametrize`), which PEFT's LoRA on a parameter cannot stand
-on (PEFT 0.21.2, bitsandbytes 0.50.2): it finds such a parameter by its full path alone, nests two of one module the other
-way round, so that a 16-bit base could not read the adapter, reads the inner one from a cache that was filled without its
-LoRA, so that this gets no gradient, and leaves what it added behind, so that a second forward pass fails.
+bitsandbytes has a form of its own for it (`bitsandbytes.nn.parametrize`), which PEFT's LoRA on a parameter cannot
+stand on (PEFT 0.21.2, bitsandbytes 0.50.2): it finds such a parameter by its full path alone; it nests two of one
+module the other way round, so that a 16-bit base could not read the adapter; it reads the inner one from a cache that
+was filled without its LoRA, so that this gets no gradient; and it leaves what it added behind, so that a second
+forward pass fails.
 """
 
 from __future__ import annotations
@@ -62,14 +64,6 @@ class QuantisedExperts(nn.Module):
             self.made[name] = weight
         return weight
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The experts' own; each expert in turn reads the parameters, which are put together once."""
-        self.made = {}
-        try:
-            return super().forward(*args, **kwargs)
-        finally:  # checkpointing ends its second forward pass by an exception
-            self.made = None
-
     def shaped(self, name: str) -> torch.Tensor:
         """A tensor of the whole parameter's shape, precision and device that takes no memory."""
         state = self.states[name]
@@ -113,9 +107,20 @@ def hold(module: nn.Module, states: dict[str, QuantState]) -> None:
     """Makes a module, whose parameters of these names are packed, put them together where they are read."""
     if not isinstance(module, QuantisedExperts):
         module.states, module.changes, module.made = {}, {}, None
+        # each expert in turn reads the parameters; checkpointing ends its second forward pass by an exception
+        module.register_forward_pre_hook(_begin)
+        module.register_forward_hook(_end, always_call=True)
     module.states |= states
     own = module.own if isinstance(module, QuantisedExperts) else type(module)
     module.__class__ = _class_of(own, tuple(sorted(module.states)))
+
+
+def _begin(module: QuantisedExperts, inputs: Any) -> None:
+    module.made = {}
+
+
+def _end(module: QuantisedExperts, inputs: Any, output: Any) -> None:
+    module.made = None
 
 
 # ------------------------------------------------------------------------------------------------------------ adapter

@@ -280,8 +280,8 @@ def _trains(head: nn.Module) -> bool:
 def _weight_copies(layer: Layer, step: Step, compute: int, stream: int) -> float:
     """Bytes of weights of a layer that are made anew in the forward pass and kept for the backward pass.
 
-    Experts from 4 bit, or with an adapter added, in the precision of the weights; there are no others beside them, since
-    the adapter is added in place, or by one product that adds. Its matrices are brought to that precision, too.
+    Experts from 4 bit, or with an adapter added, in the precision of the weights; there are no others beside them,
+    since the adapter is added in place, or by one product that adds. Its matrices are brought to that precision, too.
     """
     copies = 2.0 * layer.adapter_numbers if step.autocast else 0.0
     if compute < stream and step.bits is None:

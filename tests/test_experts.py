@@ -12,6 +12,7 @@ from test_methods import base_of, logits, make, merge, needs_bitsandbytes, train
 from test_router import FAMILIES
 from transformers import AutoModelForCausalLM
 
+import inference
 from stagewise.adapter import attach_adapter, load_adapter
 from stagewise.arguments import AdapterArguments, ModelArguments
 from stagewise.methods import STAGES
@@ -140,7 +141,7 @@ def test_logits_and_gradients_are_those_of_the_weights_written_out(family, check
     expected.pow(2).mean().backward()
     for key, leaf in leaves.items():
         assert leaf.grad.abs().max() > 0, key
-        torch.testing.assert_close(matrices[key].grad, leaf.grad, rtol=2e-3, atol=1e-4, msg=lambda m, k=key: f"{k} {m}")
+        torch.testing.assert_close(matrices[key].grad, leaf.grad, rtol=2e-3, atol=1e-4)
 
 
 @needs_bitsandbytes
@@ -173,6 +174,24 @@ def test_every_stage_trains_experts_in_4_bit(stage_name, trained, make):  # noqa
         with again.disable_adapter():  # DPO's and PPO's reference
             assert torch.allclose(logits(again), logits(base_of(stage_name, words)), atol=1e-5)
     merge(out)  # which compares the logits
+
+
+@needs_bitsandbytes
+def test_an_adapter_on_experts_speaks_in_4_bit_and_merged(trained, make, tmp_path):  # noqa: F811
+    words = make("sft", "--qlora True", family="mixtral")
+    out, _ = trained("sft", words)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "drink water"}\n{"prompt": "rest"}\n')
+
+    def answers(name: str, *flags) -> list[str]:
+        files = ["--data_file", tmp_path / "asked.jsonl", "--output_file", tmp_path / name, "--max_new_tokens", 8]
+        inference.main([str(word) for word in (*flags, *files, "--do_sample", "False")])
+        return [json.loads(line)["response"] for line in (tmp_path / name).read_text().splitlines()]
+
+    both = ("--base_model", words[1], "--lora_model", out)
+    in_16 = answers("16.jsonl", *both)
+    assert answers("merged.jsonl", "--base_model", merge(out)) == in_16
+    in_4 = answers("4.jsonl", *both, "--load_in_4bit", "True")
+    assert in_4 != answers("base.jsonl", "--base_model", words[1], "--load_in_4bit", "True")
 
 
 @needs_bitsandbytes
@@ -212,10 +231,10 @@ def test_a_run_on_experts_in_4_bit_that_was_resumed_ends_with_the_same_weights(s
 @needs_bitsandbytes
 def test_experts_in_4_bit_learn_alike_with_checkpointing_and_without(stage, make, tiny_checkpoint):  # noqa: F811
     words = {"model": tiny_checkpoint("mixtral"), "max_steps": 3, "lora_dropout": 0}
-    outs = [
-        stage("supervised_finetuning", *make("sft", f"--qlora True --gradient_checkpointing {on}", out=f"o{on}", **words))
-        for on in (True, False)
-    ]
+    both = {
+        on: make("sft", f"--qlora True --gradient_checkpointing {on}", out=str(on), **words) for on in (True, False)
+    }
+    outs = [stage("supervised_finetuning", *each) for each in both.values()]
     found, expected = map(adapter_weights, outs)
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
