@@ -43,10 +43,13 @@ from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
 from stagewise.arguments import ArgumentError, ModelArguments, parse
 from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
 from stagewise.manifest import read_manifest
-from stagewise.model import find_source, guard_4bit, hub_options, load_config, reward_config
 from stagewise.model_card import called, write_card
+from stagewise.model_config import load_config
+from stagewise.model_source import find_source, hub_options
+from stagewise.quantisation import guard_4bit
 from stagewise.rope import write_rope
 from stagewise.run import set_up_logging
+from stagewise.scalar_head import reward_config
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 
 PREFIX = "base_model.model."  # before every name in an adapter's file

@@ -49,7 +49,9 @@ from stagewise.losses import (
     whiten,
 )
 from stagewise.metrics import perplexity, standard_error
-from stagewise.model import load_causal_lm, load_config, load_tokenizer
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.policy import Batch, Policy, answer_batch
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor

@@ -199,7 +199,7 @@ def prepare_layers(model, bits: int, dtype) -> dict:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.utils.quantization_config import QuantizationMethod
 
-    from stagewise.model import guard_4bit
+    from stagewise.quantisation import guard_4bit
 
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     how = BitsAndBytesConfig(load_in_4bit=True, **four) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)

@@ -22,19 +22,12 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
-from transformers.utils.quantization_config import QuantizationMethod
 
 from stagewise.targets import AdapterError
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-METHOD = "bitsandbytes_with_experts"
 Change = tuple[torch.Tensor, torch.Tensor, float]  # (experts, rows, rank), (experts, rank, columns), their scale
 
 
@@ -147,61 +140,3 @@ class ParamWrapper(lora.ParamWrapper):
 def reach_packed(config: LoraConfig) -> None:
     """Lets an adapter of this config take experts that are packed; others it takes as ever."""
     config._register_custom_module({QuantisedExperts: ParamWrapper})
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
-@register_quantization_config(METHOD)
-class ExpertsConfig(BitsAndBytesConfig):
-    """4 bit for linear layers and for experts that are 3-D parameters; once loaded it is bitsandbytes' own."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.quant_method = METHOD
-
-
-@register_quantizer(METHOD)
-class ExpertsQuantiser(Bnb4BitHfQuantizer):
-    """Packs each stack of experts as it is read: no two stand in 16 bit at once."""
-
-    def __init__(self, quantization_config: ExpertsConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
-        self.states: dict[str, QuantState] = {}
-
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        module, name = get_module_from_name(model, param_name)
-        experts = name in module._parameters and is_expert_stack(param_name, module._parameters[name])
-        return experts or super().param_needs_quantization(model, param_name, **kwargs)
-
-    def get_quantize_ops(self) -> ConversionOps:
-        return _Pack(self)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for path, state in self.states.items():
-            module, name = get_module_from_name(model, path)
-            hold(module, {name: state})
-        self.states = {}
-        self.quantization_config.quant_method = model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-        return super()._process_model_after_weight_loading(model, **kwargs)
-
-
-class _Pack(ConversionOps):
-    """What from_pretrained calls for each weight that is to be quantised."""
-
-    def __init__(self, quantiser: ExpertsQuantiser):
-        self.quantiser = quantiser
-
-    def convert(self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **kwargs: Any) -> dict:
-        from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-
-        result = {}
-        for path, value in input_dict.items():
-            module, name = get_module_from_name(model, path)
-            if not is_expert_stack(path, module._parameters[name]):
-                result |= Bnb4bitQuantize(self.quantiser).convert({path: value}, model=model, **kwargs)
-                continue
-            weight = value[0] if isinstance(value, list) else value
-            twice = self.quantiser.quantization_config.bnb_4bit_use_double_quant
-            result[path], self.quantiser.states[path] = pack(weight, twice=twice)
-        return result

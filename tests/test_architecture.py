@@ -68,7 +68,13 @@ LAYERS = [
         "shards",
     },
     {
+        "model_source",
+        "model_tokenizer",
+        "model_config",
+        "quantisation",
+        "scalar_head",
         "model",
+        "generation_config",
         "targets",
         "experts",
         "adapter_files",

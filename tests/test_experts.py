@@ -260,16 +260,16 @@ def test_two_processes_on_experts_in_4_bit_are_one_with_twice_the_batch(stage, m
 @needs_bitsandbytes
 def test_experts_leave_16_bit_as_they_are_read(tiny_checkpoint, monkeypatch):
     """Else a model that fits in 4 bit would not load."""
-    from stagewise import experts
+    from stagewise import quantisation
 
-    pack, seen = experts.pack, []
+    pack, seen = quantisation.pack, []
 
     def watched(weight, **options):
         assert not [each for each in seen if each() is not None]
         seen.append(weakref.ref(weight))
         return pack(weight, **options)
 
-    monkeypatch.setattr(experts, "pack", watched)
+    monkeypatch.setattr(quantisation, "pack", watched)
     folder = tiny_checkpoint("mixtral")
     model = quantised(folder)
     assert len(seen) == 2 * 2  # layers, parameters

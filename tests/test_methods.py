@@ -24,7 +24,8 @@ from stagewise.adapter import attach_adapter, load_adapter, use_loraplus
 from stagewise.arguments import AdapterArguments, ArgumentError, ModelArguments
 from stagewise.generation import ready_to_speak
 from stagewise.methods import STAGES
-from stagewise.model import load_causal_lm, load_reward_model, load_tokenizer
+from stagewise.model import load_causal_lm, load_reward_model
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.ranks import add_orthogonality
 from stagewise.run import Run
 

@@ -37,7 +37,11 @@ from transformers.utils import logging as transformers_logging
 from stagewise.arguments import ArgumentError, ModelArguments, check_choice, parse
 from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
-from stagewise.model import DTYPES, find_source, guard_4bit, hub_options, load_causal_lm, load_config, load_tokenizer
+from stagewise.model import load_causal_lm
+from stagewise.model_config import DTYPES, load_config
+from stagewise.model_source import find_source, hub_options
+from stagewise.model_tokenizer import load_tokenizer
+from stagewise.quantisation import guard_4bit
 from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
 
 # What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.

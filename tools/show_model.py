@@ -27,7 +27,7 @@ from stagewise.adapter import attach_adapter, read_adapter_config
 from stagewise.arguments import FALSE_WORDS, AdapterArguments, ArgumentError, ModelArguments, check_shared, parse
 from stagewise.forward import takes_kept_logits
 from stagewise.methods import check_methods
-from stagewise.model import DTYPES, load_config
+from stagewise.model_config import DTYPES, load_config
 from stagewise.settings import settle_precision
 from tools.document_flags import STAGES, dataclasses_of
 
