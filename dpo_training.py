@@ -36,7 +36,10 @@ from stagewise.eval_samples import chosen, continued
 from stagewise.forward import learned_logits, takes_kept_logits
 from stagewise.losses import dpo_loss, sequence_logps
 from stagewise.metrics import pair_metrics
-from stagewise.model import find_source, load_causal_lm, load_config, load_tokenizer, refuse_adapter
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
+from stagewise.model_source import find_source, refuse_adapter
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.pairs import PairTrainer, read_pairs

@@ -37,10 +37,12 @@ from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
 from stagewise.manifest import read_manifest
 from stagewise.merge_check import check_merged
 from stagewise.merging import Job, MergeError, merge_in_memory
-from stagewise.model import find_source, hub_options, load_config, reward_config
 from stagewise.model_card import called, write_card
+from stagewise.model_config import load_config
+from stagewise.model_source import find_source, hub_options
 from stagewise.rope import write_rope
 from stagewise.run import set_up_logging
+from stagewise.scalar_head import reward_config
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 from stagewise.whole_directory import check_place, whole_directory
 

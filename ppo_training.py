@@ -39,16 +39,10 @@ from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import Conversation
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example
 from stagewise.generation import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
-from stagewise.losses import (
-    adapted_kl_coef,
-    gae,
-    kl_to_older,
-    moments,
-    ppo_policy_loss,
-    value_loss,
-    whiten,
-)
-from stagewise.model import load_causal_lm, load_config, load_tokenizer
+from stagewise.losses import adapted_kl_coef, gae, kl_to_older, moments, ppo_policy_loss, value_loss, whiten
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.policy import Batch, Policy
 from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor

@@ -24,7 +24,9 @@ from stagewise.conversation import parse_text
 from stagewise.encoding import TextEncoder
 from stagewise.language_model import LanguageModelTrainer, training_rows
 from stagewise.metrics import language_model_metrics
-from stagewise.model import load_causal_lm, load_config, load_tokenizer
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.readers import TEXT_FILES
 from stagewise.router import router_loss
 from stagewise.run import start

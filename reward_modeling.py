@@ -21,7 +21,9 @@ from stagewise.callbacks import NonFiniteGuard
 from stagewise.encoding import AnyTemplate
 from stagewise.losses import pairwise_loss
 from stagewise.metrics import pair_metrics
-from stagewise.model import load_config, load_reward_model, load_tokenizer
+from stagewise.model import load_reward_model
+from stagewise.model_config import load_config
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.pairs import PairTrainer, read_pairs

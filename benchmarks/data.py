@@ -50,7 +50,7 @@ def stagewise(args: argparse.Namespace) -> dict[str, object]:
         LanguageModelArguments,
         ModelArguments,
     )
-    from stagewise.model import load_tokenizer
+    from stagewise.model_tokenizer import load_tokenizer
     from stagewise.packing import PackedRows
 
     model = ModelArguments(model_name_or_path=args.model, cache_dir=str(args.output_dir / "cache"))

@@ -11,7 +11,7 @@ one row of --tokens random tokens. What the estimate of stagewise/memory.py says
 row is told and kept as it is finished; the table, in Markdown, is printed last. Peak: torch.cuda.max_memory_allocated
 of the steps, without the CUDA context. methods: full (weights in float32, computed in bfloat16, as the stages do),
 full16 (in bfloat16), lora, qlora8, qlora4 (bitsandbytes int8 and nf4 with double quantisation), qlora4_experts
-(experts in nf4, too).
+(experts in nf4, too), qlora4_all (and the adapter on them).
 """
 
 from __future__ import annotations

@@ -39,12 +39,13 @@ from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.callbacks import NonFiniteGuard
+from stagewise.experts import hold, pack
 from stagewise.layers import skeleton
-from stagewise.model import guard_4bit
+from stagewise.quantisation import guard_4bit
 from stagewise.settings import StageArguments
 from supervised_finetuning import SFTTrainer
 
-ATTENTION_LAYERS = "q_proj,k_proj,v_proj,o_proj"  # of the mixture of experts, the adapter takes these alone
+ATTENTION_LAYERS = "q_proj,k_proj,v_proj,o_proj"  # what the adapter takes of experts' models, but for qlora4_all
 
 
 def make_config(shape: str) -> PretrainedConfig:
@@ -66,7 +67,8 @@ def with_adapter(model: PreTrainedModel, cell: Cell) -> nn.Module:
     """The model as it is trained: with an adapter of the default rank, or all of it."""
     if not cell.trains_adapter:
         return model
-    targets = ATTENTION_LAYERS if has_experts(cell.shape) else "all"
+    attention = has_experts(cell.shape) and cell.method != "qlora4_all"
+    targets = ATTENTION_LAYERS if attention else "all"
     return attach_adapter(model, AdapterArguments(target_modules=targets), "CAUSAL_LM")
 
 
@@ -163,9 +165,9 @@ def prepare_layers(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> dic
 
 def quantise_experts(module: nn.Module, name: str) -> None:
     """A 3-D parameter in nf4, put together again whenever it is read."""
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-    replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
+    packed, state = pack(getattr(module, name).detach(), twice=True)
+    setattr(module, name, packed)
+    hold(module, {name: state})
 
 
 # ── the measurement ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,10 +30,10 @@ SHAPES = {
     "tiny_moe": {"model_type": "mixtral", "num_local_experts": 4} | sizes(64, 128, 2, 4, 2, 320),
 }
 PUBLISHED = ("0.5B", "1.5B", "8B", "14B", "32B", "8x7B")
-METHODS = ("full", "full16", "lora", "qlora8", "qlora4", "qlora4_experts")
-EXPERTS_IN_4_BIT = ("qlora4_experts",)  # methods for shapes with experts alone
+METHODS = ("full", "full16", "lora", "qlora8", "qlora4", "qlora4_experts", "qlora4_all")
+EXPERTS_IN_4_BIT = ("qlora4_experts", "qlora4_all")  # methods for shapes with experts alone
 WARM_UP = 2  # steps before the timed ones
-BITS = {"qlora8": 8, "qlora4": 4, "qlora4_experts": 4}
+BITS = {"qlora8": 8, "qlora4": 4, "qlora4_experts": 4, "qlora4_all": 4}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable, tensor_names
 from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments
+from stagewise.experts import reach_packed
 from stagewise.methods import check_continuation
 from stagewise.ranks import AdaptiveRanks, load_whole, schedule_config
 from stagewise.shifted_attention import is_shifted, longlora_modules
@@ -76,6 +77,7 @@ def attach_adapter(model: PreTrainedModel, args: AdapterArguments, task_type: st
         experts = {"target_parameters": targets.parameters} if targets.parameters else {}
         variant = {"use_rslora": args.use_rslora, "use_dora": args.use_dora, "init_lora_weights": start, **experts}
         config, name = LoraConfig(r=args.lora_rank, **common, **variant), _lora_name(args)
+        reach_packed(config)
         if targets.parameters and args.lora_dropout:
             logger.info("adapter: no dropout, since the experts held as one 3-D parameter take none")
     wrapped = get_peft_model(model, config)
@@ -126,6 +128,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
         # PEFT saves the embedding's name alone and finds the tie again only where the head is listed too.
         config.modules_to_save, _ = keep_tie(base, names_of(config.modules_to_save))
     kind = config.peft_type.value
+    if kind == "LORA":
+        reach_packed(config)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -47,7 +47,7 @@ class ModelArguments:
     )
     quantize_experts: bool = field(
         default=True,
-        metadata={"help": "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit, to be adapted."},
+        metadata={"help": "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit."},
     )
     rope_scaling: str | None = field(
         default=None,

@@ -20,7 +20,9 @@ from stagewise.encoding import IGNORE_INDEX, AnyTemplate, PreferenceExample, enc
 from stagewise.evaluation_answers import in_batches
 from stagewise.flag_checks import check_shared
 from stagewise.manifest import read_manifest
-from stagewise.model import load_config, load_reward_model, load_tokenizer
+from stagewise.model import load_reward_model
+from stagewise.model_config import load_config
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.rendering import Template

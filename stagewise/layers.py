@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
@@ -143,14 +144,20 @@ class Layer:
     key: int = 0
     heads: int = 0
     scores: bool = False  # whether attention writes out who looks at whom
-    middle: int = 0  # I, of all experts that a token goes to
+    middle: int = 0  # I
+    expert_middle: int = 0  # I of all experts that a token goes to, where experts are 3-D parameters, else 0
     gated: bool = True
     experts: int = 0  # H · k where experts are 3-D parameters, else 0
     linear_numbers: int = 0  # weights of the linear layers
     expert_numbers: int = 0  # weights of 3-D experts
+    largest_experts: int = 0  # of the largest of these parameters
+    expert_adapter_numbers: int = 0  # weights of the adapters on them
     trained_experts: bool = False  # themselves, or by an adapter that changes them
-    adapted_experts: bool = False  # by an adapter
     largest_linear: int = 0
+
+    @property
+    def adapted_experts(self) -> bool:
+        return self.expert_adapter_numbers > 0
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -200,12 +207,19 @@ def measure_layer(layer: nn.Module, config) -> Layer:
     for name, parameter in layer.named_parameters():
         if parameter.dim() == 3 and "expert" in name and "lora_" not in name:
             found.expert_numbers += parameter.numel()
+            found.largest_experts = max(found.largest_experts, parameter.numel())
             found.trained_experts = found.trained_experts or parameter.requires_grad
-    found.adapted_experts = any("expert" in n and "lora_" in n for n, _ in layer.named_parameters())
+    found.expert_adapter_numbers = sum(
+        p.numel()
+        for module in layer.modules()
+        if isinstance(module, ParamWrapper)
+        for matrices in (module.lora_A, module.lora_B)
+        for p in matrices.parameters()
+    )
     found.trained_experts = found.trained_experts or found.adapted_experts
     if found.expert_numbers:
         middle = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-        found.middle += middle * chosen
+        found.expert_middle = middle * chosen
         found.experts = text.hidden_size * chosen
     return found
 

@@ -157,8 +157,9 @@ def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> fl
       and the mask is kept, c for each key that its row spans. Where the architecture writes the scores out, (4 + c)
       for each head and token besides
     - a gated feed-forward layer 3 c · I (gate, its activation, up); another 2 c · I
-    - experts in one parameter: c · H for each that is chosen, before its share is weighed; if they are trained or
-      have an adapter, their inputs, c · (H + I), too
+    - experts in one parameter, which are computed in the weights' precision, autocast or not: as a feed-forward layer,
+      with s in place of c, and s · H for each that is chosen, before its share is weighed; if they are trained or have
+      an adapter, their inputs, s · (H + I), too
     """
     kept = 0.0
     for norm in layer.norms:
@@ -181,9 +182,9 @@ def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> fl
     if layer.scores:
         kept += (4 + compute) * layer.heads * step.tokens
     kept += compute * layer.middle * (3 if layer.gated else 2)
-    kept += compute * layer.experts
+    kept += stream * (layer.experts + layer.expert_middle * (3 if layer.gated else 2))
     if layer.trained_experts:
-        kept += compute * (layer.experts + layer.middle)
+        kept += stream * (layer.experts + layer.expert_middle)
     return kept
 
 
@@ -254,7 +255,7 @@ def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:
     held = memory.inputs_of_8_bit_layers + memory.outliers_of_8_bit_layers
     kept += held
 
-    beside = _beside(layers[widest], step, compute) * tokens + _put_together(layers[widest], step)
+    beside = _beside(layers[widest], step, compute) * tokens + _put_together(layers[widest], step, stream)
     tied = head is not None and head.weight is embedding.weight and embedding.weight.requires_grad
     twice = embedding.weight.numel() * embedding.weight.element_size() if tied else 0
     last = max(twice, anew + beside if step.checkpointing else whole[0] + casts[0] + beside)
@@ -277,22 +278,34 @@ def _trains(head: nn.Module) -> bool:
 
 
 def _weight_copies(layer: Layer, step: Step, compute: int, stream: int) -> float:
-    """Bytes of weights of a layer that are made anew in the forward pass and kept for the backward pass."""
+    """Bytes of weights of a layer that are made anew in the forward pass and kept for the backward pass.
+
+    Experts from 4 bit, or with an adapter added, in the precision of the weights; there are no others beside them,
+    since the adapter is added in place, or by one product that adds. Its matrices are brought to that precision, too.
+    """
     copies = 2.0 * layer.adapter_numbers if step.autocast else 0.0
     if compute < stream and step.bits is None:
-        copies += compute * (layer.linear_numbers + layer.expert_numbers)
-    elif layer.adapted_experts or (step.bits == 4 and step.experts_in_bits):
-        copies += 2 * layer.expert_numbers
+        copies += compute * layer.linear_numbers
+    if layer.adapted_experts or (step.bits == 4 and step.experts_in_bits):
+        copies += stream * layer.expert_numbers + (stream * layer.expert_adapter_numbers if stream < 4 else 0)
     return copies
 
 
 def _beside(layer: Layer, step: Step, compute: int) -> float:
     """Bytes a token of the gradients that the widest layer has at once: two of I, and two more in float32 for LoRA."""
-    wide = max(layer.middle, layer.query, layer.norms[0].width if layer.norms else 0)
+    wide = max(layer.middle, layer.expert_middle, layer.query, layer.norms[0].width if layer.norms else 0)
     cast = layer.adapter_inputs and not (step.autocast and step.bits)
     return wide * (2 * compute + (8 if cast else 0))
 
 
-def _put_together(layer: Layer, step: Step) -> float:
-    """Bytes of weights made for one product: of a layer in few bits, and of adapted experts with a gradient."""
-    return (2.0 * layer.largest_linear if step.bits else 0.0) + 4.0 * layer.expert_numbers * layer.adapted_experts
+def _put_together(layer: Layer, step: Step, stream: int) -> float:
+    """Bytes of weights made for one product: of a linear layer in few bits, or the gradient of adapted experts.
+
+    That gradient is of the adapter's sum with the weight, so it has the weight's size. The last parameter's stands
+    beside all of them, the first one's where the last is gone.
+    """
+    linear = 2.0 * layer.largest_linear if step.bits else 0.0
+    if not layer.adapted_experts:
+        return linear
+    others = layer.expert_numbers - layer.largest_experts
+    return max(linear, stream * float(max(others, layer.largest_experts - others)))

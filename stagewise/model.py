@@ -1,195 +1,30 @@
-"""Tokenizer, config and weights: from a local directory, a Hugging Face hub or mirror, or ModelScope."""
+"""The weights of a language model or a reward model: precision, placement, and what the checkpoint lacks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from loguru import logger
-from packaging.version import Version
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-import stagewise.row_quantisation  # noqa: F401  (from_pretrained then knows models saved in that form)
-from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.arguments import ModelArguments
 from stagewise.attention import choose_attention
-from stagewise.rope import scale_rope
-from stagewise.router import check_router
-
-MODELSCOPE_PREFIX = "modelscope://"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# What earlier pipelines call families whose config.json says something else.
-MODEL_TYPE_NAMES = {
-    "alpaca": ("llama",),
-    "vicuna": ("llama",),
-    "yi": ("llama",),
-    "baichuan": ("baichuan",),
-    "chatglm": ("chatglm", "glm"),
-    "internlm": ("internlm",),
-}
-
-# Families whose published code needs names that transformers 5 no longer has.
-NEEDS_OLD_TRANSFORMERS = frozenset(
-    ("chatglm", "baichuan", "qwen", "internlm", "internlm2", "moss", "xverse", "aquila", "orion")
-)
-
-# The lower bound of requirements.txt: names and defaults of loading differ before it.
-if Version(transformers.__version__) < Version("5.17"):
-    raise ImportError(f"transformers {transformers.__version__} is too old: pip install 'transformers>=5.17'")
-
-
-class ModelError(ArgumentError):
-    """A model or tokenizer that cannot be used; the message names the flag, what was found and what to do."""
-
-
-# --------------------------------------------------------------------------------------------------- where it lies
-
-
-def find_source(name: str, args: ModelArguments, flag: str = "model_name_or_path") -> str:
-    """Returns a local directory, or the hub name that the hub's own client resolves (HF_ENDPOINT mirrors included).
-
-    A name with the prefix `modelscope://`, or any hub name while USE_MODELSCOPE_HUB=1, is downloaded from ModelScope.
-
-    Raises:
-        ModelError: for a directory that is not there, an adapter directory, or ModelScope without its package.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.is_file():
-        raise ModelError(f"--{flag} {name}: expected a directory with config.json, found a file")
-    wanted = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes", "on")
-    if name.startswith(MODELSCOPE_PREFIX) or (wanted and name.count("/") == 1):
-        return _download_modelscope(name.removeprefix(MODELSCOPE_PREFIX), args, flag)
-    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise ModelError(f"--{flag} {name}: no such directory")
-    return name
-
-
-def _download_modelscope(name: str, args: ModelArguments, flag: str) -> str:
-    try:
-        from modelscope import snapshot_download
-    except ImportError as error:
-        raise ModelError(
-            f"--{flag} {name}: ModelScope was asked for; its package is missing: pip install modelscope"
-        ) from error
-    revision = None if args.model_revision == "main" else args.model_revision  # ModelScope's own default is "master"
-    logger.info(f"model: {name} from ModelScope")
-    return snapshot_download(name, cache_dir=args.cache_dir, revision=revision)
-
-
-def hub_options(source: str, args: ModelArguments) -> dict[str, Any]:
-    """Keyword arguments of from_pretrained; nothing asks a hub for a local directory."""
-    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    if Path(source).is_dir():
-        return {**options, "local_files_only": True}
-    return {**options, "revision": args.model_revision, "token": args.hf_hub_token, "cache_dir": args.cache_dir}
-
-
-def refuse_adapter(source: str, flag: str = "model_name_or_path") -> None:
-    """Raises ModelError if `source` is an adapter's directory, with the command that merges it."""
-    folder = Path(source)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"--{flag} {source}: this is an adapter, not a model. Merge it first: "
-            f"python merge_peft_adapter.py --lora_model {source} --output_dir {str(folder).rstrip('/')}-merged"
-        )
-
-
-# ------------------------------------------------------------------------------------------------ tokenizer, config
-
-
-def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of --tokenizer_name_or_path, else of --model_name_or_path.
-
-    A tokenizer without a pad token gets its unknown token for it, else its end token; padding is never learned from,
-    since collators mask it by length.
-
-    Raises:
-        ModelError: naming the flag.
-    """
-    flag = "tokenizer_name_or_path" if args.tokenizer_name_or_path else "model_name_or_path"
-    source = find_source(args.tokenizer_name_or_path or args.model_name_or_path, args, flag)
-    if flag == "model_name_or_path":
-        refuse_adapter(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(source, args))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"--{flag} {source}: no tokenizer could be loaded: {error}") from error
-    if tokenizer.pad_token_id is None:
-        substitute = tokenizer.unk_token or tokenizer.eos_token
-        if substitute is None:
-            raise ModelError(f"--{flag} {source}: the tokenizer names no pad, unknown or end token; add one to it")
-        tokenizer.pad_token = substitute
-        logger.info(f"tokenizer: it has no pad token; {substitute!r} pads")
-    return tokenizer
-
-
-def load_config(args: ModelArguments) -> PretrainedConfig:
-    """Loads config.json, checks --model_type against it, and scales its positions as --rope_scaling asks.
-
-    Raises:
-        ModelError: for an adapter directory, an architecture that transformers does not know, code that would have
-            to be trusted, or another --model_type.
-    """
-    source = find_source(args.model_name_or_path, args)
-    refuse_adapter(source)
-    try:
-        config = AutoConfig.from_pretrained(source, **hub_options(source, args))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        options = hub_options(source, args)
-        # What config.json says, which is there unless reading it was the error.
-        kind = None if isinstance(error, OSError) else PretrainedConfig.get_config_dict(source, **options)[0]
-        kind = (kind or {}).get("model_type")
-        if kind in NEEDS_OLD_TRANSFORMERS:
-            hint = (
-                f"a {kind} model, whose own Python code today's transformers no longer runs; this "
-                "version has no code for it: take a later model of the family"
-            )
-        elif "trust_remote_code" in str(error):
-            hint = "it ships its own Python code: if you trust it, add --trust_remote_code True"
-        elif "does not recognize this architecture" in str(error):
-            hint = f"transformers {transformers.__version__} does not know this architecture"
-        else:
-            hint = (
-                "no usable config.json" if Path(source).is_dir() else "no such directory, and no hub model was found"
-            )
-        raise ModelError(f"--model_name_or_path {source}: {hint} ({error})") from error
-    check_model_type(args, config)
-    check_router(args, config)
-    scale_rope(config, args)
-    return config
-
-
-def check_model_type(args: ModelArguments, config: PretrainedConfig) -> None:
-    """Raises ModelError unless --model_type is auto or names the config's family ("qwen" takes qwen2, qwen3 …)."""
-    asked = args.model_type.lower()
-    if asked == "auto" or config.model_type.startswith(MODEL_TYPE_NAMES.get(asked, (asked,))):
-        return
-    raise ModelError(
-        f"--model_type {args.model_type}: config.json of {args.model_name_or_path} says {config.model_type!r}; "
-        "leave the flag out, or name that"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
+from stagewise.experts import QuantisedExperts
+from stagewise.model_config import DTYPES, load_config
+from stagewise.model_source import ModelError, find_source, hub_options
+from stagewise.model_tokenizer import check_vocabulary
+from stagewise.quantisation import guard_4bit, quantisation_options
+from stagewise.scalar_head import Float32Linear, reward_config, whole_weights
 
 
 def load_causal_lm(
@@ -221,33 +56,6 @@ def load_causal_lm(
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     return model
-
-
-class Float32Linear(nn.Linear):
-    """A scalar head in float32 on a 16-bit model: its updates are smaller than 16 bit can hold."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, H) in any precision → (…, labels)."""
-        return super().forward(hidden.to(self.weight.dtype))
-
-
-def reward_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> PretrainedConfig:
-    """The config of a reward model on this base: one label, and the pad id that says where a row ends.
-
-    Raises:
-        ModelError: for an architecture without a sequence-classification class.
-    """
-    text = config.get_text_config()
-    # the scalar head of a family with images or sound is on its text model
-    known = next((c for c in (config, text) if type(c) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING), None)
-    if known is None:
-        raise ModelError(
-            f"--model_name_or_path {name}: transformers has no sequence-classification class for "
-            f"{config.model_type!r}, so it cannot be a reward model; use another family, e.g. llama"
-        )
-    known.num_labels, known.pad_token_id = 1, tokenizer.pad_token_id
-    known.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return known
 
 
 def load_reward_model(
@@ -289,15 +97,6 @@ def load_reward_model(
     return model
 
 
-def whole_weights(module: nn.Module) -> AbstractContextManager:
-    """A context in which a module that ZeRO-3 partitioned has its whole weights; elsewhere it does nothing."""
-    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(module.parameters()))
-
-
 def _load(
     auto: type, args: ModelArguments, config: PretrainedConfig, attention: str | None, for_training: bool, zero3: bool
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -321,8 +120,9 @@ def _load(
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"--model_name_or_path {source}: {error}") from error
     guard_4bit(model)
-    if args.bits == 4 and args.quantize_experts:
-        quantise_experts(model, twice=args.qlora)
+    if experts := [module for module in model.modules() if isinstance(module, QuantisedExperts)]:
+        count = sum(len(module.states) for module in experts)
+        logger.info(f"experts: {count} 3-D parameters in 4 bit (--quantize_experts False leaves them)")
     held = f", linear layers in {args.bits} bit" if args.bits else ""
     placed = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     if for_training and len(placed) > 1 and placed & {"cpu", "disk"}:
@@ -335,57 +135,6 @@ def _load(
         f"model: {source}, {type(model).__name__}, {size / 1e6:,.1f} M parameters in {model.dtype}{held}, {attention}"
     )
     return model, sorted(info["missing_keys"])
-
-
-def quantisation_options(args: ModelArguments, config: PretrainedConfig) -> dict[str, Any]:
-    """from_pretrained's options for a base that is quantised while it loads; none where it is not.
-
-    4 bit is nf4, which follows the weights' distribution (https://arxiv.org/abs/2305.14314); --qlora quantises the
-    scales of its blocks, too. The output head, and what an adapter trains in full, stay as they are.
-
-    Raises:
-        ModelError: for a checkpoint that is quantised already.
-    """
-    if args.bits is None:
-        return {}
-    flag = "--qlora" if args.qlora else f"--load_in_{args.bits}bit"
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{flag}: {args.model_name_or_path} is quantised already; leave the flag out")
-    if args.bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    own = config.get_text_config().dtype or torch.float32
-    compute = (own if isinstance(own, torch.dtype) else DTYPES[own]) if args.torch_dtype == "auto" else None
-    how = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=args.qlora,
-        bnb_4bit_compute_dtype=compute or DTYPES[args.torch_dtype],
-    )
-    return {"quantization_config": how}
-
-
-def quantise_experts(model: nn.Module, *, twice: bool) -> None:
-    """Holds experts that are one 3-D parameter in 4 bit, too: no linear layers, which from_pretrained leaves alone.
-
-    They come back to the precision of their scales for each forward pass, and get no gradient.
-
-    Args:
-        model: loaded with its linear layers in 4 bit; changed in place.
-        twice: quantise the scales once more.
-    """
-    experts = [
-        (module, name)
-        for path, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and "expert" in f"{path}.{name}"
-    ]
-    if not experts:
-        return
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-    for module, name in experts:
-        replace_parameter_4bit(module, name, compress_statistics=twice, quant_type="nf4")
-    logger.info(f"experts: {len(experts)} 3-D parameters in 4 bit (--quantize_experts False leaves them)")
 
 
 def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) -> str | dict[str, Any] | None:
@@ -407,67 +156,5 @@ def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) ->
     return args.device_map
 
 
-def guard_4bit(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights on a CPU, after which LoRA gradients and merges are wrong.
-
-    Call it right after every load. It can go once bitsandbytes (0.50.2 tested) repacks a copy.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ModelError if the tokenizer has ids for which the model has no row."""
-    rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} entries, the model's embedding {rows} rows: give the tokenizer that "
-            "belongs to the model with --tokenizer_name_or_path"
-        )
-
-
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-# ------------------------------------------------------------------------------------------------- generation config
-
-
-def finish_generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str] | None
-) -> None:
-    """Makes the model's generation_config end at the template's end marker, in place; it can then be saved.
-
-    Args:
-        model: a model, also with an adapter around it.
-        tokenizer: gives the end and pad ids; pad may equal end.
-        stop: the template's end marker, or all of them; None: the tokenizer's end token alone.
-
-    Raises:
-        ModelError: if there is nothing to end at.
-    """
-    config = model.generation_config
-    ends: list[int] = []
-    config.stop_strings = None
-    for text in [stop] if isinstance(stop, str) else stop or []:
-        marker = tokenizer(text, add_special_tokens=False).input_ids
-        if len(marker) == 1:
-            ends.append(marker[0])
-        else:
-            config.stop_strings = [*(config.stop_strings or []), text]
-            logger.info(
-                f"generation: the end marker {text!r} is {len(marker)} tokens here; it is kept as a stop string"
-            )
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    if not ends:
-        raise ModelError(f"the tokenizer has no end token and {stop!r} is not one token: answers would never end")
-    config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    config.pad_token_id = ends[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config.bos_token_id = tokenizer.bos_token_id
-    if not config.do_sample:
-        # Published configs leave sampling values beside greedy search, which save_pretrained refuses.
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            setattr(config, name, None)
-    config.validate(strict=True)

@@ -17,7 +17,7 @@ from torch import nn
 from stagewise.encoding import IGNORE_INDEX
 from stagewise.forward import takes_kept_logits
 from stagewise.losses import learned_positions, token_nll
-from stagewise.model import Float32Linear
+from stagewise.scalar_head import Float32Linear
 
 Batch = dict[str, torch.Tensor]
 

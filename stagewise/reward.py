@@ -23,19 +23,14 @@ from stagewise.attention import choose_attention
 from stagewise.conversation import Conversation, Message, RecordError
 from stagewise.encoding import AnyTemplate, encode_segments
 from stagewise.manifest import read_manifest
-from stagewise.model import (
-    DTYPES,
-    Float32Linear,
-    check_vocabulary,
-    find_source,
-    hub_options,
-    load_config,
-    load_reward_model,
-    load_tokenizer,
-)
+from stagewise.model import load_reward_model
+from stagewise.model_config import DTYPES, load_config
+from stagewise.model_source import find_source, hub_options
+from stagewise.model_tokenizer import check_vocabulary, load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.rendering import Template
 from stagewise.rope import context_of
+from stagewise.scalar_head import Float32Linear
 
 FLAG = "--reward_model_name_or_path"
 ROWS = 16  # answers scored at a time

@@ -32,10 +32,10 @@ from stagewise.dry_run import dry_run
 from stagewise.encoding import Example, PreferenceExample
 from stagewise.eval_samples import EvaluationSamples
 from stagewise.flag_checks import check_shared
+from stagewise.generation_config import finish_generation_config
 from stagewise.lineage import begin_step, earlier_steps, finished_step
 from stagewise.manifest import MANIFEST, device_name, given_flags, parameters_of, versions, without_tokens
 from stagewise.methods import check_methods
-from stagewise.model import finish_generation_config
 from stagewise.output_dir import check_output_dir, remove_earlier_run
 from stagewise.results import has_colour, show_sample, write_results
 from stagewise.rope import kept_rope

@@ -29,7 +29,7 @@ from stagewise.conversation import Conversation, RecordError
 from stagewise.decoding import Halt, RowChoice, Tokens, Words, around_words, settled_rotations
 from stagewise.encoding import AnyTemplate, encode_prompt
 from stagewise.generation import random_numbers
-from stagewise.model import finish_generation_config
+from stagewise.generation_config import finish_generation_config
 from stagewise.own_template import EXAMPLE
 from stagewise.prompt_rows import learns_prompts, padding_is_unread, prompt_inputs
 from stagewise.rendering import Template

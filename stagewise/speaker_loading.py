@@ -24,7 +24,9 @@ from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.encoding import AnyTemplate
 from stagewise.flag_checks import check_choice, check_shared
 from stagewise.manifest import read_manifest
-from stagewise.model import find_source, load_causal_lm, load_tokenizer
+from stagewise.model import load_causal_lm
+from stagewise.model_source import find_source
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.rendering import Template
 from stagewise.speaker_arguments import SpeakerArguments, SpeakerError

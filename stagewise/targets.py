@@ -41,8 +41,6 @@ def choose_targets(model: PreTrainedModel, args: AdapterArguments) -> Targets:
     """
     words, experts = names_of(args.target_modules), fused_experts(model)
     reason = no_experts_because(args)
-    if held := quantised_experts(model):
-        experts, reason = held, "they are quantised: --quantize_experts False"
     if words in (["all"], ["all-linear"]):
         modules = linear_targets(model)
         if experts and reason:
@@ -104,15 +102,12 @@ def is_router(module: nn.Module) -> bool:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Last parts of the names of 3-D expert parameters, which are no linear layers ("experts.gate_up_proj")."""
+    """Last parts of the names of 3-D expert parameters, which are no linear layers ("experts.gate_up_proj").
+
+    Those in 4 bit have three dimensions, too.
+    """
     names = (name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) == 3)
     return sorted({".".join(name.split(".")[-2:]) for name in names if "expert" in name})
-
-
-def quantised_experts(model: nn.Module) -> list[str]:
-    """The same names where these parameters are held in 4 bit."""
-    paths = [name.split(".parametrizations.") for name, _ in model.named_parameters() if ".parametrizations." in name]
-    return sorted({f"{path.split('.')[-1]}.{name.split('.')[0]}" for path, name in paths if "expert" in path})
 
 
 def names_of(value: str | list[str] | None) -> list[str]:

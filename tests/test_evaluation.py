@@ -650,7 +650,7 @@ def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, c
         model = get_peft_model(model, config)
         model.save_pretrained(tmp_path / "adapter")
         flags = ["--lora_model", tmp_path / "adapter" if adapter == "folder" else adapter]
-        for hub in ("stagewise.speaker_loading.snapshot_download", "stagewise.model._download_modelscope"):
+        for hub in ("stagewise.speaker_loading.snapshot_download", "stagewise.model_source._download_modelscope"):
             monkeypatch.setattr(hub, lambda *_, **__: str(tmp_path / "adapter"))
     model.eval()
     file = write_lines(tmp_path / "pairs.jsonl", PAIRS)

@@ -1,12 +1,16 @@
 """The estimate against a count of what autograd keeps, and its parts against sums by hand."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory_cell import predicted
 from benchmarks.memory_shapes import Cell
 from stagewise import memory
-from stagewise.layers import EstimateError, parameters_of, skeleton
+from stagewise.layers import EstimateError, decoder_layers, measure_layer, parameters_of, skeleton
 from stagewise.memory import Step, estimate, layers_in_bits, quantised_bytes
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -85,6 +89,97 @@ def test_every_family_that_is_called_compared_is(family, method, build):
     wanted = kept_by_autograd(real, method == "lora")
     found = estimate(empty, Step(rows=2, tokens=64, logit_tokens=0, autocast=method == "lora"), set())
     assert found.activations == pytest.approx(wanted, rel=0.1)
+
+
+EXPERTS = {**SHAPE, **HEAD_DIM, "num_key_value_heads": 4, "num_local_experts": 8}
+
+
+@pytest.fixture
+def with_experts(tiny_checkpoint):
+    """A mixture of experts with LoRA on `targets`, in 4 bit or not, and the same without weights."""
+
+    def make(bits: int | None, targets: str, dtype: str):
+        from transformers import AutoModelForCausalLM
+
+        from stagewise.adapter import attach_adapter
+        from stagewise.arguments import AdapterArguments, ModelArguments
+        from stagewise.model import load_causal_lm
+
+        folder = tiny_checkpoint("mixtral", **EXPERTS)
+        real = load_causal_lm(ModelArguments(str(folder), qlora=bits == 4, torch_dtype=dtype))
+        real.enable_input_require_grads()
+        empty = skeleton(real.config, AutoModelForCausalLM, getattr(torch, dtype))
+        args = AdapterArguments(target_modules=targets, lora_dropout=0.0)
+        return [attach_adapter(model, args, "CAUSAL_LM") for model in (real, empty)]
+
+    return make
+
+
+@pytest.mark.parametrize("targets", ["q_proj,k_proj,v_proj,o_proj", "all"])
+@pytest.mark.parametrize(("bits", "dtype"), [(None, "bfloat16"), (None, "float32"), (4, "bfloat16")])
+def test_activations_of_experts_are_what_autograd_keeps(bits, targets, dtype, with_experts):
+    if bits:
+        pytest.importorskip("bitsandbytes")
+    real, empty = with_experts(bits, targets, dtype)
+    autocast = bits is None  # PEFT asks for a GPU's autocast: on a CPU a layer in 4 bit copies its input besides
+    step = Step(rows=2, tokens=256, logit_tokens=0, autocast=autocast, bits=bits, experts_in_bits=bits == 4)
+    wanted = kept_by_autograd(real, autocast, tokens=256)
+    assert estimate(empty, step, set()).activations == pytest.approx(wanted, rel=0.03)
+
+
+class Whole(TorchDispatchMode):
+    """Counts the bytes of the tensors of a weight's size that are alive, as each is made."""
+
+    def __init__(self, least: int):
+        super().__init__()
+        self.least, self.alive, self.peak = least, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().nbytes() >= self.least:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("targets", ["q_proj,k_proj,v_proj,o_proj", "all"])
+def test_experts_in_4_bit_are_put_together_one_layer_at_a_time(targets, checkpointing, with_experts):
+    pytest.importorskip("bitsandbytes")
+    real, empty = with_experts(4, targets, "bfloat16")
+    if checkpointing:
+        real.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(4, 300, (1, 16))
+    down, up = 8 * 352 * 128 * 2, 8 * 2 * 352 * 128 * 2  # bytes of a layer's two parameters in 16 bit
+    for _ in range(2):  # the second step as the first
+        with Whole(down) as seen, torch.autocast("cpu", torch.bfloat16):
+            loss = real(input_ids=ids, use_cache=False).logits.float().pow(2).mean()
+        layers = 1 if checkpointing else 4
+        assert seen.peak == layers * (down + up)  # the adapter is added in place
+        with seen:
+            loss.backward()
+        # the gradient of down beside both, that of gate and up beside what is left
+        gradient = down if targets == "all" else 0
+        assert seen.peak == layers * (down + up) + gradient
+        assert not seen.alive
+    layer = measure_layer(decoder_layers(empty.get_base_model())[0], empty.config)
+    step = Step(rows=1, tokens=16, logit_tokens=0, autocast=True, bits=4, experts_in_bits=True)
+    matrices = 2 * (layer.adapter_numbers + layer.expert_adapter_numbers)
+    assert memory._weight_copies(layer, step, 2, 2) == down + up + matrices
+    assert memory._put_together(layer, step, 2) == (gradient or 2 * 128 * 128)  # or a linear layer from 4 bit
+
+
+def test_the_numbers_of_adapters_on_experts_by_hand(with_experts):
+    _, empty = with_experts(None, "all", "bfloat16")
+    layer = measure_layer(decoder_layers(empty.get_base_model())[0], empty.config)
+    # rank 8 for each of 8 experts: gate and up read 128 numbers and give 704, down reads 352 and gives 128
+    assert layer.expert_adapter_numbers == 8 * 8 * (128 + 704 + 352 + 128)
+    assert (layer.expert_numbers, layer.largest_experts) == (8 * 3 * 352 * 128, 8 * 704 * 128)
+    assert (layer.experts, layer.expert_middle, layer.middle) == (2 * 128, 2 * 352, 0)  # two experts a token
 
 
 def test_a_mask_costs_what_autograd_keeps_of_it(build):

@@ -26,7 +26,7 @@ def test_all_published_shapes_and_methods_are_planned():
     cells = [(cell.shape, cell.method) for cell in benchmark.cells_of(benchmark.parse_arguments([]))]
     methods = ["full", "full16", "lora", "qlora8", "qlora4"]
     expected = [(shape, method) for shape in ("0.5B", "1.5B", "8B", "14B", "32B", "8x7B") for method in methods]
-    assert cells == [*expected, ("8x7B", "qlora4_experts")]
+    assert cells == [*expected, ("8x7B", "qlora4_experts"), ("8x7B", "qlora4_all")]
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_experts_leave_16_bit_before_the_next_ones_are_made(monkeypatch):
     monkeypatch.setattr(memory_cell, "quantise_experts", watched)
     model = memory_cell.random_model(Cell("tiny_moe", "qlora4_experts", tokens=16), torch.device("cpu"))
     assert len(held) == 4  # two layers, two parameters each
-    assert not [p for p in model.parameters() if p.dim() == 3]
+    assert {p.dtype for p in model.parameters() if p.dim() == 3} == {torch.uint8}
 
 
 def test_small_cells_run_in_processes_of_their_own(tmp_path):
     out = tmp_path / "rows.jsonl"
-    benchmark.main(["--cells", "tiny:full,tiny_moe:qlora4_experts", "--output", str(out), *SMALL])
+    benchmark.main(["--cells", "tiny:full,tiny_moe:qlora4_experts,tiny_moe:qlora4_all", "--output", str(out), *SMALL])
     for row in rows_of(out):
         assert "skipped" not in row, row
         assert row["tokens_per_second"] > 0

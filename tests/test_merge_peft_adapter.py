@@ -36,7 +36,7 @@ from merge_peft_adapter import MergeError, main
 from stagewise import merge_check
 from stagewise.adapter import AdapterError, attach_adapter
 from stagewise.arguments import AdapterArguments, ArgumentError
-from stagewise.model import guard_4bit
+from stagewise.quantisation import guard_4bit
 
 ROW = torch.tensor([[11, 12, 13, 14, 15, 16, 17]])
 AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}

@@ -24,7 +24,8 @@ from stagewise.adapter import attach_adapter, load_adapter, use_loraplus
 from stagewise.arguments import AdapterArguments, ArgumentError, ModelArguments
 from stagewise.generation import ready_to_speak
 from stagewise.methods import STAGES
-from stagewise.model import load_causal_lm, load_reward_model, load_tokenizer
+from stagewise.model import load_causal_lm, load_reward_model
+from stagewise.model_tokenizer import load_tokenizer
 from stagewise.ranks import add_orthogonality
 from stagewise.run import Run
 
@@ -588,31 +589,11 @@ def test_experts_held_as_one_parameter_are_trained_and_merged(words, trained, ma
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("words", ["--qlora True", "--load_in_4bit True"])
-def test_experts_are_quantised_with_the_rest(words, trained, make, log):
-    flags = make("sft", words, family="mixtral")
-    out, model = trained("sft", flags)
-    held = [p for name, p in model.named_parameters() if "experts.parametrizations" in name]
-    assert len(held) == 2 * 2 and {p.dtype for p in held} == {torch.uint8}
-    assert not [name for name in adapter_weights(out) if "experts" in name]
-    again = load_adapter(base_of("sft", flags), out)
-    assert torch.allclose(logits(again), logits(model), atol=1e-4)
-    merge(out)
-
-
-@needs_bitsandbytes
 def test_experts_that_stay_in_16_bit_are_adapted(trained, make):
     out, _ = trained("sft", make("sft", "--qlora True --quantize_experts False", family="mixtral"))
     moved = [v for name, v in adapter_weights(out).items() if "experts" in name and "lora_B" in name]
     assert moved and all(value.abs().max() > 0 for value in moved)
     merge(out)
-
-
-@needs_bitsandbytes
-def test_quantised_experts_cannot_be_named(stage, make, capsys):
-    with pytest.raises(SystemExit):
-        stage("supervised_finetuning", *make("sft", "--qlora True --target_modules gate_up_proj", family="mixtral"))
-    assert "they are quantised: --quantize_experts False" in capsys.readouterr().err
 
 
 def test_a_reward_model_of_a_quantised_run_is_not_quantised(make, stage):

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stagewise.arguments import ArgumentError, ModelArguments, PairArguments
 from stagewise.flag_checks import check_shared
-from stagewise.model import load_causal_lm, load_config
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
 from stagewise.rope import RopeError, check_continued, context_of, kept_rope, restore_rope, scale_rope, write_rope
 
 THETA, SIZE, CONTEXT = 10000.0, 16, 64

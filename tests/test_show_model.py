@@ -57,16 +57,19 @@ def test_structure_kinds_and_share_by_hand(config_only, capsys):
     assert f"| all | {total:,} | 100.0% | {adapter:,} ({adapter / total:.2%}) | |" in text
 
 
-def test_experts_are_in_4_bit_with_the_rest_and_take_no_adapter(config_only, capsys):
-    text = shown(capsys, config_only("mixtral"), *BASE, "--qlora")
-    experts = re.search(
-        r"^model\.layers\.\*\.mlp\.experts\.gate_up_proj +(\S+ × \S+ × \S+) +×2 +4 bit$", text, re.MULTILINE
-    )
+def test_experts_are_in_4_bit_with_the_rest_and_take_the_adapter(config_only, capsys):
+    folder = config_only("mixtral")
+    text = shown(capsys, folder, *BASE, "--qlora")
+    experts = re.search(r"mlp\.experts\.\S*gate_up_proj +(\S+ × \S+ × \S+) +×2 +4 bit$", text, re.MULTILINE)
     assert experts and experts[1] == "4 × 128 × 32"
-    # rank 8 on q 32x32, k and v 16x32, o 32x32, in two layers
-    assert f"| adapter | {2 * 8 * (64 + 48 + 48 + 64):,} |" in text
-    text = shown(capsys, config_only("mixtral"), *BASE, "--qlora", "--quantize_experts", "False")
-    assert re.search(r"experts\S*\.lora_A\.default\.weight", text)
+    # rank 8 in two layers: on q 32x32, k and v 16x32, o 32x32; on four experts' gate and up 128x32, down 32x64
+    attention, stacks = 64 + 48 + 48 + 64, 4 * (128 + 32 + 32 + 64)
+    assert f"| adapter | {2 * 8 * (attention + stacks):,} |" in text
+    alone = shown(capsys, folder, *BASE, "--qlora", "--target_modules", "q_proj,k_proj,v_proj,o_proj")
+    assert f"| adapter | {2 * 8 * attention:,} |" in alone
+    text = shown(capsys, folder, *BASE, "--qlora", "--quantize_experts", "False")
+    assert re.search(r"mlp\.experts\.\S*gate_up_proj +\S+ × \S+ × \S+ +×2 +bfloat16$", text, re.MULTILINE)
+    assert f"| adapter | {2 * 8 * (attention + stacks):,} |" in text
 
 
 def test_a_tied_head_is_said_and_counted_once(config_only, capsys):

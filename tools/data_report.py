@@ -27,7 +27,7 @@ from stagewise.data_summary import (
     rollout_contents,
 )
 from stagewise.examples import Example, PreferenceExample
-from stagewise.model import load_config
+from stagewise.model_config import load_config
 from stagewise.packing import pack
 from stagewise.results import marked
 from stagewise.settings import StageArguments

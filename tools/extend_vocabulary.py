@@ -30,7 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.manifest import MANIFEST, read_manifest
-from stagewise.model import find_source, hub_options, load_causal_lm, load_config, refuse_adapter
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
+from stagewise.model_source import find_source, hub_options, refuse_adapter
 from stagewise.subwords import VocabularyError, read_pieces, read_texts, read_words
 from stagewise.vocabulary import Extension, extend
 from stagewise.whole_directory import check_place, whole_directory

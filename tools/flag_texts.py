@@ -111,8 +111,8 @@ CHINESE: dict[str, str] = {
         "混合专家模型:加上路由器的损失,使各专家得到均衡使用。"
     ),
     "Weight of --router_aux_loss; default: the checkpoint's own.": ("--router_aux_loss 的权重;默认用检查点自带的值。"),
-    "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit, to be adapted.": (
-        "4 位时,合成一个三维参数的专家权重也一起量化;False:保持 16 位,可以加适配器。"
+    "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit.": (
+        "4 位时,合成一个三维参数的专家权重也一起量化;False:保持 16 位。"
     ),
     "4 bit as QLoRA does it: nf4, its scales quantised once more.": ("QLoRA 的 4 位:nf4,缩放系数再量化一次。"),
     "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope.": (

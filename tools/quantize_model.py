@@ -37,7 +37,11 @@ from stagewise.command_line import parse
 from stagewise.flag_checks import check_choice
 from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
-from stagewise.model import DTYPES, find_source, guard_4bit, hub_options, load_causal_lm, load_config, load_tokenizer
+from stagewise.model import load_causal_lm
+from stagewise.model_config import DTYPES, load_config
+from stagewise.model_source import find_source, hub_options
+from stagewise.model_tokenizer import load_tokenizer
+from stagewise.quantisation import guard_4bit
 from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
 from stagewise.whole_directory import check_place, whole_directory
 

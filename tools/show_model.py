@@ -29,9 +29,8 @@ from stagewise.command_line import FALSE_WORDS, parse
 from stagewise.flag_checks import check_shared
 from stagewise.forward import takes_kept_logits
 from stagewise.methods import check_methods
-from stagewise.model import DTYPES, load_config
+from stagewise.model_config import DTYPES, load_config
 from stagewise.settings import settle_precision
-from stagewise.targets import linear_targets, names_of
 from tools.document_flags import STAGES, dataclasses_of
 
 NAMES = {script: title.lower() for script, title in STAGES.items()}
@@ -168,10 +167,7 @@ def describe(script: str, words: list[str]) -> Described:
             model = get_peft_model(model, known)
         else:
             # PiSSA decomposes weights, of which there are none; its shapes are LoRA's
-            changed = replace_start(adapter)
-            if step.experts_in_bits and names_of(adapter.target_modules) in (["all"], ["all-linear"]):
-                changed.target_modules = ",".join(linear_targets(model))  # quantised experts take no adapter
-            model = attach_adapter(model, changed, task)
+            model = attach_adapter(model, replace_start(adapter), task)
     return Described(stage, model, config, in_bits, step, adapter.fine_tuning_type if adapter.use_peft else "full")
 
 
