@@ -67,6 +67,23 @@ def test_answers_are_in_order_and_records_keep_their_fields(tiny_checkpoint, tmp
     assert read(tmp_path / "out.jsonl") != found
 
 
+def test_beams_and_stop_strings_from_the_command_line(tiny_checkpoint, tmp_path):
+    base, data = tiny_checkpoint("llama"), write(tmp_path / "prompts.jsonl", RECORDS)
+    beams = ("--num_beams", 2, "--length_penalty", -1.5, "--early_stopping", "never", "--min_new_tokens", 2)
+    inference.main(words(base, data, tmp_path / "out.jsonl", *beams))
+    whole = read(tmp_path / "out.jsonl")
+    inference.main(words(base, data, tmp_path / "plain.jsonl"))
+    letter = read(tmp_path / "plain.jsonl")[0]["response"][1]
+    inference.main(words(base, data, tmp_path / "short.jsonl", "--stop_strings", letter, "never said"))
+    short = read(tmp_path / "short.jsonl")
+    assert not any(letter in line["response"] for line in short) and any(line["response_ended"] for line in short)
+    typed = "a fever\n/quit\n"
+    command = python("inference", "--base_model", base, "--interactive", "--max_new_tokens", 6, *beams)
+    done = subprocess.run(command, input=typed, text=True, capture_output=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"model: {shown(whole[0]['response'])}\n" in done.stdout
+
+
 def test_what_each_record_asks(tmp_path):
     prompts = read_prompts(write(tmp_path / "prompts.jsonl", RECORDS), "response", "Be brief")
     asked = [(p.conversation.system, *(m.content for m in p.conversation.messages)) for p in prompts]
@@ -203,6 +220,8 @@ def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
         (["--interactive", "--do_sample", "False", "--top_p", "0.5"], "--top_p has no effect"),
         (["--interactive", "--temperature", "0", "--seed", "1"], "--seed has no effect on the most probable tokens"),
         (["--interactive", "--do_sample", "False", "--seed", "1"], "--seed has no effect on the most probable tokens"),
+        (["--interactive", "--length_penalty", "2"], "--length_penalty has no effect without beam search"),
+        (["--interactive", "--typical_p", "0.5", "--temperature", "0"], "--typical_p has no effect with --temperature"),
         (["--interactive", "--lora_model", "a", "--output_dir", "b"], "--lora_model names the adapter"),
         (["--interactive", "--base_modle", "a"], "--base_modle: no such flag; the nearest known flag is --base_model"),
     ],
