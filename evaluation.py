@@ -236,7 +236,7 @@ def evaluate(job: Job) -> None:
 def main(argv: list[str] | None = None) -> None:
     set_up_logging()
     try:
-        job = read_flags(argv)
+        job = read_flags(argv, __doc__)
         with output_folder(job):
             if job.args.compare:
                 table, sentences = write_comparison(job.args.compare, job.work)

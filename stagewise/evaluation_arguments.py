@@ -20,6 +20,10 @@ WRITTEN = (METRICS, PAGE, "rejected.jsonl", *(name for name, _ in PARTS.values()
 
 @dataclass
 class EvaluationArguments:
+    """What is measured."""
+
+    _argument_group_name = "what is measured"
+
     output_dir: str = field(metadata={"help": "Where metrics, answers and the page are written."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The same as --base_model."})
     test_file: str | None = field(
@@ -34,7 +38,8 @@ class EvaluationArguments:
         default="error", metadata={"help": "error: stop at the first; skip: count it, write it to rejected.jsonl."}
     )
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model that scores the answers, as in PPO: directory or hub name."}
+        default=None,
+        metadata={"help": "Scores the answers, as in PPO: a reward model, merged or its adapter, or any classifier."},
     )
     reward_label: int | None = field(default=None, metadata={"help": "Which of its labels is the score."})
     benchmarks: str | None = field(
@@ -83,7 +88,7 @@ class Job:
 # ── flags ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_flags(argv: list[str] | None) -> Job:
+def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
     """Raises ArgumentError for flags that contradict each other or would have no effect."""
     given: set[str] = set()
 
@@ -91,7 +96,7 @@ def read_flags(argv: list[str] | None) -> Job:
         given.update(word[2:] for word in words if word.startswith("--"))
         return words
 
-    job = Job(*parse(FLAGS, argv, before=before), given)
+    job = Job(*parse(FLAGS, argv, before=before, description=description), given)
     args = job.args
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ArgumentError("evaluation.py runs in one process: start it with python, not with torchrun")
@@ -133,8 +138,7 @@ def refuse(job: Job, names: set[str], why: str) -> None:
 
 def settle_sampling(sampling: SamplingArguments) -> None:
     """The most probable tokens, unless sampling is asked for, which then begins from seed 0."""
-    asked = [getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")]
-    if sampling.do_sample is None and asked == [None] * 4:
+    if sampling.do_sample is None and not sampling.draws:
         sampling.do_sample = False
     if sampling.settled()["do_sample"] and sampling.seed is None:
         sampling.seed = 0

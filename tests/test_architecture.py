@@ -22,7 +22,6 @@ LAYERS = [
         "pieces",
         "thinking",
         "chats",
-        "web_server",
         "cache",
         "encoding",
         "examples",
@@ -105,6 +104,7 @@ LAYERS = [
         "evaluation_pairs",
         "talk",
         "answer_file",
+        "web_server",
     },
     {"run", "predecessor"},
 ]
