@@ -7,10 +7,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+
+from accelerate import PartialState
 
 from stagewise.arguments import ArgumentError, PairArguments, check_choice, check_shared, parse
 from stagewise.evaluation_compare import METRICS, PARTS
+from stagewise.processes import from_first
 from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
 
 PAGE = "examples.html"
@@ -98,8 +102,6 @@ def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
 
     job = Job(*parse(FLAGS, argv, before=before, description=description), given)
     args = job.args
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ArgumentError("evaluation.py runs in one process: start it with python, not with torchrun")
     if args.compare:
         others = sorted(given - {"compare", "output_dir", "overwrite_output_dir"})
         if others:
@@ -148,11 +150,30 @@ def settle_sampling(sampling: SamplingArguments) -> None:
 def output_folder(job: Job) -> Iterator[None]:
     """The context in which `job.work` is filled; what is there in the end goes to --output_dir, whole or not at all.
 
-    An earlier evaluation stays as it is until then.
+    An earlier evaluation stays as it is until then. The first process alone makes, fills and moves.
 
     Raises:
         ArgumentError: if --output_dir holds an evaluation that must not be replaced, or is a file.
     """
+    if job.args.compare:  # which no other process takes part in
+        begin_folder(job)
+    else:
+        from_first(partial(begin_folder, job))
+    first = bool(job.args.compare) or PartialState().is_main_process
+    try:
+        yield
+        for name in WRITTEN if first else ():
+            (job.folder / name).unlink(missing_ok=True)
+        for name in reversed(WRITTEN) if first else ():  # metrics.json last: where it is, the rest is
+            if (job.work / name).exists():
+                os.replace(job.work / name, job.folder / name)
+    finally:
+        if first:
+            shutil.rmtree(job.work, ignore_errors=True)
+
+
+def begin_folder(job: Job) -> None:
+    """Makes `job.work`, empty. Raises ArgumentError where --output_dir cannot be written to."""
     folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
     if folder.is_file():
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
@@ -164,13 +185,7 @@ def output_folder(job: Job) -> Iterator[None]:
     if folder.resolve() in [Path(each).resolve() for each in job.args.compare]:
         raise ArgumentError(f"--output_dir {folder}: is one of those compared; give another folder")
     shutil.rmtree(job.work, ignore_errors=True)
-    job.work.mkdir(parents=True)
     try:
-        yield
-        for name in WRITTEN:
-            (folder / name).unlink(missing_ok=True)
-        for name in reversed(WRITTEN):  # metrics.json last: where it is, the rest is
-            if (job.work / name).exists():
-                os.replace(job.work / name, folder / name)
-    finally:
-        shutil.rmtree(job.work, ignore_errors=True)
+        job.work.mkdir(parents=True)
+    except OSError as error:
+        raise ArgumentError(f"--output_dir {folder}: {error.strerror or error}") from error

@@ -221,7 +221,10 @@ def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
         (["--interactive", "--temperature", "0", "--seed", "1"], "--seed has no effect on the most probable tokens"),
         (["--interactive", "--do_sample", "False", "--seed", "1"], "--seed has no effect on the most probable tokens"),
         (["--interactive", "--length_penalty", "2"], "--length_penalty has no effect without beam search"),
-        (["--interactive", "--typical_p", "0.5", "--temperature", "0"], "--typical_p has no effect with --temperature"),
+        (
+            ["--interactive", "--typical_p", "0.5", "--temperature", "0"],
+            "--typical_p has no effect with --temperature",
+        ),
         (["--interactive", "--lora_model", "a", "--output_dir", "b"], "--lora_model names the adapter"),
         (["--interactive", "--base_modle", "a"], "--base_modle: no such flag; the nearest known flag is --base_model"),
     ],
