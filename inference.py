@@ -59,7 +59,7 @@ class InferenceArguments:
     batch_size: int = field(default=8, metadata={"help": "Prompts that a process answers at a time."})
     on_bad_record: str = field(
         default="error",
-        metadata={"help": "A prompt that is too long: error, or skip (its answer is null, with the reason)."},
+        metadata={"help": "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason)."},
     )
     overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file, do not go on."})
     checkpoint_dir: str | None = field(
@@ -215,7 +215,8 @@ def stopped_by_ctrl_c() -> Iterator[threading.Event]:
 
 def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: SamplingArguments) -> None:
     """Answers every prompt of --data_file, a batch a process at a time."""
-    prompts = read_prompts(args.data_file, args.answer_field, args.system_prompt)
+    skips = args.on_bad_record == "skip"
+    prompts = read_prompts(args.data_file, args.answer_field, args.system_prompt, skips=skips)
     choose_device(which)  # makes the state that processes know each other by
     target: AnswerFile | None = None
 
@@ -267,6 +268,9 @@ def unanswerable(
     room = sampling.settled(speaker.defaults)["max_new_tokens"]
     speaker.longest_question(room)  # the flag's fault, not a record's
     for place, prompt in enumerate(prompts):
+        if prompt.conversation is None:
+            reasons[place] = prompt.reason
+            continue
         try:
             speaker.encode(prompt.conversation, room)
         except SpeakerError as error:

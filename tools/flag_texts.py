@@ -380,8 +380,8 @@ CHINESE: dict[str, str] = {
     "Where their answers are written, as jsonl.": "回答写入的文件,jsonl 格式。",
     "Field of a record that its answer becomes.": "回答写入记录的哪个字段。",
     "Prompts that a process answers at a time.": "一个进程一次回答多少个提示。",
-    "A prompt that is too long: error, or skip (its answer is null, with the reason).": (
-        "提示过长时:error 报错,skip 跳过(回答为 null,并附原因)。"
+    "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason).": (
+        "提示过长或没有提问时:error 报错,skip 跳过(没有回答,但有原因)。"
     ),
     "Replace --output_file, do not go on.": "替换 --output_file,而不是接着写。",
     "Without --lora_model: its adapter is put on the base, if it has one.": (
