@@ -8,6 +8,8 @@
         --benchmark_dir benchmark_files --output_dir outputs/eval-mmlu
     python evaluation.py --compare outputs/eval-sft outputs/eval-dpo --output_dir outputs/compared
 
+    torchrun --nproc_per_node 8 evaluation.py …                                                # eight GPUs
+
 A language model answers the conversations of --test_file: ROUGE, BLEU, perplexity of the references, length. A reward
 model scores its pairs: accuracy and margin. Either may be a base with --lora_model. What is written: metrics.json,
 every answer as a line of jsonl, and examples.html, a page of the best and the worst.
@@ -23,6 +25,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate import PartialState
 from loguru import logger
 
 from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
@@ -47,7 +50,7 @@ from stagewise.manifest import given_flags, read_manifest, versions
 from stagewise.readers import RECORD_FILES
 from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
 from stagewise.reward import load_scorer
-from stagewise.run import set_up_logging
+from stagewise.run import is_main, leave_processes, set_up_logging
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device, for_loading, local_adapter
 from template import TEMPLATES
@@ -118,6 +121,8 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
     losses = reference_losses(speaker, [question.example for question in questions], size)
     answers = answers_to(speaker, questions, job.sampling, size)
     rewards = rewards_of(scorer, speaker, questions, answers, longest, size) if scorer else None
+    if not is_main():
+        return {}, ""
     rows = answer_rows(speaker, questions, answers, losses, rewards)
     write_rows(job.work / PARTS["sft"][0], rows)
     parts = {"all": measure(rows, SFT_METRICS)}
@@ -138,7 +143,10 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
     scorer = load_pair_scorer(loading, adapter, chat, TEMPLATES, choose_device(job.model))
     pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
     logger.info(f"test: {len(pairs)} pairs")
-    rows = pair_rows(pairs, scorer([pair.example for pair in pairs], job.args.batch_size))
+    scores = scorer([pair.example for pair in pairs], job.args.batch_size)
+    if not is_main():
+        return {}, ""
+    rows = pair_rows(pairs, scores)
     write_rows(job.work / PARTS["rm"][0], rows)
     found, lengths = measure(rows, RM_METRICS), by_length(rows)
     numbers = metric_table({"all": found}, RM_METRICS, f"{len(rows)} pairs")
@@ -153,6 +161,8 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
 def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tuple[dict[str, Any], list[str]]:
     """What metrics.json says of the benchmarks, and their sections of the page."""
     found, rows = benchmarks.run(speaker, job.args.batch_size, job.args.apply_chat_template)
+    if not is_main():
+        return {}, []
     write_rows(job.work / PARTS["benchmarks"][0], rows)
     sections, metric = [], BENCHMARK_METRICS[0]
     for name, numbers in found.items():
@@ -181,7 +191,7 @@ def about_model(model: SpeakerArguments, adapter: str | None) -> dict[str, Any]:
 
 
 def evaluate(job: Job) -> None:
-    """Everything that is asked of one model.
+    """Everything that is asked of one model; the processes share the work, and the first writes.
 
     Raises:
         ArgumentError, RecordError: before any weight is read where that can be known.
@@ -224,8 +234,11 @@ def evaluate(job: Job) -> None:
         if benchmarks:
             found["benchmarks"], parts = measure_benchmarks(job, speaker, benchmarks)
             sections += parts
+    if not is_main():
+        return
     flags = given_flags([args, model, job.sampling, job.limits], job.given)
     found |= {"level": LEVEL, "flags": flags, "versions": versions(), "seconds": round(time.time() - began, 1)}
+    found["processes"] = PartialState().num_processes
     title = f"Evaluation of {model.lora_model or model.base_model}"
     about = {name: str(value) for name, value in found["model"].items()} | {"intervals": f"{LEVEL:.0%}"}
     (job.work / PAGE).write_text(page(title, about, sections), encoding="utf-8")
@@ -236,7 +249,11 @@ def evaluate(job: Job) -> None:
 def main(argv: list[str] | None = None) -> None:
     set_up_logging()
     try:
-        job = read_flags(argv)
+        job = read_flags(argv, __doc__)
+        if job.args.compare and not is_main():
+            return
+        if not job.args.compare:
+            choose_device(job.model)  # makes the state that processes know each other by
         with output_folder(job):
             if job.args.compare:
                 table, sentences = write_comparison(job.args.compare, job.work)
@@ -245,10 +262,12 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate(job)
         written = COMPARISON if job.args.compare else (METRICS, PAGE)
         logger.info(f"written: {', '.join(str(job.folder / name) for name in written)}")
+        leave_processes(0)
     except ValueError as error:
         if not type(error).__module__.startswith("stagewise"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         logger.warning("stopped; nothing was written")

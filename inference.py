@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from loguru import logger
 from tqdm import tqdm
 
 from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
 from stagewise.arguments import ArgumentError
 from stagewise.command_line import parse
-from stagewise.run import is_main, set_up_logging
+from stagewise.processes import from_first, together
+from stagewise.run import is_main, leave_processes, set_up_logging
 from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device
 from stagewise.talk import HELP, Talk
@@ -60,7 +60,7 @@ class InferenceArguments:
     batch_size: int = field(default=8, metadata={"help": "Prompts that a process answers at a time."})
     on_bad_record: str = field(
         default="error",
-        metadata={"help": "A prompt that is too long: error, or skip (its answer is null, with the reason)."},
+        metadata={"help": "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason)."},
     )
     overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file, do not go on."})
     checkpoint_dir: str | None = field(
@@ -216,34 +216,32 @@ def stopped_by_ctrl_c() -> Iterator[threading.Event]:
 
 def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: SamplingArguments) -> None:
     """Answers every prompt of --data_file, a batch a process at a time."""
-    prompts = read_prompts(args.data_file, args.answer_field, args.system_prompt)
+    skips = args.on_bad_record == "skip"
+    prompts = read_prompts(args.data_file, args.answer_field, args.system_prompt, skips=skips)
     choose_device(which)  # makes the state that processes know each other by
-    state = PartialState()
-    target, done = None, [0, None]
-    if state.is_main_process:
+    target: AnswerFile | None = None
+
+    def begin() -> int:
+        nonlocal target
+        asked = {**asdict(which), **asdict(sampling), "system_prompt": args.system_prompt}
+        asked |= {"answer_field": args.answer_field}
+        asked = {name: value for name, value in asked.items() if name not in WITHOUT_TRACE}
+        settings = {"data_file": fingerprint(args.data_file), **asked}
+        records = [prompt.record for prompt in prompts]
+        overwrite = args.overwrite_output_file
         try:
-            asked = {**asdict(which), **asdict(sampling), "system_prompt": args.system_prompt}
-            asked |= {"answer_field": args.answer_field}
-            asked = {name: value for name, value in asked.items() if name not in WITHOUT_TRACE}
-            settings = {"data_file": fingerprint(args.data_file), **asked}
-            records = [prompt.record for prompt in prompts]
-            target = AnswerFile(
-                args.output_file, settings, records, args.answer_field, overwrite=args.overwrite_output_file
-            )
-            done = [target.begin(), None]
-        except SpeakerError as error:
-            done = [0, str(error)]
+            target = AnswerFile(args.output_file, settings, records, args.answer_field, overwrite=overwrite)
+            return target.begin()
         except OSError as error:
-            done = [0, f"--output_file {args.output_file}: {error.strerror or error}"]
-    broadcast_object_list(done)  # what the first process found
-    if done[1]:
-        raise SpeakerError(done[1])
-    if done[0]:
-        logger.info(f"{args.output_file}: goes on behind {done[0]} of {len(prompts)} answers")
+            raise SpeakerError(f"--output_file {args.output_file}: {error.strerror or error}") from error
+
+    done = from_first(begin)
+    if done:
+        logger.info(f"{args.output_file}: goes on behind {done} of {len(prompts)} answers")
     speaker = Speaker.load(which, TEMPLATES)
     left_out = unanswerable(speaker, prompts, sampling, args.on_bad_record)
     try:
-        for first, found in windows(speaker, prompts, done[0], left_out, sampling, args.batch_size):
+        for first, found in windows(speaker, prompts, done, left_out, sampling, args.batch_size):
             for place, answer in enumerate(found, first):
                 if isinstance(answer, Answer):
                     target.write(place, answer.text, ended=answer.ended)
@@ -260,6 +258,7 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
             target.close()
     unanswered = f", {len(left_out)} records without one" if left_out else ""
     logger.info(f"{args.output_file}: {len(prompts) - len(left_out)} answers{unanswered}")
+    leave_processes(0)
 
 
 def unanswerable(
@@ -270,6 +269,9 @@ def unanswerable(
     room = sampling.settled(speaker.defaults)["max_new_tokens"]
     speaker.longest_question(room)  # the flag's fault, not a record's
     for place, prompt in enumerate(prompts):
+        if prompt.conversation is None:
+            reasons[place] = prompt.reason
+            continue
         try:
             speaker.encode(prompt.conversation, room)
         except SpeakerError as error:
@@ -297,9 +299,13 @@ def windows(
         for first in range(done, len(prompts), step):
             places = range(first, min(first + step, len(prompts)))
             mine = [place for place in places[state.process_index :: state.num_processes] if place not in left_out]
-            asked = [prompts[place].conversation for place in mine]
-            answers = speaker.answers(asked, sampling, batch_size=batch_size) if mine else []
-            found = {**left_out, **dict(gather_object(list(zip(mine, answers, strict=True))))}
+
+            def answer(places: list[int] = mine) -> dict[int, Answer]:
+                asked = [prompts[place].conversation for place in places]
+                answers = speaker.answers(asked, sampling, batch_size=batch_size) if asked else []
+                return dict(zip(places, answers, strict=True))
+
+            found = {**left_out, **together(answer)}
             if state.is_main_process:
                 yield first, [found[place] for place in places]
             bar.update(len(places))

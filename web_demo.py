@@ -28,8 +28,8 @@ from stagewise.command_line import parse
 from stagewise.page_texts import CHINESE, ENGLISH, said
 from stagewise.run import set_up_logging
 from stagewise.speaker import Speaker
-from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments, SpeakerError
-from stagewise.web_server import WebArguments, check_web, serve
+from stagewise.speaker_arguments import DRAWING, SamplingArguments, SpeakerError
+from stagewise.web_server import FLAGS, WebArguments, check_web, serve
 from template import TEMPLATES
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -289,7 +289,7 @@ class Page:
     def chosen(self, values: dict[str, Any]) -> SamplingArguments:
         """The settings of the page; at temperature 0 what shapes a draw is left out, the seed too."""
         if not values["temperature"]:
-            values |= dict.fromkeys(("top_p", "top_k", "min_p", "seed"))
+            values |= dict.fromkeys({*DRAWING, "seed"} - {"temperature"})
         seed, longest = values["seed"], min(int(values["max_new_tokens"]), self.longest)
         whole = {"max_new_tokens": longest, "seed": None if seed is None else int(seed), "num_beams": 1}
         if values["top_k"] is not None:
@@ -381,7 +381,7 @@ def check(web: WebArguments, sampling: SamplingArguments) -> list[tuple[str, str
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, sampling, web = parse([SpeakerArguments, SamplingArguments, WebArguments], argv)
+    args, sampling, web = parse(FLAGS, argv, description=__doc__)
     pairs = check(web, sampling)
     speaker = Speaker.load(args, TEMPLATES)
     speaker.longest_question(_beginning(sampling).settled(speaker.defaults)["max_new_tokens"])

@@ -22,32 +22,51 @@ from stagewise.speaker import SpeakerError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A record of the file, as it was read, and what the model is asked by it."""
+    """A record of the file, as it was read, and what the model is asked by it: nothing, where a reason says why."""
 
     record: dict[str, Any]
-    conversation: Conversation
+    conversation: Conversation | None
+    reason: str = ""
 
 
-def read_prompts(file: str | Path, field: str, system: str | None = None) -> list[Prompt]:
+def written_fields(field: str) -> tuple[str, str, str]:
+    """The fields that a record gets: its answer, whether that came to its end, and why there is none."""
+    return field, f"{field}_ended", f"{field}_error"
+
+
+def read_prompts(file: str | Path, field: str, system: str | None = None, *, skips: bool = False) -> list[Prompt]:
     """The prompts of a file: records of any form that the stages read, {"prompt": …}, or a .txt with one a line.
 
     A conversation that ends with an answer is asked without it. `system` stands where a record has no system prompt.
 
+    Args:
+        file: what is read.
+        field: what a record's answer will be called.
+        system: see above.
+        skips: keep a record that asks nothing, with the reason.
+
     Raises:
-        SpeakerError: naming file and line; also for a record that has a field of the answer's name already.
+        SpeakerError: naming file and line; also for a line that is no record, and for a record that has a field
+            already which an answer would be written over.
     """
     path = Path(file)
     if not path.is_file():
-        raise SpeakerError(f"--data_file {file}: no such file")
+        raise SpeakerError(f"--data_file {file}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
     kind = suffixes_of(path)[0]
     if kind != ".txt" and kind not in RECORD_FILES:
         raise SpeakerError(f"--data_file {file}: expected {', '.join(RECORD_FILES)} or .txt (a question a line)")
     prompts = []
     try:
         for where, record in _lines(path) if kind == ".txt" else _records(path):
-            if field in record:
-                raise SpeakerError(f"{where}: has a field {field!r} already: give another --answer_field")
-            asked = parse_prompt(_as_question(record), where)
+            if taken := [name for name in written_fields(field) if name in record]:
+                raise SpeakerError(f"{where}: has a field {taken[0]!r} already: give another --answer_field")
+            try:
+                asked = parse_prompt(_as_question(record, where), where)
+            except RecordError as error:
+                if not skips:
+                    raise
+                prompts.append(Prompt(record, None, str(error)))
+                continue
             if asked.system is None and system is not None:
                 asked = replace(asked, system=system)
             prompts.append(Prompt(record, asked))
@@ -75,11 +94,13 @@ def _records(path: Path):
         yield line.where, line.value
 
 
-def _as_question(record: dict[str, Any]) -> dict[str, Any]:
+def _as_question(record: dict[str, Any], where: str) -> dict[str, Any]:
     """{"prompt": …} in the words of the other forms."""
-    asked = record.get("prompt")
-    if form_of(record) is not None or asked is None:
+    if form_of(record) is not None or "prompt" not in record:
         return record
+    asked = record["prompt"]
+    if asked is None:
+        raise RecordError(where, "no prompt", '"prompt" is null')
     rest = {name: value for name, value in record.items() if name != "prompt"}
     return {**rest, "messages": asked} if isinstance(asked, list) else {**rest, "question": asked}
 
@@ -153,9 +174,10 @@ class AnswerFile:
         return sum(map(len, lines)), len(lines) - 1
 
     def write(self, place: int, answer: str | None, **more: Any) -> None:
-        """Adds the answer to the record at `place`, with further fields whose names begin with the answer's."""
-        more = {f"{self.field}_{name}": value for name, value in more.items()}
-        self._line({**self.records[place], self.field: answer, **more})
+        """Adds its answer and `ended`, or None and `error`, to the record at `place`; see `written_fields`."""
+        answered, ended, error = written_fields(self.field)
+        names = {"ended": ended, "error": error}
+        self._line({**self.records[place], answered: answer, **{names[name]: value for name, value in more.items()}})
 
     def flush(self) -> None:
         """What was written outlives this process."""

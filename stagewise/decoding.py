@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -29,6 +34,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stagewise.generation import draw
 
+# What leaves tokens out of a draw, in transformers' order, and the value that leaves none out.
+FILTERS = {
+    "top_h": (TopHLogitsWarper, None),
+    "top_k": (TopKLogitsWarper, 0),
+    "top_p": (TopPLogitsWarper, 1),
+    "min_p": (MinPLogitsWarper, 0),
+    "typical_p": (TypicalLogitsWarper, 1),
+    "epsilon_cutoff": (EpsilonLogitsWarper, 0),
+    "eta_cutoff": (EtaLogitsWarper, 0),
+}
 BROKEN = "\ufffd"  # what a tokenizer shows for a character of which bytes are missing
 
 
@@ -39,7 +54,8 @@ class RowChoice(LogitsProcessor):
         prompts: the rows' prompt ids, without padding.
         beams: rows of the scores a prompt; above 1 nothing is drawn.
         numbers: (B, N), the random number of each row's each token; None: the most probable token.
-        settings: temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size as in transformers.
+        settings: temperature, those of FILTERS, repetition_penalty, no_repeat_ngram_size and bad_words_ids as in
+            transformers.
     """
 
     def __init__(
@@ -52,15 +68,16 @@ class RowChoice(LogitsProcessor):
             self.penalties.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
         if settings["no_repeat_ngram_size"]:
             self.penalties.append(NoRepeatNGramLogitsProcessor(settings["no_repeat_ngram_size"]))
+        if settings["bad_words_ids"]:
+            self.penalties.append(NoBadWordsLogitsProcessor(settings["bad_words_ids"]))
         self.filters: list[LogitsProcessor] = []
-        if numbers is not None and settings["temperature"] != 1:  # 0 where nothing is drawn
+        if numbers is None:
+            return
+        if settings["temperature"] != 1:
             self.filters.append(TemperatureLogitsWarper(float(settings["temperature"])))
-        if settings["top_k"]:
-            self.filters.append(TopKLogitsWarper(settings["top_k"]))
-        if settings["top_p"] < 1:
-            self.filters.append(TopPLogitsWarper(settings["top_p"]))
-        if settings["min_p"]:
-            self.filters.append(MinPLogitsWarper(settings["min_p"]))
+        for name, (kind, without) in FILTERS.items():
+            if settings[name] not in (None, without):
+                self.filters.append(kind(settings[name]))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """(B · beams, T) and (B · beams, V) → (B · beams, V); a drawn row has its token alone."""
@@ -106,6 +123,25 @@ class Halt(StoppingCriteria):
         return torch.full((len(input_ids),), any(event.is_set() for event in self.events), device=input_ids.device)
 
 
+class Ends(StoppingCriteria):
+    """Ends each row once one of the texts stands in what it said; what its prompt ends with is no part of that.
+
+    Args:
+        tokenizer: decodes.
+        texts: what ends an answer.
+        begin: columns of the ids that are prompt.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], begin: int):
+        self.tokenizer, self.texts, self.begin = tokenizer, tuple(texts), begin
+        self.window = max(len(text.encode()) for text in texts) + 8  # tokens; each has a byte at least, but for a few
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
+        said = input_ids[:, self.begin :][:, -self.window :].tolist()
+        ended = [any(text in text_of(self.tokenizer, ids) for text in self.texts) for ids in said]
+        return torch.tensor(ended, device=input_ids.device)
+
+
 class Tokens(BaseStreamer):
     """Puts the ids of one answer into a queue as lists; the prompt, which generate sends first, is left out.
 
@@ -131,7 +167,7 @@ class Words:
         tokenizer: decodes.
         stops: ids that end an answer; they are not text.
         before, after: white space that the chat form puts around the words, which is not theirs.
-        stop_strings: end markers that are several tokens of this tokenizer.
+        stop_strings: texts that end an answer: end markers that are several tokens of this tokenizer, and others.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[int], before: str, after: str, stop_strings: Sequence[str]):
@@ -169,7 +205,7 @@ class Words:
         return piece + (left.removesuffix(self.after) if self.after else left)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text_of(self.tokenizer, ids)
 
     def _let_go(self, text: str) -> str:
         self.held += text
@@ -187,6 +223,10 @@ class Words:
         cut = len(self.held) - kept
         given, self.held = self.held[:cut], self.held[cut:]
         return given
+
+
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def overlap(text: str, marker: str) -> int:

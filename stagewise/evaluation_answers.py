@@ -6,14 +6,11 @@ would learn counts for the perplexity, as in the stage's own validation.
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from stagewise.conversation import Conversation, RecordError, prompt_of
 from stagewise.decoding import settled_rotations
@@ -23,6 +20,7 @@ from stagewise.forward import document_sums, learned_logits, takes_kept_logits
 from stagewise.losses import token_nll
 from stagewise.metrics import perplexity
 from stagewise.packing import PaddedCollator
+from stagewise.processes import in_batches
 from stagewise.reward import Scorer
 from stagewise.rope import rotations
 from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerError
@@ -77,16 +75,6 @@ class QuestionEncoder:
         return Question(prompt, reference, example), cut
 
 
-def in_batches(lengths: Sequence[int], size: int, title: str) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, longest first, with a bar on a terminal."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    with tqdm(total=len(order), desc=title, unit="record", disable=not sys.stderr.isatty()) as bar:
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            yield batch
-            bar.update(len(batch))
-
-
 @torch.no_grad()
 def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
     """(negative log-likelihood in nats, learned tokens) of each example: what the stage's validation computes.
@@ -98,8 +86,8 @@ def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: 
     device = speaker.model.get_input_embeddings().weight.device
     scaled = (rotations(speaker.base.config.get_text_config()) or {}).get("rope_type")
     size = 1 if scaled == "dynamic" else batch_size  # such positions follow the longest row of a batch
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    for batch in in_batches([len(example.input_ids) for example in examples], size, "perplexity"):
+
+    def losses_of(batch: list[int]) -> list[tuple[float, int]]:
         inputs = {name: value.to(device) for name, value in collate([examples[index] for index in batch]).items()}
         with settled_rotations(speaker.base, inputs["input_ids"].shape[1]):
             logits, targets = learned_logits(speaker.model, inputs, keep)
@@ -110,23 +98,21 @@ def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: 
                 "float32"
             )
         counts = (targets != IGNORE_INDEX).sum(dim=1)
-        for index, loss, count in zip(batch, losses.tolist(), counts.tolist(), strict=True):
-            found[index] = (loss, count)
-    return found
+        return list(zip(losses.tolist(), counts.tolist(), strict=True))
+
+    return in_batches([len(example.input_ids) for example in examples], size, "perplexity", losses_of)
 
 
 def answers_to(
     speaker: Speaker, questions: Sequence[Question], sampling: SamplingArguments, batch_size: int
 ) -> list[Answer]:
     """An answer to each question, in order."""
-    found: list[Answer | None] = [None] * len(questions)
+
+    def answers_of(batch: list[int]) -> list[Answer]:
+        return speaker.answers([questions[index].prompt for index in batch], sampling, batch_size=batch_size)
+
     lengths = [len(speaker.encode(question.prompt, sampling.max_new_tokens)) for question in questions]
-    for batch in in_batches(lengths, batch_size, "answers"):
-        prompts = [questions[index].prompt for index in batch]
-        said = speaker.answers(prompts, sampling, batch_size=batch_size)
-        for index, answer in zip(batch, said, strict=True):
-            found[index] = answer
-    return found
+    return in_batches(lengths, batch_size, "answers", answers_of)
 
 
 def rewards_of(
@@ -138,17 +124,17 @@ def rewards_of(
     batch_size: int,
 ) -> list[float]:
     """The reward model's score of each answer, as PPO would see it."""
-    found = [math.nan] * len(questions)
     prompts = [speaker.encode(question.prompt, max_new_tokens) for question in questions]
-    for batch in in_batches([len(prompt) for prompt in prompts], batch_size, "scores"):
+
+    def scores_of(batch: list[int]) -> list[float]:
         scores = scorer(
             [questions[index].prompt for index in batch],
             [prompts[index] for index in batch],
             [list(answers[index].token_ids) for index in batch],
         )
-        for index, score in zip(batch, scores.tolist(), strict=True):
-            found[index] = score
-    return found
+        return scores.tolist()
+
+    return in_batches([len(prompt) for prompt in prompts], batch_size, "scores", scores_of)
 
 
 def answer_rows(

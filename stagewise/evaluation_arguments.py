@@ -7,12 +7,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+
+from accelerate import PartialState
 
 from stagewise.arguments import ArgumentError, PairArguments
 from stagewise.command_line import parse
 from stagewise.evaluation_compare import METRICS, PARTS
 from stagewise.flag_checks import check_choice, check_shared
+from stagewise.processes import from_first
 from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
 
 PAGE = "examples.html"
@@ -22,6 +26,10 @@ WRITTEN = (METRICS, PAGE, "rejected.jsonl", *(name for name, _ in PARTS.values()
 
 @dataclass
 class EvaluationArguments:
+    """What is measured."""
+
+    _argument_group_name = "what is measured"
+
     output_dir: str = field(metadata={"help": "Where metrics, answers and the page are written."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The same as --base_model."})
     test_file: str | None = field(
@@ -36,7 +44,8 @@ class EvaluationArguments:
         default="error", metadata={"help": "error: stop at the first; skip: count it, write it to rejected.jsonl."}
     )
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model that scores the answers, as in PPO: directory or hub name."}
+        default=None,
+        metadata={"help": "Scores the answers, as in PPO: a reward model, merged or its adapter, or any classifier."},
     )
     reward_label: int | None = field(default=None, metadata={"help": "Which of its labels is the score."})
     benchmarks: str | None = field(
@@ -85,7 +94,7 @@ class Job:
 # ── flags ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_flags(argv: list[str] | None) -> Job:
+def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
     """Raises ArgumentError for flags that contradict each other or would have no effect."""
     given: set[str] = set()
 
@@ -93,10 +102,8 @@ def read_flags(argv: list[str] | None) -> Job:
         given.update(word[2:] for word in words if word.startswith("--"))
         return words
 
-    job = Job(*parse(FLAGS, argv, before=before), given)
+    job = Job(*parse(FLAGS, argv, before=before, description=description), given)
     args = job.args
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ArgumentError("evaluation.py runs in one process: start it with python, not with torchrun")
     if args.compare:
         others = sorted(given - {"compare", "output_dir", "overwrite_output_dir"})
         if others:
@@ -135,8 +142,7 @@ def refuse(job: Job, names: set[str], why: str) -> None:
 
 def settle_sampling(sampling: SamplingArguments) -> None:
     """The most probable tokens, unless sampling is asked for, which then begins from seed 0."""
-    asked = [getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")]
-    if sampling.do_sample is None and asked == [None] * 4:
+    if sampling.do_sample is None and not sampling.draws:
         sampling.do_sample = False
     if sampling.settled()["do_sample"] and sampling.seed is None:
         sampling.seed = 0
@@ -146,11 +152,30 @@ def settle_sampling(sampling: SamplingArguments) -> None:
 def output_folder(job: Job) -> Iterator[None]:
     """The context in which `job.work` is filled; what is there in the end goes to --output_dir, whole or not at all.
 
-    An earlier evaluation stays as it is until then.
+    An earlier evaluation stays as it is until then. The first process alone makes, fills and moves.
 
     Raises:
         ArgumentError: if --output_dir holds an evaluation that must not be replaced, or is a file.
     """
+    if job.args.compare:  # which no other process takes part in
+        begin_folder(job)
+    else:
+        from_first(partial(begin_folder, job))
+    first = bool(job.args.compare) or PartialState().is_main_process
+    try:
+        yield
+        for name in WRITTEN if first else ():
+            (job.folder / name).unlink(missing_ok=True)
+        for name in reversed(WRITTEN) if first else ():  # metrics.json last: where it is, the rest is
+            if (job.work / name).exists():
+                os.replace(job.work / name, job.folder / name)
+    finally:
+        if first:
+            shutil.rmtree(job.work, ignore_errors=True)
+
+
+def begin_folder(job: Job) -> None:
+    """Makes `job.work`, empty. Raises ArgumentError where --output_dir cannot be written to."""
     folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
     if folder.is_file():
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
@@ -162,13 +187,7 @@ def output_folder(job: Job) -> Iterator[None]:
     if folder.resolve() in [Path(each).resolve() for each in job.args.compare]:
         raise ArgumentError(f"--output_dir {folder}: is one of those compared; give another folder")
     shutil.rmtree(job.work, ignore_errors=True)
-    job.work.mkdir(parents=True)
     try:
-        yield
-        for name in WRITTEN:
-            (folder / name).unlink(missing_ok=True)
-        for name in reversed(WRITTEN):  # metrics.json last: where it is, the rest is
-            if (job.work / name).exists():
-                os.replace(job.work / name, folder / name)
-    finally:
-        shutil.rmtree(job.work, ignore_errors=True)
+        job.work.mkdir(parents=True)
+    except OSError as error:
+        raise ArgumentError(f"--output_dir {folder}: {error.strerror or error}") from error

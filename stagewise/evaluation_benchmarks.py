@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from loguru import logger
 
 from stagewise.arguments import ArgumentError
@@ -105,19 +106,22 @@ class Benchmarks:
     def run(self, speaker: Speaker, batch_size: int, chat: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Asks every question; returns what metrics.json says of each set, and a row for each question.
 
+        In other processes than the first, which help to answer, it returns nothing.
+
         Args:
             speaker: the model, with its adapter.
             batch_size: rows of a forward pass.
             chat: questions and examples as a conversation in the model's chat form.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(speaker.model, tokenizer=speaker.tokenizer, batch_size=batch_size, max_length=speaker.context)
+        from stagewise.evaluation_harness import SharedModel
+
+        model, first = SharedModel(speaker, batch_size), PartialState().is_main_process
         is_cut = partial(longer_than, tokenizer=speaker.tokenizer, context=speaker.context, answer=model.max_gen_toks)
         found, rows = {}, []
         for name in self.names:
-            with _without_bars():
+            with _without_bars(sys.stderr.isatty() and first):
                 results = simple_evaluate(
                     model,
                     tasks=self.tasks[name],
@@ -127,6 +131,8 @@ class Benchmarks:
                     task_manager=self.manager,
                     bootstrap_iters=0,
                 )
+            if not first:
+                continue
             own = []
             for task, samples in results["samples"].items():
                 entry = self.manager.task_index.get(task)
@@ -258,9 +264,9 @@ def _dataset(records: dict[str, list[dict[str, Any]]], **_: Any) -> dict[str, An
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Where stderr is no terminal, lm-eval's bars are left out; the log has its own stream."""
-    if sys.stderr.isatty():
+def _without_bars(shown: bool) -> Iterator[None]:
+    """lm-eval's bars are left out unless they are to be `shown`; the log has its own stream."""
+    if shown:
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):

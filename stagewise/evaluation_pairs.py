@@ -17,7 +17,6 @@ from stagewise.adapter_files import task_of
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments, PairArguments
 from stagewise.conversation import Message, Preference
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, PreferenceExample, encode_preference
-from stagewise.evaluation_answers import in_batches
 from stagewise.flag_checks import check_shared
 from stagewise.manifest import read_manifest
 from stagewise.model import load_reward_model
@@ -25,6 +24,7 @@ from stagewise.model_config import load_config
 from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
+from stagewise.processes import in_batches
 from stagewise.rendering import Template
 from stagewise.speaker_loading import settle_factor
 from stagewise.validation import padded_length
@@ -42,8 +42,8 @@ class PairScorer:
     def __call__(self, pairs: Sequence[PreferenceExample], batch_size: int) -> list[tuple[float, float]]:
         """(score of the chosen, score of the rejected) of each pair, in order, as reward_modeling.py validates."""
         collate, device = PreferenceCollator(self.tokenizer.pad_token_id), self.model.device
-        found: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
-        for batch in in_batches([padded_length(pair) for pair in pairs], batch_size, "pairs"):
+
+        def scores_of(batch: list[int]) -> list[tuple[float, float]]:
             inputs = collate([pairs[index] for index in batch])
             ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
             scores = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).float()
@@ -52,9 +52,9 @@ class PairScorer:
                     "--model_name_or_path: gave a score that is NaN or infinite; load it with --torch_dtype bfloat16 "
                     "or float32"
                 )
-            for index, chosen, rejected in zip(batch, *(part.tolist() for part in scores.chunk(2)), strict=True):
-                found[index] = chosen, rejected
-        return found
+            return list(zip(*(part.tolist() for part in scores.chunk(2)), strict=True))
+
+        return in_batches([padded_length(pair) for pair in pairs], batch_size, "pairs", scores_of)
 
 
 def is_reward_model(args: ModelArguments, adapter: PeftConfig | None) -> bool:

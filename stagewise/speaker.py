@@ -21,12 +21,12 @@ import torch
 from loguru import logger
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from stagewise.attention import attention_for_generation
 from stagewise.conversation import Conversation, RecordError
-from stagewise.decoding import Halt, RowChoice, Tokens, Words, around_words, settled_rotations
+from stagewise.decoding import Ends, Halt, RowChoice, Tokens, Words, around_words, settled_rotations, text_of
 from stagewise.encoding import AnyTemplate, encode_prompt
 from stagewise.generation import random_numbers
 from stagewise.generation_config import finish_generation_config
@@ -34,7 +34,7 @@ from stagewise.own_template import EXAMPLE
 from stagewise.prompt_rows import learns_prompts, padding_is_unread, prompt_inputs
 from stagewise.rendering import Template
 from stagewise.rope import context_of, rotations
-from stagewise.speaker_arguments import MAX_NEW_TOKENS, SamplingArguments, SpeakerArguments, SpeakerError
+from stagewise.speaker_arguments import DRAWING, MAX_NEW_TOKENS, SamplingArguments, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import load_parts
 
 __all__ = ["Answer", "SamplingArguments", "Speaker", "SpeakerArguments", "SpeakerError"]
@@ -68,6 +68,9 @@ class Speaker:
         self.defaults = copy.deepcopy(self.base.generation_config)
         finish_generation_config(self.base, tokenizer, template.stops)
         self.stops = _ends(self.base.generation_config.eos_token_id, self.defaults.eos_token_id)
+        # end markers that are several tokens: they are looked for here, generate needs not know them
+        self.markers = self.base.generation_config.stop_strings or []
+        self.base.generation_config.stop_strings = None
         self.virtual_tokens = self.adapter.num_virtual_tokens if learns_prompts(model) else 0
         longest = context_of(self.base.config) or _sane(tokenizer.model_max_length)
         self.context: int = longest - self.virtual_tokens
@@ -143,14 +146,14 @@ class Speaker:
         Raises:
             SpeakerError: for settings that contradict each other, or a question that is too long.
         """
-        settings = sampling.settled(self.defaults)
+        settings = self._settings(sampling)
         prompt = self.encode(conversation, settings["max_new_tokens"])
         return self._stream(prompt, settings, adapter, stop)
 
     def _stream(
         self, prompt: list[int], settings: dict[str, Any], adapter: bool, stop: threading.Event | None
     ) -> Generator[str, None, Answer]:
-        words, said, pieces = self._words(), [], []
+        words, said, pieces = self._words(settings), [], []
         halt, tokens = threading.Event(), queue.SimpleQueue()
         streamer = Tokens(tokens) if settings["num_beams"] == 1 else None
 
@@ -197,16 +200,44 @@ class Speaker:
         Raises:
             SpeakerError: for settings that contradict each other, or a question that is too long.
         """
-        settings = sampling.settled(self.defaults)
+        settings = self._settings(sampling)
         prompts = [self.encode(conversation, settings["max_new_tokens"]) for conversation in conversations]
         found: dict[int, Answer] = {}
         for rows in self._batches(prompts, batch_size, settings["max_new_tokens"]):
-            ids = self._generate([prompts[row] for row in rows], settings, adapter, None, ())
-            found.update(zip(rows, map(self._answer, ids), strict=True))
+            said = self._generate([prompts[row] for row in rows], settings, adapter, None, ())
+            found.update((row, self._answer(ids, settings)) for row, ids in zip(rows, said, strict=True))
         return [found[row] for row in range(len(prompts))]
 
-    def _answer(self, ids: Sequence[int]) -> Answer:
-        words, text, said = self._words(), "", []
+    def _settings(self, sampling: SamplingArguments) -> dict[str, Any]:
+        """The settings as the model takes them: also stop_ids and stop_texts, which end an answer, and bad_words_ids.
+
+        Raises:
+            SpeakerError: for settings that contradict each other, or that this tokenizer cannot honour.
+        """
+        settings = sampling.settled(self.defaults)
+        if settings["min_new_tokens"] and self.markers:
+            raise SpeakerError(
+                f"--min_new_tokens: the end marker {self.markers[0]!r} is several tokens of this tokenizer, which "
+                "cannot be held back; leave it out"
+            )
+        ids, texts = list(self.stops), list(self.markers)
+        for text in settings["stop_strings"] or ():
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+            if len(tokens) == 1 and not text_of(self.tokenizer, tokens):  # a marker of its own, which is no text
+                ids += tokens
+            else:
+                texts.append(text)
+        words = [form for word in settings["bad_words"] or () for form in (word, f" {word}")]
+        banned = [tuple(self.tokenizer.encode(word, add_special_tokens=False)) for word in words]
+        return {
+            **settings,
+            "stop_ids": list(dict.fromkeys(ids)),
+            "stop_texts": list(dict.fromkeys(texts)),
+            "bad_words_ids": list(map(list, dict.fromkeys(banned))),
+        }
+
+    def _answer(self, ids: Sequence[int], settings: dict[str, Any]) -> Answer:
+        words, text, said = self._words(settings), "", []
         for token in ids:
             said.append(token)
             text += words.add(token)
@@ -214,8 +245,8 @@ class Speaker:
                 break
         return Answer(text + ("" if words.ended else words.rest()), tuple(said), words.ended)
 
-    def _words(self) -> Words:
-        return Words(self.tokenizer, self.stops, *self.around, self.base.generation_config.stop_strings or ())
+    def _words(self, settings: dict[str, Any]) -> Words:
+        return Words(self.tokenizer, settings["stop_ids"], *self.around, settings["stop_texts"])
 
     def _batches(self, prompts: Sequence[Sequence[int]], size: int, longest: int) -> Iterator[list[int]]:
         """Rows of like lengths; what cannot be padded without a trace, or has its own positions, stands apart."""
@@ -256,7 +287,7 @@ class Speaker:
         halts: Sequence[threading.Event],
     ) -> list[list[int]]:
         """The answers' ids, each with its end marker if it came to one, and perhaps padding after it."""
-        longest, beams = settings["max_new_tokens"], settings["num_beams"]
+        longest = settings["max_new_tokens"]
         numbers = None
         if settings["do_sample"]:
             seeds = [int.from_bytes(os.urandom(8)) if settings["seed"] is None else settings["seed"]] * len(prompts)
@@ -264,10 +295,11 @@ class Speaker:
                     for row, (seed, prompt) in enumerate(zip(seeds, prompts, strict=True))]  # fmt: skip
             numbers = random_numbers(keys, longest)
         config = copy.deepcopy(self.base.generation_config)
-        plain = {"temperature": None, "top_p": None, "top_k": None, "min_p": None, "typical_p": None}
-        plain |= {"epsilon_cutoff": None, "eta_cutoff": None, "repetition_penalty": None, "no_repeat_ngram_size": None}
-        chosen = {"do_sample": False, "num_beams": beams, "max_new_tokens": longest, "max_length": None}
-        for name, value in {**plain, **chosen, "eos_token_id": list(self.stops)}.items():
+        chosen = {name: settings[name] for name in ("min_new_tokens", "num_beams", "length_penalty", "early_stopping")}
+        chosen |= dict.fromkeys((*DRAWING, "repetition_penalty", "no_repeat_ngram_size"))  # by RowChoice
+        chosen |= {"do_sample": False, "max_new_tokens": longest, "max_length": None}
+        chosen |= {"eos_token_id": settings["stop_ids"]}
+        for name, value in chosen.items():
             setattr(config, name, value)
         with (
             self.lock,
@@ -276,15 +308,17 @@ class Speaker:
             attention_for_generation(),
         ):
             inputs = prompt_inputs(self.model, prompts, adapter=adapter)
+            begin = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+            criteria: list[StoppingCriteria] = [Halt(halts)] if halts else []
+            if settings["stop_texts"]:
+                criteria.append(Ends(self.tokenizer, settings["stop_texts"], begin))
             output = self.base.generate(
                 **inputs,
                 generation_config=config,
-                logits_processor=[RowChoice(prompts, beams, numbers, settings)],
-                stopping_criteria=StoppingCriteriaList([Halt(halts)]) if halts else None,
+                logits_processor=[RowChoice(prompts, settings["num_beams"], numbers, settings)],
+                stopping_criteria=StoppingCriteriaList(criteria),
                 streamer=streamer,
-                tokenizer=self.tokenizer if config.stop_strings else None,
             )
-        begin = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         return output[:, begin:].tolist()
 
     @contextmanager

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from stagewise.arguments import ArgumentError
 
 MAX_NEW_TOKENS = 512
+EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
 
 
 class SpeakerError(ArgumentError):
@@ -74,13 +75,17 @@ class SpeakerArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
 
 
+# Flags that shape a draw, so that one of them asks for it; and flags of beam search alone.
+DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+OF_BEAMS = ("length_penalty", "early_stopping")
+
+
 @dataclass
 class SamplingArguments:
-    """How an answer is drawn: transformers' names; what is not given of these is the model's own
-    (generation_config.json). Other ways of drawing that stand there (typical_p, epsilon_cutoff, eta_cutoff) are not
-    followed.
+    """How an answer is made: transformers' names; what is not given of these is the model's own
+    (generation_config.json).
 
-    Giving temperature, top_p, top_k or min_p asks for sampling, temperature 0 for the most probable token.
+    Giving one of DRAWING asks for sampling, temperature 0 for the most probable token.
     """
 
     _argument_group_name = "its answers"
@@ -97,12 +102,33 @@ class SamplingArguments:
     min_p: float | None = field(
         default=None, metadata={"help": "Leave out tokens less probable than this share of the most probable one."}
     )
+    typical_p: float | None = field(
+        default=None,
+        metadata={"help": "Draw from the tokens of most usual surprise that reach this share (typical sampling)."},
+    )
+    top_h: float | None = field(
+        default=None, metadata={"help": "Draw from the most probable tokens that hold this share of the entropy."}
+    )
+    epsilon_cutoff: float | None = field(
+        default=None, metadata={"help": "Leave out tokens less probable than this, such as 0.0005."}
+    )
+    eta_cutoff: float | None = field(
+        default=None, metadata={"help": "The same, but fewer where many tokens are probable; such as 0.001."}
+    )
     repetition_penalty: float | None = field(
         default=None, metadata={"help": "Above 1: what was said before becomes less probable."}
     )
     no_repeat_ngram_size: int | None = field(
         default=None, metadata={"help": "No n tokens in a row are said twice; 0 = no limit."}
     )
+    bad_words: list[str] | None = field(
+        default=None,
+        metadata={"help": "Words that are not said: their tokens, with and without a space before, in a row."},
+    )
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "Texts that end an answer, of which they are no part."}
+    )
+    min_new_tokens: int | None = field(default=None, metadata={"help": "No end marker is said before so many tokens."})
     max_new_tokens: int | None = field(
         default=None,
         metadata={
@@ -112,38 +138,45 @@ class SamplingArguments:
     num_beams: int | None = field(
         default=None, metadata={"help": "Beam search among so many candidates; not with sampling."}
     )
+    length_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favours "
+            "long ones, below 0 short ones."
+        },
+    )
+    early_stopping: str | None = field(
+        default=None,
+        metadata={
+            "help": "--num_beams: the search ends with as many whole answers (True), where a better one is unlikely "
+            "(False), or where none can come (never)."
+        },
+    )
     seed: int | None = field(
         default=None, metadata={"help": "The same seed gives the same answer to the same prompt."}
     )
 
+    @property
+    def draws(self) -> list[str]:
+        """The given flags that ask for a draw."""
+        return [name for name in DRAWING if getattr(self, name) is not None]
+
     def settled(self, own: GenerationConfig | None = None) -> dict[str, Any]:
-        """Every setting with its value; `own` gives those that are None here.
+        """Every setting with its value, None where it does nothing; `own` gives those that are None here.
 
         Raises:
             SpeakerError: for a value out of range, or one that would have no effect.
         """
-        asked = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        asks = [name for name, value in asked.items() if value is not None]
-        greedy = self.temperature == 0
-        if self.do_sample is False and asks and not greedy:
-            raise SpeakerError(f"--{asks[0]} has no effect with --do_sample False: leave one of them out")
-        if self.do_sample and greedy:
-            raise SpeakerError("--temperature 0 always takes the most probable token: leave --do_sample out")
-        if greedy and (others := [name for name in asks if name != "temperature"]):
-            raise SpeakerError(f"--{others[0]} has no effect with --temperature 0: leave one of them out")
-        sample, beams = self.do_sample, (self.num_beams or 1) > 1
-        if sample is None:
-            sample = not greedy and (bool(asks) or (bool(getattr(own, "do_sample", False)) and not beams))
-        known = own is not None or greedy or beams or self.do_sample is False  # whatever the model's own settings say
-        if self.seed is not None and not sample and known:
-            raise SpeakerError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
-        values = {
+        sample = self._samples(own)
+        values: dict[str, Any] = {
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 50,  # transformers' own
             "min_p": 0.0,
+            **dict.fromkeys(("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")),
             "repetition_penalty": 1.0,
             "no_repeat_ngram_size": 0,
+            **dict.fromkeys(("bad_words", "stop_strings", "min_new_tokens", *OF_BEAMS)),
             "num_beams": 1,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
@@ -156,7 +189,38 @@ class SamplingArguments:
         if sample and values["num_beams"] > 1:
             raise SpeakerError(f"--num_beams {values['num_beams']}: beam search draws nothing at random; leave out "
                                "what asks for sampling (--do_sample, --temperature, --top_p …)")  # fmt: skip
+        if isinstance(values["stop_strings"], str):  # so in some models' files
+            values["stop_strings"] = [values["stop_strings"]]
+        if not sample:
+            values |= dict.fromkeys(("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"))
+        if values["num_beams"] == 1:
+            values |= dict.fromkeys(OF_BEAMS)
+        elif values["early_stopping"] is not None:
+            values["early_stopping"] = EARLY_STOPPING[str(values["early_stopping"]).lower()]
+        longest = values["max_new_tokens"] if own is not None or self.max_new_tokens else None
+        if longest and (values["min_new_tokens"] or 0) > longest:
+            raise SpeakerError(f"--min_new_tokens {values['min_new_tokens']}: more than --max_new_tokens {longest}")
         return {**values, "do_sample": sample, "seed": self.seed}
+
+    def _samples(self, own: GenerationConfig | None) -> bool:
+        """Whether tokens are drawn. Raises SpeakerError for a flag that has no effect then, or on one beam."""
+        asks, greedy, beams = self.draws, self.temperature == 0, (self.num_beams or 1) > 1
+        if self.do_sample is False and asks and not greedy:
+            raise SpeakerError(f"--{asks[0]} has no effect with --do_sample False: leave one of them out")
+        if self.do_sample and greedy:
+            raise SpeakerError("--temperature 0 always takes the most probable token: leave --do_sample out")
+        if greedy and (others := [name for name in asks if name != "temperature"]):
+            raise SpeakerError(f"--{others[0]} has no effect with --temperature 0: leave one of them out")
+        if not beams and (shaping := [name for name in OF_BEAMS if getattr(self, name) is not None]):
+            raise SpeakerError(f"--{shaping[0]} has no effect without beam search: give --num_beams above 1, or leave "
+                               "it out")  # fmt: skip
+        sample = self.do_sample
+        if sample is None:
+            sample = not greedy and (bool(asks) or (bool(getattr(own, "do_sample", False)) and not beams))
+        known = own is not None or greedy or beams or self.do_sample is False  # whatever the model's own settings say
+        if self.seed is not None and not sample and known:
+            raise SpeakerError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
+        return sample
 
 
 def _check_ranges(values: dict[str, Any], sample: bool) -> None:
@@ -165,11 +229,20 @@ def _check_ranges(values: dict[str, Any], sample: bool) -> None:
         "top_p": (lambda v: 0 < v <= 1, "above 0, at most 1"),
         "top_k": (lambda v: v >= 0, "0 or more"),
         "min_p": (lambda v: 0 <= v <= 1, "0 to 1"),
+        "typical_p": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+        "top_h": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+        "epsilon_cutoff": (lambda v: 0 <= v < 1, "0 or more, below 1"),
+        "eta_cutoff": (lambda v: 0 <= v < 1, "0 or more, below 1"),
         "repetition_penalty": (lambda v: v > 0, "a number above 0"),
         "no_repeat_ngram_size": (lambda v: v >= 0, "0 or more"),
+        "bad_words": (lambda v: all(word.strip() for word in v), "words"),
+        "stop_strings": (all, "texts"),
+        "min_new_tokens": (lambda v: v >= 0, "0 or more"),
         "num_beams": (lambda v: v >= 1, "at least 1"),
+        "early_stopping": (lambda v: str(v).lower() in EARLY_STOPPING, "True, False or never"),
         "max_new_tokens": (lambda v: v >= 1, "at least 1"),
     }
     for name, (fits, expected) in limits.items():
-        if not fits(values[name]) and (sample or name not in ("temperature", "top_p", "top_k", "min_p")):
-            raise SpeakerError(f"--{name}: expected {expected}, found {values[name]}")
+        value = values[name]
+        if value is not None and not fits(value) and (sample or name not in DRAWING):
+            raise SpeakerError(f"--{name}: expected {expected}, found {value!r}")

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from stagewise.speaker_arguments import SpeakerArguments, SpeakerError
 from stagewise.targets import AdapterError
 
 USUAL_FACTOR = 2.0
+WAITING = timedelta(days=7)  # for processes whose answers are longer, or that hold the larger share
 # What the shared loaders call a flag -> what it is called here.
 FLAGS = {"model_name_or_path": "base_model", "tokenizer_name_or_path": "tokenizer_path", "peft_path": "lora_model"}
 Parts = tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, AnyTemplate]
@@ -112,7 +114,7 @@ def choose_device(args: SpeakerArguments) -> torch.device:
     if args.device == "cpu" and args.flash_attn and gpu:
         raise SpeakerError("--flash_attn needs a GPU: it has no effect with --device cpu, leave one out")
     on_cpu = args.device == "cpu" or not gpu
-    state = PartialState(cpu=on_cpu)
+    state = PartialState(cpu=on_cpu, timeout=WAITING)
     if on_cpu or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return torch.device("cpu") if on_cpu else state.device
     return torch.device("cuda", torch.cuda.current_device())

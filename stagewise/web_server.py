@@ -10,6 +10,7 @@ from typing import Any
 from loguru import logger
 
 from stagewise.arguments import ArgumentError
+from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
 
 # What an answer could still bring along: nothing from elsewhere, no code in attributes, no frames.
 POLICY = (
@@ -23,6 +24,8 @@ POLICY = (
 class WebArguments:
     """Where the page is, and for whom."""
 
+    _argument_group_name = "the page"
+
     server_name: str = field(
         default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0: every address of this machine."}
     )
@@ -35,6 +38,9 @@ class WebArguments:
     )
     system_prompt: str = field(default="", metadata={"help": "What every conversation's system prompt is at first."})
     title: str = field(default="Stagewise", metadata={"help": "What stands at the top of the page."})
+
+
+FLAGS = [SpeakerArguments, SamplingArguments, WebArguments]
 
 
 class Headers:

@@ -78,19 +78,12 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every script that takes flags, by module name."""
     from transformers.hf_argparser import HfArgumentParser
 
-    from inference import FLAGS as OF_INFERENCE
-    from stagewise.evaluation_arguments import FLAGS as OF_EVALUATION
-    from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
-    from stagewise.web_server import WebArguments
+    from tools.document_flags import USERS
+    from tools.document_flags import flags_of as dataclasses_of
     from tools.document_flags import parsers as of_dataclasses
     from tools.quantize_model import QuantizeArguments
 
-    others = {
-        "inference": OF_INFERENCE,
-        "evaluation": OF_EVALUATION,
-        "web_demo": [SpeakerArguments, SamplingArguments, WebArguments],
-        "tools.quantize_model": [QuantizeArguments],
-    }
+    others = {script: dataclasses_of(script) for script in USERS} | {"tools.quantize_model": [QuantizeArguments]}
     found = {name: HfArgumentParser(kinds, allow_abbrev=False) for name, kinds in others.items()}
     return {**of_dataclasses(), **found, **{name: argparse_of(name) for name in ARGPARSE}}
 
@@ -376,18 +369,20 @@ def test_the_tables_of_the_other_pages_are_what_the_code_and_the_benchmarks_say(
         text = read(str(path))
         assert renew(text) == text, f"{path}: run: python -m tools.document_flags"
         names.add(path.name)
-    assert {"pt.md", "sft_zh.md", "rm.md", "ppo.md", "dpo_zh.md", "inference_zh.md", "memory_settings.md"} <= names
+    stages = {"pt.md", "sft_zh.md", "rm.md", "ppo.md", "dpo_zh.md", "memory_settings.md"}
+    assert stages | {"inference_zh.md", "evaluation.md", "evaluation_zh.md", "web_demo.md", "web_demo_zh.md"} <= names
 
 
-@pytest.mark.parametrize(
-    "script", ["pretraining", "supervised_finetuning", "reward_modeling", "ppo_training", "dpo_training", "inference"]
-)
+SCRIPTS = ["pretraining", "supervised_finetuning", "reward_modeling", "ppo_training", "dpo_training"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "inference", "evaluation", "web_demo"])
 def test_a_page_has_every_flag_of_its_script(script):
     from transformers import TrainingArguments
 
     from tools.document_flags import page_of
 
-    theirs = set(TrainingArguments.__dataclass_fields__) if script != "inference" else set()
+    theirs = set(TrainingArguments.__dataclass_fields__) if script in SCRIPTS else set()
     for language in ("en", "zh"):
         text = read(str(page_of(script, language)))
         for name in {action.dest for action in parsers()[script]._actions} - theirs - {"help"}:
@@ -423,10 +418,10 @@ def test_every_flag_of_ours_is_in_the_tables():
 
 def test_translations_without_a_text_are_found():
     from stagewise.command_line import ALWAYS_SO, NOT_YET
-    from tools.document_flags import groups, own_fields, talking
+    from tools.document_flags import USERS, flags_of, groups, own_fields
     from tools.flag_texts import CHINESE
 
-    kinds = [*(kind for kind, _ in groups().values()), *talking()]
+    kinds = [*(kind for kind, _ in groups().values()), *(kind for script in USERS for kind in flags_of(script))]
     texts = {field.metadata["help"] for kind in kinds for field in own_fields(kind)}
     assert not set(CHINESE) - texts - set(ALWAYS_SO.values()) - set(NOT_YET.values())
 

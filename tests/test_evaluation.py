@@ -1,24 +1,24 @@
 """evaluation.py: scores computed by hand, models whose answers are known, and what is refused."""
 
 import csv
-import dataclasses
 import importlib.util
 import json
 import math
 import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import environment, torchrun
+from launching import run as launched
 
 import evaluation
 from stagewise import evaluation_benchmarks, evaluation_csv, evaluation_numbers, evaluation_page, evaluation_text
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import parse_conversation
-from stagewise.evaluation_arguments import EvaluationArguments
-from stagewise.evaluation_benchmarks import SHOTS
 from stagewise.evaluation_compare import compared, read_evaluations, sentence, write_comparison
 from stagewise.evaluation_numbers import BENCHMARK_METRICS, RM_METRICS, SFT_METRICS, differences, measure
 from template import TEMPLATES
@@ -484,6 +484,29 @@ def test_what_lm_eval_cuts(tiny_tokenizer):
     assert not evaluation_benchmarks.longer_than([("rolling",)], context=0, **ways)
 
 
+def test_questions_of_one_context_stay_in_one_process(monkeypatch):
+    from types import SimpleNamespace
+
+    from stagewise import evaluation_harness, processes
+
+    requests = [SimpleNamespace(args=(context, choice)) for context in "abc" for choice in (" A", " B")]
+
+    def ask(asked, disable_tqdm):
+        return [request.args for request in asked]
+
+    parts = []
+    for index in range(4):  # the last of them gets nothing
+        state = SimpleNamespace(num_processes=4, process_index=index, is_main_process=index == 0)
+        for module in (evaluation_harness, processes):
+            monkeypatch.setattr(module, "PartialState", lambda state=state: state)
+        everywhere = [[dict.fromkeys(range(6), "other"), None]]
+        monkeypatch.setattr(processes, "gather_object", lambda own, everywhere=everywhere: everywhere + own)
+        parts.append(evaluation_harness.SharedModel._shared(ask, requests, False))
+    assert parts[0] == [("a", " A"), ("a", " B"), *["other"] * 4]
+    assert parts[2] == [*["other"] * 4, ("c", " A"), ("c", " B")]
+    assert parts[3] == ["other"] * 6
+
+
 def test_benchmarks_that_are_not_known(tmp_path, says, capsys):
     common = ["--model_name_or_path", says("B"), "--output_dir", tmp_path / "out", "--benchmarks"]
     write_csv(tmp_path / "mmlu/test/anatomie_test.csv", "mmlu", "A")
@@ -675,6 +698,50 @@ def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, c
     assert sum(part["correct"]["records"] for part in found["by_length"].values()) == 3
     assert "chosen longer by 50 or more" in found["by_length"]
     assert re.search(r"chosen longer by 50 or more +1 ", capsys.readouterr().out)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
+    records = [
+        {"conversations": [{"from": "human", "value": f"drink {n} " * (1 + n % 3)}, {"from": "gpt", "value": "rest"}]}
+        for n in range(5)
+    ]
+    test, pairs = write_lines(tmp_path / "test.jsonl", [*CONVERSATIONS, *records]), tmp_path / "pairs.jsonl"
+    write_lines(pairs, PAIRS)
+    broken = write_lines(tmp_path / "broken.jsonl", [*CONVERSATIONS, {"text": "none"}])
+    model, scores = tiny_checkpoint("llama", max_position_embeddings=2048), tiny_checkpoint("llama", task="score")
+    made_up(tmp_path / "mmlu", "mmlu")
+    common = ["--batch_size", 2, "--output_dir"]
+    asked = ["--model_name_or_path", model, "--test_file", test, "--max_new_tokens", 6]
+    asked += ["--reward_model_name_or_path", tiny_checkpoint("llama", task="score", tokenizer=None)]
+    asked += ["--benchmarks", "mmlu", "--benchmark_dir", tmp_path, "--num_fewshot", 1]
+    scored = ["--model_name_or_path", scores, "--test_file", pairs]
+    for name, words in (("asked", asked), ("scored", scored)):
+        one = run(*words, *common, tmp_path / f"{name}-1")
+        launched(torchrun("evaluation", *words, *common, tmp_path / f"{name}-2"))
+        two = json.loads((tmp_path / f"{name}-2/metrics.json").read_text(encoding="utf-8"))
+        assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+        for part in ("seconds", "flags"):
+            one.pop(part), two.pop(part)
+        assert one == two
+        files = sorted(path.name for path in (tmp_path / f"{name}-1").iterdir())
+        assert files == sorted(path.name for path in (tmp_path / f"{name}-2").iterdir())
+        for file in (file for file in files if file.endswith(".jsonl")):
+            assert lines(tmp_path / f"{name}-1" / file) == lines(tmp_path / f"{name}-2" / file)
+    folders = [tmp_path / "asked-1", tmp_path / "asked-2"]
+    launched(torchrun("evaluation", "--compare", *folders, "--output_dir", tmp_path / "compared"))
+    found = json.loads((tmp_path / "compared/comparison.json").read_text(encoding="utf-8"))
+    assert {each["difference"] for each in found["differences"]} == {0}
+    for words, told in (
+        ([*asked, *common, tmp_path / "asked-2"], "holds an evaluation (metrics.json)"),
+        (["--model_name_or_path", model, "--test_file", broken, *common, tmp_path / "no"], "broken.jsonl:4: "),
+    ):
+        failed = subprocess.run(
+            torchrun("evaluation", *words), env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert failed.returncode and failed.stderr.count(told) == 1  # said once, and nobody waits
+    assert not (tmp_path / "no/.unfinished").exists()
 
 
 # ── flags ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -928,16 +995,6 @@ def test_a_comparison_says_what_it_is_of(tmp_path):
     (tmp_path / "a/answers.jsonl").unlink()
     with pytest.raises(ArgumentError, match=r"answers.jsonl is gone, which metrics.json speaks of"):
         read_evaluations(folders)
-
-
-@pytest.mark.parametrize("name", ["docs/evaluation.md", "docs/evaluation_zh.md"])
-def test_every_flag_is_documented_with_its_default(name):
-    rows = re.findall(r"^\| `--(\w+)` \| (.*?) \|", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
-    known = {field.name: field.default for field in dataclasses.fields(EvaluationArguments)}
-    assert {flag for flag, _ in rows} == set(known)
-    for flag, default in rows:
-        if default.startswith("`"):
-            assert default.split("`")[1] in (str(known[flag]), str(SHOTS))
 
 
 @pytest.mark.real

@@ -67,6 +67,23 @@ def test_answers_are_in_order_and_records_keep_their_fields(tiny_checkpoint, tmp
     assert read(tmp_path / "out.jsonl") != found
 
 
+def test_beams_and_stop_strings_from_the_command_line(tiny_checkpoint, tmp_path):
+    base, data = tiny_checkpoint("llama"), write(tmp_path / "prompts.jsonl", RECORDS)
+    beams = ("--num_beams", 2, "--length_penalty", -1.5, "--early_stopping", "never", "--min_new_tokens", 2)
+    inference.main(words(base, data, tmp_path / "out.jsonl", *beams))
+    whole = read(tmp_path / "out.jsonl")
+    inference.main(words(base, data, tmp_path / "plain.jsonl"))
+    letter = read(tmp_path / "plain.jsonl")[0]["response"][1]
+    inference.main(words(base, data, tmp_path / "short.jsonl", "--stop_strings", letter, "never said"))
+    short = read(tmp_path / "short.jsonl")
+    assert not any(letter in line["response"] for line in short) and any(line["response_ended"] for line in short)
+    typed = "a fever\n/quit\n"
+    command = python("inference", "--base_model", base, "--interactive", "--max_new_tokens", 6, *beams)
+    done = subprocess.run(command, input=typed, text=True, capture_output=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"model: {shown(whole[0]['response'])}\n" in done.stdout
+
+
 def test_what_each_record_asks(tmp_path):
     prompts = read_prompts(write(tmp_path / "prompts.jsonl", RECORDS), "response", "Be brief")
     asked = [(p.conversation.system, *(m.content for m in p.conversation.messages)) for p in prompts]
@@ -92,14 +109,17 @@ def test_what_each_record_asks(tmp_path):
             {"prompt": "a", "response": "b"},
             "prompts.jsonl:1: has a field 'response' already: give another --answer_field",
         ),
+        ({"prompt": "a", "response_ended": 3}, "prompts.jsonl:1: has a field 'response_ended' already"),
+        ({"prompt": "a", "response_error": 3}, "prompts.jsonl:1: has a field 'response_error' already"),
         ({"text": "a"}, "prompts.jsonl:1: found a text"),
         ({"prompt": 3}, "prompts.jsonl:1: "),
+        ({"prompt": None}, 'prompts.jsonl:1: "prompt" is null'),
     ],
 )
 def test_records_that_ask_nothing_are_named(tmp_path, record, message):
     with pytest.raises(SpeakerError, match=message):
         read_prompts(write(tmp_path / "prompts.jsonl", [record]), "response")
-    for name, hint in (("none.jsonl", "no such file"), ("x.pdf", "expected .jsonl")):
+    for name, hint in (("none.jsonl", "no such file"), ("", "is a folder"), ("x.pdf", "expected .jsonl")):
         (tmp_path / "x.pdf").touch()
         with pytest.raises(SpeakerError, match=hint):
             read_prompts(tmp_path / name, "response")
@@ -116,6 +136,22 @@ def test_a_prompt_that_is_too_long_is_an_error_or_has_no_answer(tiny_checkpoint,
     first, second, third = read(tmp_path / "out.jsonl")
     assert second["response"] is None and "longer than the" in second["response_error"]
     assert first["response"] and third["response"]
+
+
+def test_records_that_ask_nothing_come_back_with_the_reason(tiny_checkpoint, tmp_path):
+    base, odd = tiny_checkpoint("llama"), [{"prompt": " ", "n": 1}, {"a": 2}, {"messages": []}]
+    data = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}, *odd, {"prompt": "b"}])
+    with pytest.raises(SpeakerError, match="prompts.jsonl:2: turn 1 .user. is empty"):
+        inference.main(words(base, data, tmp_path / "out.jsonl"))
+    inference.main(words(base, data, tmp_path / "out.jsonl", "--on_bad_record", "skip"))
+    first, *found, last = read(tmp_path / "out.jsonl")
+    assert first["response"] and last["response"] and "response_error" not in first
+    for record, line, place in zip(odd, found, (2, 3, 4), strict=True):
+        assert {name: line[name] for name in record} == record and line["response"] is None
+        assert line["response_error"].startswith(f"prompts.jsonl:{place}: ")
+    data.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(SpeakerError, match="prompts.jsonl:2: not JSON"):  # there is no record to come back
+        inference.main(words(base, data, tmp_path / "no.jsonl", "--on_bad_record", "skip"))
 
 
 def test_what_no_record_can_help_is_an_error_also_where_records_are_skipped(tiny_checkpoint, tmp_path):
@@ -203,6 +239,11 @@ def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
         (["--interactive", "--do_sample", "False", "--top_p", "0.5"], "--top_p has no effect"),
         (["--interactive", "--temperature", "0", "--seed", "1"], "--seed has no effect on the most probable tokens"),
         (["--interactive", "--do_sample", "False", "--seed", "1"], "--seed has no effect on the most probable tokens"),
+        (["--interactive", "--length_penalty", "2"], "--length_penalty has no effect without beam search"),
+        (
+            ["--interactive", "--typical_p", "0.5", "--temperature", "0"],
+            "--typical_p has no effect with --temperature",
+        ),
         (["--interactive", "--lora_model", "a", "--output_dir", "b"], "--lora_model names the adapter"),
         (["--interactive", "--base_modle", "a"], "--base_modle: no such flag; the nearest known flag is --base_model"),
     ],

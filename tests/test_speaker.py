@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, build_tiny_tokenizer
 
 from stagewise.conversation import Conversation, Message
-from stagewise.decoding import RowChoice, Words, overlap, settled_rotations
+from stagewise.decoding import settled_rotations
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from template import TEMPLATES
 
@@ -189,46 +189,6 @@ def test_a_seed_repeats_an_answer_in_a_stream_alone_and_in_any_batch(tiny_checkp
     assert len({a.token_ids for a in speaker.answers([HELLO] * 4, free, batch_size=4)}) > 1
 
 
-def settings(**values):
-    usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    return {**usual, "no_repeat_ngram_size": 0, **values}
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [
-        ({}, {0: 0.5, 1: 0.25, 2: 0.15, 3: 0.1}),
-        ({"top_k": 2}, {0: 2 / 3, 1: 1 / 3}),
-        ({"top_p": 0.7}, {0: 2 / 3, 1: 1 / 3}),
-        ({"min_p": 0.25}, {0: 5 / 9, 1: 2.5 / 9, 2: 1.5 / 9}),  # 0.1 is less than a quarter of 0.5
-        ({"temperature": 0.5}, {0: 0.25 / 0.345, 1: 0.0625 / 0.345, 2: 0.0225 / 0.345, 3: 0.01 / 0.345}),  # squares
-        ({"repetition_penalty": 2.0}, {1: 0.25 / 0.75, 0: 0.25 / 0.75, 2: 0.15 / 0.75, 3: 0.1 / 0.75}),  # 0 was said
-    ],
-)
-def test_shares_that_are_drawn_from(given, kept):
-    scores = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    numbers = (torch.arange(2000) + 0.5) / 2000
-    drawn = torch.zeros(4)
-    for number in numbers[::4]:
-        choice = RowChoice([[0]], 1, number.view(1, 1), settings(**given))
-        one = choice(torch.tensor([[0]]), scores.clone())
-        assert (one > -torch.inf).sum() == 1
-        drawn[one.argmax()] += 1 / 500
-    expected = torch.tensor([kept.get(token, 0.0) for token in range(4)])
-    if "repetition_penalty" in given:  # log 0.5 · 2 = log 0.25
-        expected = torch.tensor([0.25, 0.25, 0.15, 0.1]) / 0.75
-    assert torch.allclose(drawn, expected, atol=0.01), drawn
-
-
-def test_penalties_do_not_see_padding():
-    scores = torch.tensor([[0.0, 1.0, 2.0]])
-    choice = RowChoice([[2]], 1, None, settings(repetition_penalty=2.0))
-    # the row is padded with 1, which was not said
-    assert choice(torch.tensor([[1, 1, 2]]), scores).tolist() == [[0.0, 1.0, 1.0]]
-    choice = RowChoice([[2, 0, 2]], 1, None, settings(no_repeat_ngram_size=2))
-    assert choice(torch.tensor([[1, 2, 0, 2]]), scores).tolist() == [[-torch.inf, 1.0, 2.0]]
-
-
 def test_beams_find_a_more_probable_answer(tiny_checkpoint):
     speaker = load(tiny_checkpoint("llama"))
     beams = SamplingArguments(num_beams=4, max_new_tokens=6)
@@ -244,76 +204,6 @@ def test_beams_find_a_more_probable_answer(tiny_checkpoint):
     (of_beams,), (greedy,) = (speaker.answers([HELLO], how, batch_size=1) for how in (beams, plain))
     assert probability(of_beams) > probability(greedy)
     assert "".join(speaker.stream(HELLO, beams)) == of_beams.text
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"do_sample": False, "temperature": 0.7}, "--temperature has no effect with --do_sample False"),
-        ({"do_sample": True, "temperature": 0}, "--temperature 0 always takes"),
-        ({"temperature": 0, "top_p": 0.9}, "--top_p has no effect with --temperature 0"),
-        ({"temperature": 0, "seed": 3}, "--seed has no effect on the most probable tokens"),
-        ({"do_sample": False, "seed": 3}, "--seed has no effect on the most probable tokens"),
-        ({"num_beams": 4, "seed": 3}, "--seed has no effect on the most probable tokens"),
-        ({"temperature": 0.7, "num_beams": 3}, "--num_beams 3: beam search draws nothing"),
-        ({"top_p": 1.5}, "--top_p: expected above 0, at most 1, found 1.5"),
-        ({"max_new_tokens": 0}, "--max_new_tokens: expected at least 1, found 0"),
-        ({"repetition_penalty": 0.0}, "--repetition_penalty: expected a number above 0"),
-    ],
-)
-def test_settings_without_effect_are_refused(given, message):
-    with pytest.raises(SpeakerError, match=message):
-        SamplingArguments(**given).settled()
-
-
-def test_what_is_not_given_is_the_models_own():
-    from transformers import GenerationConfig
-
-    own = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=100)
-    found = SamplingArguments(top_p=0.5).settled(own)
-    assert (found["do_sample"], found["temperature"], found["top_p"], found["max_new_tokens"]) == (True, 0.6, 0.5, 100)
-    assert SamplingArguments(temperature=0).settled(own)["do_sample"] is False
-    assert SamplingArguments(num_beams=2).settled(own)["do_sample"] is False
-    assert SamplingArguments().settled()["do_sample"] is False
-    assert SamplingArguments(top_k=3).settled()["do_sample"] is True
-    alone = SamplingArguments(seed=3)  # before the model is known, its own settings may still sample
-    assert (alone.settled()["do_sample"], alone.settled(own)["seed"]) == (False, 3)
-    with pytest.raises(SpeakerError, match="--seed has no effect"):
-        alone.settled(GenerationConfig())
-
-
-# ── words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def words_of(text: str, **around):
-    tokenizer = build_tiny_tokenizer()
-    words = Words(tokenizer, (2,), around.get("before", ""), around.get("after", ""), around.get("strings", ()))
-    pieces = [words.add(token) for token in tokenizer(text, add_special_tokens=False).input_ids]
-    return [piece for piece in [*pieces, words.rest()] if piece], words
-
-
-def test_pieces_hold_whole_characters():
-    # the tokenizer has bytes alone for these: 3 a Chinese character, 4 a smile
-    assert words_of("你好🙂!")[0] == ["你", "好", "🙂", "!"]
-    tokenizer = build_tiny_tokenizer()
-    first_bytes = tokenizer("好", add_special_tokens=False).input_ids[:2]
-    cut, ended = (Words(tokenizer, (2,), "", "", ()) for _ in range(2))
-    for words in (cut, ended):
-        assert [words.add(token) for token in first_bytes] == ["", ""]
-    assert cut.rest() == ""  # stopped within a character
-    assert ended.add(2) == "\ufffd"  # the model itself ended there
-
-
-def test_the_forms_own_space_and_the_end_marker_are_no_words():
-    pieces, words = words_of(" Hi there </s>Not this", before=" ", after=" ")
-    assert ("".join(pieces), words.ended) == ("Hi there", True)
-    pieces, _ = words_of("Hi ", after=" ")
-    assert "".join(pieces) == "Hi"
-    pieces, words = words_of("Yes<|end|>No", strings=("<|end|>",))
-    assert ("".join(pieces), words.ended) == ("Yes", True)
-    pieces, words = words_of("a < b <|en", strings=("<|end|>",))
-    assert ("".join(pieces), words.ended) == ("a < b <|en", False)
-    assert (overlap("abc<|e", "<|end|>"), overlap("abc", "<|end|>")) == (3, 0)
 
 
 def test_an_answer_that_ends_and_one_that_is_cut(tiny_checkpoint):

@@ -1,13 +1,11 @@
 """The web page, read and used in a real Chromium; what answers is scripted, or a model."""
 
-import dataclasses
 import os
 import re
 import shutil
 import socket
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -291,6 +289,16 @@ def test_settings_make_room_for_what_the_flags_ask_for(speaker):
     assert {name: getattr(chosen, name) for name in asked} == asked
 
 
+def test_flags_without_a_slider_hold_and_what_shapes_a_draw_waits_at_temperature_zero(speaker):
+    asked = {"typical_p": 0.5, "stop_strings": ["X"], "min_new_tokens": 3}
+    page = web_demo.Page(speaker, SamplingArguments(**asked), web_demo.WebArguments(), compares=True)
+    values = {name: slider.value for name, slider in page.sliders.items()}
+    drawn = page.chosen({**values, "temperature": 0.5}).settled(speaker.defaults)
+    assert {name: drawn[name] for name in asked} == asked
+    plain = page.chosen({**values, "temperature": 0}).settled(speaker.defaults)
+    assert (plain["do_sample"], plain["typical_p"], plain["stop_strings"]) == (False, None, ["X"])
+
+
 @pytest.mark.parametrize(
     ("question", "told"),
     [
@@ -560,15 +568,6 @@ def test_torchrun_is_refused_and_a_seed_waits_for_the_slider(speaker, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ArgumentError, match="start it with python, not with torchrun"):
         web_demo.check(web_demo.WebArguments(), SamplingArguments())
-
-
-def test_the_table_of_flags_is_what_the_code_says():
-    docs = Path(web_demo.__file__).parent / "docs"
-    english, chinese = ((docs / name).read_text(encoding="utf-8") for name in ("web_demo.md", "web_demo_zh.md"))
-    for field in dataclasses.fields(web_demo.WebArguments):
-        default = "" if field.default in (None, "") else f"`{field.default}`"
-        assert f"| `--{field.name}` | {default} | {field.metadata['help']} |" in english
-        assert f"| `--{field.name}` | {default} | " in chinese
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Writes the tables of flags in docs/arguments.md, on the pages of the stages and of inference.py, and in Chinese.
+"""Writes the tables of flags in docs/arguments.md, on the pages of the scripts, and in Chinese.
 
     python -m tools.document_flags
 
@@ -36,11 +36,12 @@ STAGES = {
     "dpo_training": "DPO",
 }
 MERGE = "merge_peft_adapter"
-TALK = "inference"
+# Scripts that use a model, and where the list of their dataclasses is.
+USERS = {"inference": "inference", "evaluation": "stagewise.evaluation_arguments", "web_demo": "stagewise.web_server"}
 DOCUMENTS = {"en": Path("docs/arguments.md"), "zh": Path("docs/arguments_zh.md")}
 # The page that has all flags of a script, without its language.
 PAGES = {
-    TALK: "inference",
+    **{script: script for script in USERS},
     "pretraining": "pt",
     "supervised_finetuning": "sft",
     "reward_modeling": "rm",
@@ -60,11 +61,14 @@ TITLES = {
     "TrainingArguments": ("Of transformers, those used most", "来自 transformers 的常用参数"),
 }
 OWN = ("Its own", "本阶段专有")
-# The same for the script that talks.
-TALK_TITLES = {
+# The same for the scripts that use a model.
+USE_TITLES = {
     "SpeakerArguments": ("The model", "模型"),
-    "SamplingArguments": ("How answers are drawn", "回答怎样采样"),
+    "SamplingArguments": ("How answers are made", "回答怎样生成"),
     "InferenceArguments": ("What is done with it", "做什么"),
+    "EvaluationArguments": ("What is measured", "测量什么"),
+    "PairArguments": ("A reward model's pairs", "奖励模型的偏好对"),
+    "WebArguments": ("The page", "页面"),
 }
 COLUMNS = {
     "flags": {"en": ("flag", "default", "what it does"), "zh": ("参数", "默认值", "作用")},
@@ -120,9 +124,9 @@ def groups() -> dict[str, tuple[type, list[str]]]:
     return found
 
 
-def talking() -> list[type]:
-    """The dataclasses whose fields are the flags of inference.py."""
-    return importlib.import_module(TALK).FLAGS
+def flags_of(script: str) -> list[type]:
+    """The dataclasses whose fields are the flags of a script that uses a model."""
+    return importlib.import_module(USERS[script]).FLAGS
 
 
 def own_fields(kind: type) -> list[dataclasses.Field]:
@@ -144,7 +148,7 @@ def default_of(field: dataclasses.Field, language: str) -> str:
         return REQUIRED[language]
     value: Any = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     value = value.value if isinstance(value, enum.Enum) else value
-    return "" if value is None else f"`{value}`"
+    return "" if value in (None, []) else f"`{value}`"
 
 
 def in_language(text: str, language: str) -> str:
@@ -236,14 +240,14 @@ def page_of(script: str, language: str) -> Path:
 
 
 def stage_tables(script: str, language: str) -> str:
-    """Every flag of a stage script, its own first, or of inference.py, in one table for each dataclass.
+    """Every flag of a stage script, its own first, or of one that uses a model, in one table for each dataclass.
 
     Raises:
         FlagsError: a dataclass that several stages have is not in `TITLES`, or a flag lacks its text.
     """
     place = ("en", "zh").index(language)
-    if script == TALK:
-        return titled([(TALK_TITLES[kind.__name__][place], flag_table(kind, language)) for kind in talking()])
+    if script in USERS:
+        return titled([(USE_TITLES[kind.__name__][place], flag_table(kind, language)) for kind in flags_of(script)])
     stages, kinds = groups(), {kind.__name__: kind for kind in dataclasses_of(script)}
     own = [name for name in kinds if stages[name][1] == [STAGES[script]]]
     if unknown := kinds.keys() - {*own, *TITLES}:

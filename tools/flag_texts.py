@@ -331,6 +331,29 @@ CHINESE: dict[str, str] = {
     "Where downloads are cached.": "下载内容的缓存目录。",
     # SamplingArguments
     "Draw tokens at random; False: always the most probable.": "随机采样 token;False:总是取最可能的。",
+    "Draw from the tokens of most usual surprise that reach this share (typical sampling).": (
+        "只从惊奇程度最接近平均的、概率之和达到该值的 token 中采样(typical sampling)。"
+    ),
+    "Draw from the most probable tokens that hold this share of the entropy.": (
+        "只从最可能的、占到熵的这一比例的 token 中采样。"
+    ),
+    "Leave out tokens less probable than this, such as 0.0005.": "去掉概率低于该值(例如 0.0005)的 token。",
+    "The same, but fewer where many tokens are probable; such as 0.001.": (
+        "同上,但在许多 token 都可能时去掉得更少;例如 0.001。"
+    ),
+    "Words that are not said: their tokens, with and without a space before, in a row.": (
+        "不说的词:它们的 token(前面带空格与不带空格的两种)不会连续出现。"
+    ),
+    "Texts that end an answer, of which they are no part.": "使回答结束的文本;它们不属于回答。",
+    "No end marker is said before so many tokens.": "说满这么多个 token 之前不会说结束符。",
+    "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favours "
+    "long ones, below 0 short ones.": (
+        "--num_beams:回答的对数概率除以其长度的该次幂;大于 0 偏向长回答,小于 0 偏向短回答。"
+    ),
+    "--num_beams: the search ends with as many whole answers (True), where a better one is unlikely "
+    "(False), or where none can come (never).": (
+        "--num_beams:有同样多个完整回答时结束(True),不大可能有更好的时结束(False),不可能有更好的时才结束(never)。"
+    ),
     "Below 1: the more probable tokens come still more often; above 1: less; 0 = no sampling.": (
         "小于 1:较可能的 token 出现得更多;大于 1:更少;0 = 不采样。"
     ),
@@ -357,8 +380,8 @@ CHINESE: dict[str, str] = {
     "Where their answers are written, as jsonl.": "回答写入的文件,jsonl 格式。",
     "Field of a record that its answer becomes.": "回答写入记录的哪个字段。",
     "Prompts that a process answers at a time.": "一个进程一次回答多少个提示。",
-    "A prompt that is too long: error, or skip (its answer is null, with the reason).": (
-        "提示过长时:error 报错,skip 跳过(回答为 null,并附原因)。"
+    "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason).": (
+        "提示过长或没有提问时:error 报错,skip 跳过(没有回答,但有原因)。"
     ),
     "Replace --output_file, do not go on.": "替换 --output_file,而不是接着写。",
     "Without --lora_model: its adapter is put on the base, if it has one.": (
@@ -367,6 +390,39 @@ CHINESE: dict[str, str] = {
     "Without --lora_model: looked at for an adapter after --checkpoint_dir.": (
         "没有 --lora_model 时:在 --checkpoint_dir 之后从这里寻找适配器。"
     ),
+    # EvaluationArguments
+    "Where metrics, answers and the page are written.": "指标、回答和页面写入的目录。",
+    "The same as --base_model.": "与 --base_model 相同。",
+    "File, or folder searched with its subfolders: conversations, or pairs for a reward model.": (
+        "文件,或连同子目录一起查找的目录:对话;奖励模型则是偏好对。"
+    ),
+    "Use at most so many records, and questions of a benchmark's subject; -1 = all.": (
+        "最多用这么多条数据,以及基准测试每个科目这么多题;-1 表示全部。"
+    ),
+    "Rows of a forward pass.": "一次前向计算的行数。",
+    "Scores the answers, as in PPO: a reward model, merged or its adapter, or any classifier.": (
+        "像 PPO 中那样给回答打分:奖励模型(合并后的或其适配器),或任何分类模型。"
+    ),
+    "Which of its labels is the score.": "它的哪个标签是分数。",
+    "mmlu, cmmlu, ceval, or any task of lm-eval; several joined by commas.": (
+        "mmlu、cmmlu、ceval 或 lm-eval 的任何任务;多个用逗号连接。"
+    ),
+    "Folder of the sets' published CSV files; default: the hub.": "数据集所发布的 CSV 文件所在的目录;默认:hub。",
+    "Examples before each question; default: 5 of the three, else the task's own.": (
+        "每个问题之前的示例数;默认:三者为 5,其他按任务自己的规定。"
+    ),
+    "Benchmarks: questions and examples in the model's chat form.": "基准测试:问题和示例用模型的对话形式。",
+    "Output directories of evaluations, to be set side by side.": "各次评估的输出目录,并排比较。",
+    "Replace an evaluation in --output_dir.": "替换 --output_dir 中已有的评估。",
+    # WebArguments
+    "Address to listen on; 0.0.0.0: every address of this machine.": "监听的地址;0.0.0.0:本机的所有地址。",
+    "Port to listen on.": "监听的端口。",
+    "Ask for a login: NAME:PASSWORD, or a file with one on each line.": "要求登录:NAME:PASSWORD,或每行一个的文件。",
+    "Also open a public address through gradio's servers; needs --auth.": (
+        "同时通过 gradio 的服务器打开一个公开地址;需要 --auth。"
+    ),
+    "What every conversation's system prompt is at first.": "每个对话最初的系统提示。",
+    "What stands at the top of the page.": "页面顶部的文字。",
     # MergeArguments
     "The adapter's directory.": "适配器的目录。",
     "Where the merged model is written.": "合并后的模型写入的目录。",
