@@ -298,6 +298,22 @@ def test_a_run_whose_epochs_are_too_short_is_refused_too(stage, make, capsys):
     assert "lower them, or train longer" in capsys.readouterr().err
 
 
+def test_on_a_16_bit_base_what_adalora_divides_by_stays_the_rank(trained, make):
+    """PEFT casts that number with the base's precision, by which it becomes a trained one that is never saved."""
+    words = make("sft", ADALORA, torch_dtype="bfloat16", max_steps=4, save_steps=2)
+    out, first = trained("sft", words)
+    (out / "checkpoint-4" / "whole.json").unlink()
+    (out / "run.json").unlink()
+    _, resumed = trained("sft", [*words, "--resume_from_checkpoint", "True"])
+    going_on = load_causal_lm(ModelArguments(words[1], torch_dtype="bfloat16"))
+    going_on = attach_adapter(going_on, AdapterArguments(peft_path=str(out)), "CAUSAL_LM")
+    for model in (first, resumed, going_on):
+        divisors = [p for name, p in model.named_parameters() if ".ranknum." in name]
+        assert len(divisors) == 14
+        assert not any(p.requires_grad for p in divisors)
+        assert {p.item() for p in divisors} == {4.0}
+
+
 # ── resume, and going on from an adapter ────────────────────────────────────────────────────────────────────────────
 
 RESUMED = {
