@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.arguments import ModelArguments
-from stagewise.attention import known_to_pack
+from stagewise.attention import SHIFTED, known_to_pack
 from stagewise.data_summary import (
     UNITS,
     Measures,
@@ -107,6 +107,10 @@ def step_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
     exact, reason = known_to_pack(load_config(shown.flags[ModelArguments]))
     if not shown.flag("packing"):
         exact, reason = False, "--packing False"
+    elif because := shown.flag("padded_because"):
+        exact, reason = False, because
+    elif shown.flag("shift_attn"):
+        exact, reason = False, SHIFTED
     rows = len(pack(measures.lengths.tolist(), capacity))
     packed = step_line(packed_step(measures, rows, capacity, size), streamed)
     if exact is None:
