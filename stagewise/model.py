@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,7 @@ def _load(
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"--model_name_or_path {source}: {error}") from error
     guard_4bit(model)
+    guard_8bit(model)
     if args.bits == 4 and args.quantize_experts:
         quantise_experts(model, twice=args.qlora)
     held = f", linear layers in {args.bits} bit" if args.bits else ""
@@ -415,6 +417,23 @@ def guard_4bit(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+
+
+def guard_8bit(model: nn.Module) -> None:
+    """Keeps the scales of 8-bit weights on a CPU, where PEFT's DoRA makes each weight anew without them.
+
+    bitsandbytes takes the scales that a layer computes with from its weight whenever that is new. It can go once PEFT
+    (0.21.2 tested) leaves the weight alone.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.init_8bit_state = partial(_take_state, module)
+
+
+def _take_state(layer: nn.Module) -> None:
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    type(layer).init_8bit_state(layer)
+    layer.state.SCB = scales
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -505,6 +505,24 @@ def test_what_is_quantised_is_as_the_flag_says(method, make):
     assert layer.support_avx512bf16_for_cpu is False
 
 
+@needs_bitsandbytes
+def test_dora_on_8_bit_is_dora_on_what_the_8_bits_stand_for(trained, make):
+    words = make("sft", "--load_in_8bit True --use_dora True")
+    out, model = trained("sft", words)
+    plain = load_causal_lm(ModelArguments(words[1]), for_training=False)
+    eight = base_of("sft", words)
+    for name, layer in eight.named_modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            scales = layer.weight.SCB[:, None] / 127
+            plain.get_submodule(name).weight.data = layer.weight.data.float() * scales
+    expected, found = logits(load_adapter(plain, out)), logits(model)
+    # outside of training bitsandbytes rounds the inputs to 8 bit, too
+    assert (found - expected).abs().mean() < 0.05 * expected.std()
+    again = load_adapter(eight, out)
+    for _ in range(2):  # the second pass is the one that lost the scales
+        assert torch.allclose(logits(again), found, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
