@@ -519,6 +519,7 @@ def test_other_kinds_of_tokenizers_are_refused():
     [
         ("--kind unigram --library tokenizers", "--library tokenizers --kind unigram: its trainer gives another"),
         ("--vocab_size 259", "--vocab_size 259: expected at least 260"),
+        ("--vocab_size 270", "--vocab_size 270: the special and byte pieces and the"),
         ("--character_coverage 0.5", "--character_coverage 0.5: expected 0.98 to 1.0"),
         ("--max_piece_length 1", "--max_piece_length 1: expected 2 to 512 letters"),
         ("--kind unigram --min_frequency 3", "--min_frequency: sentencepiece has no such setting"),
