@@ -15,6 +15,7 @@ from loguru import logger
 
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
 from stagewise.cache import CacheWriter, cache_path, read_cache, write_cache
+from stagewise.control_tokens import control_line, watched
 from stagewise.data_summary import Summary, measure, summarise
 from stagewise.examples import Examples
 from stagewise.preparation import encode_all
@@ -98,6 +99,7 @@ class SplitReader:
         if self.rejected and os.environ.get("RANK", "0") == "0":  # the one process that writes it
             self.rejected.unlink(missing_ok=True)
         limits = dict(limits or {})
+        self._tokenizer = key.get("tokenizer")
         streamed = self._stream(parse, encode, stream) if train and stream is not None else None
         train = train and streamed is None
         entry = None
@@ -255,7 +257,7 @@ class SplitReader:
         writer: CacheWriter | None,
     ) -> Examples:
         examples = encode_all(
-            records,
+            watched(records, account, self._tokenizer) if self._tokenizer else records,
             encode,
             account=account,
             on_bad_record=self.data.on_bad_record,
@@ -283,6 +285,8 @@ class SplitReader:
                 f"{name}: {account.read} records read, {account.kept} kept, {left_out} left out, "
                 f"{account.cut} cut short"
             )
+            if line := control_line(account):
+                logger.warning(f"{name}: {line}")
             if examples := getattr(splits, name):
                 splits.summary[name] = summarise(measure(examples), account.kept, account.cut, limits)
                 for line in splits.summary[name].lines():

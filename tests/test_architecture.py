@@ -24,6 +24,7 @@ LAYERS = [
         "chats",
         "web_server",
         "cache",
+        "control_tokens",
         "encoding",
         "examples",
         "tokenization",

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stagewise.arguments import ModelArguments
 from stagewise.attention import SHIFTED, known_to_pack
+from stagewise.control_tokens import control_line
 from stagewise.data_summary import (
     UNITS,
     Measures,
@@ -69,6 +70,7 @@ def account_lines(shown: Shown, split: str) -> list[str]:
         f"{account.cut:,} cut"
     ]
     lines += [f"  left out: {count:,} {reason}" for reason, count in account.left_out.items()]
+    lines += filter(None, [control_line(account)])
     for source in account.sources:
         asked = "" if source["weight"] is None else f" (weight {source['weight']:.1%})"
         lines.append(
