@@ -286,7 +286,7 @@ class SplitReader:
                 f"{account.cut} cut short"
             )
             if line := control_line(account):
-                logger.warning(f"{name}: {line}")
+                logger.info(f"{name}: {line}")
             if examples := getattr(splits, name):
                 splits.summary[name] = summarise(measure(examples), account.kept, account.cut, limits)
                 for line in splits.summary[name].lines():
