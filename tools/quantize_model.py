@@ -35,9 +35,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from stagewise.arguments import ArgumentError, ModelArguments, check_choice, parse
+from stagewise.lineage import carry_licence
 from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
 from stagewise.model import DTYPES, find_source, guard_4bit, hub_options, load_causal_lm, load_config, load_tokenizer
+from stagewise.model_card import called
 from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
 
 # What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
@@ -302,11 +304,15 @@ def write_account(args: QuantizeArguments, account: dict[str, Any]) -> None:
     folder = Path(args.output_dir)
     text = json.dumps(account, indent=2, ensure_ascii=False, default=str)
     (folder / "quantization.json").write_text(text + "\n", encoding="utf-8")
-    earlier = read_manifest(args.model_name_or_path) if Path(args.model_name_or_path).is_dir() else None
-    if earlier:
+    base = Path(args.model_name_or_path)
+    if not base.is_dir():  # of a hub's model only what loads is here
+        return
+    licence = carry_licence(base, folder, called(args.model_name_or_path))
+    if earlier := read_manifest(base):
         step = {"stage": "quantize", "base_model": args.model_name_or_path, "form": account["quantization"]}
         lineage = [*earlier.get("lineage", []), {**step, "bits": account["quantization_bit"]}]
         manifest = {"stage": "quantize", "status": "finished", "lineage": lineage, "versions": account["versions"]}
+        manifest |= {"licence": licence}
         (folder / "run.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
 
 
