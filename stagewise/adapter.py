@@ -16,7 +16,7 @@ from stagewise.adapter_files import read_adapter_config, refuse_unmergeable, ten
 from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments
 from stagewise.experts import reach_packed
 from stagewise.methods import check_continuation
-from stagewise.ranks import AdaptiveRanks, load_whole, schedule_config
+from stagewise.ranks import AdaptiveRanks, attach_ranks, load_whole, schedule_config
 from stagewise.shifted_attention import is_shifted, longlora_modules
 from stagewise.targets import (
     AdapterError,
@@ -71,16 +71,16 @@ def attach_adapter(model: PreTrainedModel, args: AdapterArguments, task_type: st
         "ensure_weight_tying": tied,
     }
     if args.method == "adalora":
-        config, name = schedule_config(args, **common), "AdaLoRA"
+        wrapped, name = attach_ranks(model, schedule_config(args, **common)), "AdaLoRA"
     else:
         start = {"default": True}.get(args.init_lora_weights, args.init_lora_weights)
         experts = {"target_parameters": targets.parameters} if targets.parameters else {}
         variant = {"use_rslora": args.use_rslora, "use_dora": args.use_dora, "init_lora_weights": start, **experts}
         config, name = LoraConfig(r=args.lora_rank, **common, **variant), _lora_name(args)
         reach_packed(config)
+        wrapped = get_peft_model(model, config)
         if targets.parameters and args.lora_dropout:
             logger.info("adapter: no dropout, since the experts held as one 3-D parameter take none")
-    wrapped = get_peft_model(model, config)
     logger.info(f"adapter: {name} on {targets}; {_summary(wrapped)}")
     return wrapped
 

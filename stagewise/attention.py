@@ -20,6 +20,7 @@ from stagewise.shifted_attention import is_shifted, register_shifted
 PACKS_EXACTLY = frozenset(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"))
 # Their inverse frequencies follow the longest position in the row, so a document alone sees other ones.
 ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
+SHIFTED = "--shift_attn cuts a row into groups, which belong to one document"  # why its rows are not packed
 PROBE_LENGTHS = (5, 9, 7)
 # Root mean square of (packed - alone) over that of the logits: rounding stays below, a leak is 0.1 and more.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -153,7 +154,7 @@ def packs_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         (True or False, the reason in words for the log).
     """
     if is_shifted(model):
-        return False, "--shift_attn cuts a row into groups, which belong to one document"
+        return False, SHIFTED
     exact, reason = known_to_pack(model.config)
     if exact is not None:
         return exact, reason

@@ -37,9 +37,9 @@ def kind_of(name: str, module: nn.Module, owner: str) -> str:
         owner: "head" or "embedding" if the module is the model's output or input embedding, else "".
     """
     parts = name.lower().split(".")
-    if any(part.startswith(("lora_", "prompt_", "mlp_head")) or part == "prompt_encoder" for part in parts):
+    if any(part.startswith(("lora_", "ranknum", "prompt_", "mlp_head")) or part == "prompt_encoder" for part in parts):
         return "adapter"
-    if owner or parts[-2:][0] in ("score", "classifier"):
+    if owner or not {"score", "classifier"}.isdisjoint(parts):
         return owner or "head"
     if isinstance(module, nn.Embedding):
         return "embedding"

@@ -4,6 +4,7 @@ licence of the model that the first step began with."""
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,14 @@ def find_licence(base: Path, called: str | None = None) -> dict[str, str]:
         }
     missing = f"{called} has no README.md with a license in its front matter, and no LICENSE file"
     return dict(earlier) if earlier else {"id": UNKNOWN, "source": missing}
+
+
+def carry_licence(base: Path, folder: Path, called: str | None = None) -> dict[str, str]:
+    """Copies the licence's text beside what was made from a model's directory; returns what `find_licence` finds."""
+    for pattern in LICENCE_FILES:
+        for path in base.glob(pattern):
+            shutil.copy(path, folder)
+    return find_licence(base, called)
 
 
 def _files(base: Path) -> Iterator[Path]:

@@ -23,7 +23,7 @@ from stagewise.experts import QuantisedExperts
 from stagewise.model_config import DTYPES, load_config
 from stagewise.model_source import ModelError, find_source, hub_options
 from stagewise.model_tokenizer import check_vocabulary
-from stagewise.quantisation import guard_4bit, quantisation_options
+from stagewise.quantisation import guard_4bit, guard_8bit, quantisation_options
 from stagewise.scalar_head import Float32Linear, reward_config, whole_weights
 
 
@@ -120,6 +120,7 @@ def _load(
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"--model_name_or_path {source}: {error}") from error
     guard_4bit(model)
+    guard_8bit(model)
     if experts := [module for module in model.modules() if isinstance(module, QuantisedExperts)]:
         count = sum(len(module.states) for module in experts)
         logger.info(f"experts: {count} 3-D parameters in 4 bit (--quantize_experts False leaves them)")

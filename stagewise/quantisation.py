@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,23 @@ def guard_4bit(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+
+
+def guard_8bit(model: nn.Module) -> None:
+    """Keeps the scales of 8-bit weights on a CPU, where PEFT's DoRA makes each weight anew without them.
+
+    bitsandbytes takes the scales that a layer computes with from its weight whenever that is new. It can go once PEFT
+    (0.21.2 tested) leaves the weight alone.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.init_8bit_state = partial(_take_state, module)
+
+
+def _take_state(layer: nn.Module) -> None:
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    type(layer).init_8bit_state(layer)
+    layer.state.SCB = scales
 
 
 # ------------------------------------------------------------------------------------------------ experts as they load

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.adalora import AdaLoraConfig
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -32,7 +32,20 @@ def schedule_config(args: AdapterArguments, **common) -> AdaLoraConfig:
     return AdaLoraConfig(**common, **{name: getattr(args, name) for name in names}, total_step=LONG)
 
 
-def load_whole(base: PreTrainedModel, folder: str | Path, config: PeftConfig) -> PeftModel:
+def attach_ranks(base: PreTrainedModel, config: AdaLoraConfig) -> PeftModel:
+    """Wraps the base in a new AdaLoRA adapter.
+
+    PEFT divides by a number a matrix, `ranknum`, that is never saved. Where the base is on a GPU or in 16 bit it moves
+    or casts that number, which makes it a trained one (PEFT 0.21.2): what was saved would be another model.
+    """
+    wrapped = get_peft_model(base, config)
+    for name, parameter in wrapped.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+    return wrapped
+
+
+def load_whole(base: PreTrainedModel, folder: str | Path, config: AdaLoraConfig) -> PeftModel:
     """An adapter to go on from: its ranks stand where they stood among the ranks it began with, the others are zero.
 
     Raises:
@@ -48,7 +61,7 @@ def load_whole(base: PreTrainedModel, folder: str | Path, config: PeftConfig) ->
                 dim, places.nonzero().squeeze(1), small
             )
     config.rank_pattern, config.inference_mode = None, False
-    wrapped = get_peft_model(base, config)
+    wrapped = attach_ranks(base, config)
     set_peft_model_state_dict(wrapped, weights)
     return wrapped
 

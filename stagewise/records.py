@@ -29,7 +29,8 @@ class Account:
     """What became of the records: `read` = `kept` + the sum of `left_out` (reason → count).
 
     `cut` counts kept records that were shortened to a length limit. `sources` says the same of each of several
-    sources. `again` gives the text of a record by its place, as it was read.
+    sources. `control` counts records with the text of a control token. `again` gives the text of a record by its
+    place, as it was read.
     """
 
     read: int = 0
@@ -38,6 +39,8 @@ class Account:
     left_out: dict[str, int] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    control: int = 0
+    first_control: str = ""
     again: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
@@ -55,8 +58,8 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json; `Account(**…)` makes it again."""
-        found = {name: value for name, value in vars(self).items() if name != "again"}
-        return found if self.sources else {name: value for name, value in found.items() if name != "sources"}
+        unsaid = {"again", *(name for name in ("sources", "control", "first_control") if not getattr(self, name))}
+        return {name: value for name, value in vars(self).items() if name not in unsaid}
 
 
 class Again:

@@ -16,6 +16,7 @@ from loguru import logger
 
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
 from stagewise.cache import CacheWriter, cache_path, copy_rejected, read_cache, write_cache
+from stagewise.control_tokens import control_line, watched
 from stagewise.data_summary import Summary, measure, summarise
 from stagewise.examples import Examples
 from stagewise.locks import Turn, turn
@@ -107,6 +108,7 @@ class SplitReader:
         if self.rejected and self.is_first:
             self.rejected.unlink(missing_ok=True)
         limits = dict(limits or {})
+        self._tokenizer = key.get("tokenizer")
         streamed = self._stream(parse, encode, stream) if train and stream is not None else None
         train = train and streamed is None
         entry = None
@@ -300,7 +302,7 @@ class SplitReader:
         writer: CacheWriter | None,
     ) -> Examples:
         examples = encode_all(
-            records,
+            watched(records, account, self._tokenizer) if self._tokenizer else records,
             encode,
             account=account,
             on_bad_record=self.data.on_bad_record,
@@ -329,6 +331,8 @@ class SplitReader:
                 f"{name}: {account.read} records read, {account.kept} kept, {left_out} left out, "
                 f"{account.cut} cut short"
             )
+            if line := control_line(account):
+                logger.info(f"{name}: {line}")
             if examples := getattr(splits, name):
                 splits.summary[name] = summarise(measure(examples), account.kept, account.cut, limits)
                 for line in splits.summary[name].lines():

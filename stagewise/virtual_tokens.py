@@ -60,10 +60,15 @@ def attach_virtual_tokens(model: PreTrainedModel, args: AdapterArguments, task_t
 
 @torch.no_grad()
 def probe(wrapped: PeftModel) -> float:
-    """How far the virtual tokens move the logits of two tokens, as training runs them."""
+    """How far the virtual tokens move the logits of two tokens, as training runs them.
+
+    Infinitely far in a model without weights, of which nothing can be said.
+    """
+    ids = torch.tensor([[0, 1]], device=wrapped.get_input_embeddings().weight.device)
+    if ids.is_meta:
+        return float("inf")
     was_training = wrapped.training
     wrapped.eval()
-    ids = torch.tensor([[0, 1]], device=wrapped.get_input_embeddings().weight.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     found = wrapped(**inputs).logits[:, -2:]
     with wrapped.disable_adapter():

@@ -34,6 +34,7 @@ LAYERS = [
         "chats",
         "cache",
         "locks",
+        "control_tokens",
         "encoding",
         "examples",
         "tokenization",

@@ -299,6 +299,22 @@ def test_a_run_whose_epochs_are_too_short_is_refused_too(stage, make, capsys):
     assert "lower them, or train longer" in capsys.readouterr().err
 
 
+def test_on_a_16_bit_base_what_adalora_divides_by_stays_the_rank(trained, make):
+    """PEFT casts that number with the base's precision, by which it becomes a trained one that is never saved."""
+    words = make("sft", ADALORA, torch_dtype="bfloat16", max_steps=4, save_steps=2)
+    out, first = trained("sft", words)
+    (out / "checkpoint-4" / "whole.json").unlink()
+    (out / "run.json").unlink()
+    _, resumed = trained("sft", [*words, "--resume_from_checkpoint", "True"])
+    going_on = load_causal_lm(ModelArguments(words[1], torch_dtype="bfloat16"))
+    going_on = attach_adapter(going_on, AdapterArguments(peft_path=str(out)), "CAUSAL_LM")
+    for model in (first, resumed, going_on):
+        divisors = [p for name, p in model.named_parameters() if ".ranknum." in name]
+        assert len(divisors) == 14
+        assert not any(p.requires_grad for p in divisors)
+        assert {p.item() for p in divisors} == {4.0}
+
+
 # ── resume, and going on from an adapter ────────────────────────────────────────────────────────────────────────────
 
 RESUMED = {
@@ -488,6 +504,24 @@ def test_what_is_quantised_is_as_the_flag_says(method, make):
     assert layer.weight.quant_type == "nf4"
     assert layer.weight.quant_state.nested is (method == "QLoRA")
     assert layer.support_avx512bf16_for_cpu is False
+
+
+@needs_bitsandbytes
+def test_dora_on_8_bit_is_dora_on_what_the_8_bits_stand_for(trained, make):
+    words = make("sft", "--load_in_8bit True --use_dora True")
+    out, model = trained("sft", words)
+    plain = load_causal_lm(ModelArguments(words[1]), for_training=False)
+    eight = base_of("sft", words)
+    for name, layer in eight.named_modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            scales = layer.weight.SCB[:, None] / 127
+            plain.get_submodule(name).weight.data = layer.weight.data.float() * scales
+    expected, found = logits(load_adapter(plain, out)), logits(model)
+    # outside of training bitsandbytes rounds the inputs to 8 bit, too
+    assert (found - expected).abs().mean() < 0.05 * expected.std()
+    again = load_adapter(eight, out)
+    for _ in range(2):  # the second pass is the one that lost the scales
+        assert torch.allclose(logits(again), found, atol=1e-4)
 
 
 @pytest.mark.parametrize(

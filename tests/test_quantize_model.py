@@ -96,12 +96,15 @@ def test_without_a_text_nothing_is_measured(tiny_checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.count("not measured") == 2
 
 
-def test_lineage_goes_on(tiny_checkpoint, tmp_path):
+def test_lineage_and_licence_go_on(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("llama")
     (base / "run.json").write_text(json.dumps({"stage": "sft", "lineage": [{"stage": "sft", "base_model": "b"}]}))
+    (base / "LICENSE.txt").write_text("MIT License\n\nCopyright")
     run("--model_name_or_path", base, "--output_dir", tmp_path / "out", "--quantization", "cpm")
-    lineage = json.loads((tmp_path / "out" / "run.json").read_text())["lineage"]
-    assert [step["stage"] for step in lineage] == ["sft", "quantize"]
+    run_json = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [step["stage"] for step in run_json["lineage"]] == ["sft", "quantize"]
+    assert run_json["licence"]["id"] == "mit"
+    assert (tmp_path / "out" / "LICENSE.txt").read_text().startswith("MIT License")
 
 
 def test_what_is_there_is_kept_unless_asked(tiny_checkpoint, tmp_path, capsys):

@@ -139,6 +139,26 @@ def test_padded_rows_are_counted_with_their_padding(show, model, data):
     assert "samples" not in found
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--shift_attn",), "--shift_attn cuts a row into groups, which belong to one document"),
+        (("--fine_tuning_type", "p_tuning"), "p_tuning: the virtual tokens stand before a row, not before each of"),
+    ],
+)
+def test_rows_that_a_method_keeps_apart_are_called_padded(flags, why, show, model, data):
+    found = show("sft", "--model_name_or_path", model(), "--train_file_dir", data, "--samples", 0, *flags)
+    assert f"rows are padded: {why}" in found
+
+
+def test_flags_that_the_stage_would_refuse_are_refused(show, model, data, capsys):
+    words = ("--model_name_or_path", model(), "--train_file_dir", data, "--shift_attn", "--fine_tuning_type")
+    with pytest.raises(SystemExit) as stop:
+        show("sft", *words, "p_tuning")
+    assert stop.value.code == 2
+    assert "--shift_attn: not with p_tuning" in capsys.readouterr().err
+
+
 def test_a_family_that_only_a_probe_can_tell_is_shown_both_ways(show, model, data):
     found = show("sft", "--model_name_or_path", model("bloom"), "--train_file_dir", data, "--samples", 0)
     assert "bloom is not a tested family: a probe of its weights" in found

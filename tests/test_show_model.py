@@ -86,6 +86,42 @@ def test_what_is_quantised_is_shown_in_its_bits(config_only, capsys):
     assert re.search(r"lm_head\.weight +320 × 32 +×1 +bfloat16$", text, re.MULTILINE)
 
 
+def test_longlora_trains_embedding_and_norms_too(config_only, capsys):
+    text = shown(capsys, config_only(), *BASE, "--shift_attn")
+    # both stand beside their frozen originals: a vocabulary of 320 and 5 norms, 32 wide
+    assert f"| embedding | {2 * 320 * 32:,} | " in text
+    assert re.search(r"^\| embedding \|.*\| 10,240 \| bfloat16 \|$", text, re.MULTILINE)
+    assert re.search(r"^\| norms \|.*\| 160 \| bfloat16 \|$", text, re.MULTILINE)
+    assert "an attention mask" not in text
+    without = shown(capsys, config_only(), *BASE, "--shift_attn", "--longlora_plus", "False")
+    assert "| embedding | 10,240 |" in without
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        ("prompt_tuning --num_virtual_tokens 4", 4 * 32),
+        ("p_tuning --num_virtual_tokens 4", 4 * 32 + 3 * (32 * 32 + 32)),
+        # keys and values of two heads of 8 in each of two layers
+        ("prefix_tuning --num_virtual_tokens 4", 4 * 2 * 2 * 16),
+    ],
+)
+def test_virtual_tokens_are_shown_without_weights(words, numbers, config_only, capsys):
+    text = shown(capsys, config_only(), *BASE, "--fine_tuning_type", *words.split())
+    assert f"| adapter | {numbers:,} |" in text
+    assert re.search(r"^model\.layers\.\*\.mlp\.up_proj\.weight +64 × 32 +×2 +bfloat16$", text, re.MULTILINE)
+    assert re.search(r"^lm_head\.weight +320 × 32 ", text, re.MULTILINE)
+    assert "one step: 2 × 68 tokens" in text
+
+
+def test_a_reward_head_and_adaloras_numbers_are_what_they_are(config_only, capsys):
+    text = shown(capsys, config_only(), "--max_source_length", "32", script="reward_modeling.py")
+    assert re.search(r"^\| head \| 64 \|.*\| 32 \|", text, re.MULTILINE)
+    assert "| other |" not in text
+    text = shown(capsys, config_only(), *BASE, "--fine_tuning_type", "adalora")
+    assert re.search(r"^\| attention \| 6,144 \|.*\| 0 \|", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
     [
@@ -180,6 +216,11 @@ def test_what_8_bit_holds_in_spite_of_checkpointing_is_a_part_of_the_table(confi
         (["supervised_finetuning.py", "--learning_rat", "1"], "--learning_rat: no such flag"),
         (["supervised_finetuning.py", "--deepspeed", "zero3.json"], "--deepspeed: the estimate is for a process"),
         (["supervised_finetuning.py", "--use_liger_kernel"], "--use_liger_kernel: its kernels keep other"),
+        (
+            ["supervised_finetuning.py", "--shift_attn", "--fine_tuning_type", "p_tuning"],
+            "--shift_attn: not with p_tun",
+        ),
+        (["dpo_training.py", "--shift_attn"], "--shift_attn: not in DPO"),
         (["supervised_finetuning.py", "--optim", "adafactor"], "--optim adafactor: no estimate for it"),
         (["supervised_finetuning.py", "--model_name_or_path", "./nowhere"], "./nowhere: no such directory"),
     ],

@@ -519,6 +519,7 @@ def test_other_kinds_of_tokenizers_are_refused():
     [
         ("--kind unigram --library tokenizers", "--library tokenizers --kind unigram: its trainer gives another"),
         ("--vocab_size 259", "--vocab_size 259: expected at least 260"),
+        ("--vocab_size 270", "--vocab_size 270: the special and byte pieces and the"),
         ("--character_coverage 0.5", "--character_coverage 0.5: expected 0.98 to 1.0"),
         ("--max_piece_length 1", "--max_piece_length 1: expected 2 to 512 letters"),
         ("--kind unigram --min_frequency 3", "--min_frequency: sentencepiece has no such setting"),
@@ -550,6 +551,8 @@ def test_build_extend_pretrain_merge(tied, texts, tiny_checkpoint, tmp_path, sta
     import merge_peft_adapter
 
     base = tiny_checkpoint("llama", tie_word_embeddings=tied)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (base / "NOTICE").write_text("whose it is")
     build_tokenizer.main(
         ["--text_dir", str(texts), "--output_dir", str(tmp_path / "vocabulary"), "--vocab_size", "340"]
     )
@@ -569,8 +572,10 @@ def test_build_extend_pretrain_merge(tied, texts, tiny_checkpoint, tmp_path, sta
     )
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "extended").get_input_embeddings().weight
     assert not torch.equal(model.get_input_embeddings().weight[300:], start[300:])  # the new rows were trained
-    lineage = json.loads((merged / "run.json").read_text(encoding="utf-8"))["lineage"]
-    assert [step["stage"] for step in lineage] == ["vocabulary", "pt", "merge"]
+    run_json = json.loads((merged / "run.json").read_text(encoding="utf-8"))
+    assert [step["stage"] for step in run_json["lineage"]] == ["vocabulary", "pt", "merge"]
+    assert run_json["licence"]["id"] == "apache-2.0"
+    assert (merged / "NOTICE").read_text() == "whose it is"
 
 
 @pytest.mark.real

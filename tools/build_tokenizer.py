@@ -82,10 +82,20 @@ def cutting() -> pre_tokenizers.PreTokenizer:
 
 
 def with_tokenizers(lines: Sequence[str], args: argparse.Namespace) -> tuple[Tokenizer, None]:
-    """BPE over letters."""
+    """BPE over letters.
+
+    Raises:
+        VocabularyError: where the letters alone fill --vocab_size: its trainer would go beyond it and merge nothing.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = cutting()
     alphabet = [SPACE, *letters_kept(lines, args.character_coverage)]
+    if (least := len(SPECIAL) + len(BYTE_PIECES) + len(alphabet)) >= args.vocab_size:
+        raise VocabularyError(
+            f"--vocab_size {args.vocab_size}: the special and byte pieces and the {len(alphabet):,} letters that "
+            f"--character_coverage {args.character_coverage:g} keeps are {least:,} already, and no letters would be "
+            "joined; give a larger size, or a lower coverage"
+        )
     trainer = trainers.BpeTrainer(
         vocab_size=args.vocab_size,
         min_frequency=args.min_frequency,

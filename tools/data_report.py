@@ -12,7 +12,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.arguments import ModelArguments
-from stagewise.attention import known_to_pack
+from stagewise.attention import SHIFTED, known_to_pack
+from stagewise.control_tokens import control_line
 from stagewise.data_summary import (
     UNITS,
     Measures,
@@ -69,6 +70,7 @@ def account_lines(shown: Shown, split: str) -> list[str]:
         f"{account.cut:,} cut"
     ]
     lines += [f"  left out: {count:,} {reason}" for reason, count in account.left_out.items()]
+    lines += filter(None, [control_line(account)])
     for source in account.sources:
         asked = "" if source["weight"] is None else f" (weight {source['weight']:.1%})"
         lines.append(
@@ -107,6 +109,10 @@ def step_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
     exact, reason = known_to_pack(load_config(shown.flags[ModelArguments]))
     if not shown.flag("packing"):
         exact, reason = False, "--packing False"
+    elif because := shown.flag("padded_because"):
+        exact, reason = False, because
+    elif shown.flag("shift_attn"):
+        exact, reason = False, SHIFTED
     rows = len(pack(measures.lengths.tolist(), capacity))
     packed = step_line(packed_step(measures, rows, capacity, size), streamed)
     if exact is None:

@@ -29,8 +29,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.lineage import carry_licence
 from stagewise.manifest import MANIFEST, read_manifest
 from stagewise.model import load_causal_lm
+from stagewise.model_card import called
 from stagewise.model_config import load_config
 from stagewise.model_source import find_source, hub_options, refuse_adapter
 from stagewise.subwords import VocabularyError, read_pieces, read_texts, read_words
@@ -275,6 +277,8 @@ def write(
         step = {"stage": "vocabulary", "base_model": str(args.model_name_or_path)}
         manifest = {**step, "status": "finished", "lineage": [*base.get("lineage", []), step]}
         manifest |= {"template": base.get("template"), "vocabulary": found}
+        if (source := Path(args.model_name_or_path)).is_dir():  # of a hub's model only what loads is here
+            manifest["licence"] = carry_licence(source, folder, called(args.model_name_or_path))
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

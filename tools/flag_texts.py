@@ -378,7 +378,7 @@ CHINESE: dict[str, str] = {
         "要回答的提示:.jsonl、.json、.csv、.parquet,格式为 docs/data.md 中的任何一种;或 .txt。"
     ),
     "Where their answers are written, as jsonl.": "回答写入的文件,jsonl 格式。",
-    "Field of a record that its answer becomes.": "回答写入记录的哪个字段。",
+    "Field of a record that its answer becomes.": "回答写入数据的哪个字段。",
     "Prompts that a process answers at a time.": "一个进程一次回答多少个提示。",
     "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason).": (
         "提示过长或没有提问时:error 报错,skip 跳过(没有回答,但有原因)。"

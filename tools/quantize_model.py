@@ -35,9 +35,11 @@ from transformers.utils import logging as transformers_logging
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.command_line import parse
 from stagewise.flag_checks import check_choice
+from stagewise.lineage import carry_licence
 from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
 from stagewise.model import load_causal_lm
+from stagewise.model_card import called
 from stagewise.model_config import DTYPES, load_config
 from stagewise.model_source import find_source, hub_options
 from stagewise.model_tokenizer import load_tokenizer
@@ -281,11 +283,15 @@ def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]
     """quantization.json, and run.json with the lineage where the base has one."""
     text = json.dumps(account, indent=2, ensure_ascii=False, default=str)
     (folder / "quantization.json").write_text(text + "\n", encoding="utf-8")
-    earlier = read_manifest(args.model_name_or_path) if Path(args.model_name_or_path).is_dir() else None
-    if earlier:
+    base = Path(args.model_name_or_path)
+    if not base.is_dir():  # of a hub's model only what loads is here
+        return
+    licence = carry_licence(base, folder, called(args.model_name_or_path))
+    if earlier := read_manifest(base):
         step = {"stage": "quantize", "base_model": args.model_name_or_path, "form": account["quantization"]}
         lineage = [*earlier.get("lineage", []), {**step, "bits": account["quantization_bit"]}]
         manifest = {"stage": "quantize", "status": "finished", "lineage": lineage, "versions": account["versions"]}
+        manifest |= {"licence": licence}
         (folder / "run.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
 
 

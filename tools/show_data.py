@@ -32,7 +32,7 @@ from stagewise.data_summary import measure, summarise
 from stagewise.flag_checks import check_shared
 from stagewise.results import has_colour
 from stagewise.run import set_up_logging
-from stagewise.settings import settle_what_to_do
+from stagewise.settings import settle_long_context, settle_what_to_do
 from stagewise.splits import Splits
 from stagewise.streamed_training import check_streaming
 from stagewise.streaming import RecordStream
@@ -46,6 +46,7 @@ STAGES = {
     "dpo": "dpo_training",
     "ppo": "ppo_training",
 }
+STAGE_OF = {script: name for name, script in STAGES.items()}
 STREAMED = 10_000  # records that stand for a stream, unless --max_train_samples says how many
 # Flags that say where a stage computes or writes, which is not done here.
 ELSEWHERE = {
@@ -72,7 +73,7 @@ def own_parser() -> argparse.ArgumentParser:
 def stage_name(word: str) -> str:
     """ "sft" of "sft", "supervised_finetuning.py" or "path/to/supervised_finetuning.py"."""
     name = Path(word).name.removesuffix(".py")
-    found = name if name in STAGES else next((short for short, script in STAGES.items() if script == name), None)
+    found = name if name in STAGES else STAGE_OF.get(name)
     if found is None:
         scripts = ", ".join(f"{script}.py ({short})" for short, script in STAGES.items())
         raise argparse.ArgumentTypeError(f"expected a stage, one of {scripts}; found {word!r}")
@@ -127,6 +128,7 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
     check_shared(*parts)
     flags = {type(part): part for part in (args, *parts)}
     settle_what_to_do(args, flags[DataArguments])
+    settle_long_context(STAGE_OF[script], parts)
     if LanguageModelArguments in flags:
         check_streaming(args, flags[DataArguments], flags[LanguageModelArguments])
     return flags

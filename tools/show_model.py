@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stagewise import layers, memory
 from stagewise.adapter import attach_adapter, read_adapter_config
-from stagewise.arguments import AdapterArguments, ArgumentError, ModelArguments
+from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments, ArgumentError, ModelArguments
+from stagewise.attention import choose_attention
 from stagewise.command_line import FALSE_WORDS, parse
 from stagewise.flag_checks import check_shared
 from stagewise.forward import takes_kept_logits
 from stagewise.methods import check_methods
 from stagewise.model_config import DTYPES, load_config
-from stagewise.settings import settle_precision
+from stagewise.settings import settle_long_context, settle_precision
 from tools.document_flags import STAGES, dataclasses_of
 
 NAMES = {script: title.lower() for script, title in STAGES.items()}
@@ -95,6 +96,7 @@ def read_flags(script: str, words: list[str]) -> tuple[str, Any, list[Any]]:
             part.given = given
     check_shared(*parts)
     settle_precision(args, parts)
+    settle_long_context(NAMES[name], parts)
     gpu = {"device": torch.device("cuda"), "optim": args.optim, "max_steps": args.max_steps, "deepspeed": None}
     check_methods(NAMES[name], SimpleNamespace(**gpu, gradient_checkpointing=args.gradient_checkpointing), parts)
     return NAMES[name], args, parts
@@ -118,15 +120,16 @@ def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> memor
         # chosen and rejected answer of a pair begin at one position, those of other pairs elsewhere
         logit_tokens = 0 if stage == "rm" else rows * (min(tokens, batch * answer) if kept_logits else tokens)
     adapter = next(part for part in parts if isinstance(part, AdapterArguments))
-    packed = stage in ("pt", "sft") and flag(parts, "packing", False)
+    virtual = adapter.num_virtual_tokens if adapter.method in VIRTUAL_TOKENS else 0
+    packed = stage in ("pt", "sft") and flag(parts, "packing", False) and not (virtual or model.shift_attn)
     # torch's own attention takes several documents in a row, or padding, as a mask; a batch of one has no padding
-    masked = not model.flash_attn and (packed or rows > 1)
+    masked = not (model.flash_attn or model.shift_attn) and (packed or rows > 1)
     return memory.Step(
         rows=rows,
-        tokens=tokens,
+        tokens=tokens + virtual,
         logit_tokens=logit_tokens,
         autocast=bool(args.bf16 or args.fp16),
-        mask_width=(rows * tokens if packed else tokens) if masked else 0,
+        mask_width=(rows * tokens if packed else tokens + virtual) if masked else 0,
         checkpointing=bool(args.gradient_checkpointing),
         accumulates=args.gradient_accumulation_steps > 1,
         optim=str(getattr(args.optim, "value", args.optim)),
@@ -154,6 +157,8 @@ def describe(script: str, words: list[str]) -> Described:
     if stage == "rm":
         auto, config = AutoModelForSequenceClassification, config.get_text_config()
         config.num_labels = 1
+    if model_args.shift_attn:  # also says what else trains
+        config._attn_implementation = choose_attention(config, model_args)
     model = layers.skeleton(config, auto, dtype_of(model_args, config), model_args.trust_remote_code)
     in_bits = memory.layers_in_bits(model) if model_args.bits else set()
     step = step_of(stage, args, parts, takes_kept_logits(model))
@@ -186,13 +191,14 @@ def dtype_of(args: ModelArguments, config: PretrainedConfig) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------------- printing
 
 
-def structure(found: list[layers.Parameter]) -> list[str]:
-    """One line for each kind of weight, layers of one shape together: `layers.*.mlp.up_proj.weight (64, 32) ×2`."""
+def structure(found: list[layers.Parameter], prefix: str) -> list[str]:
+    """One line for each kind of weight, layers of one shape together: `model.layers.*.mlp.up_proj.weight 64 × 32 ×2`.
+
+    `prefix` is what PEFT puts before the names.
+    """
     shapes: dict[tuple[str, tuple[int, ...], str, bool], int] = Counter()
     for p in found:
-        shapes[
-            re.sub(r"(?<=\.)\d+(?=\.)", "*", p.name.removeprefix("base_model.model.")), p.shape, p.dtype, p.trained
-        ] += 1
+        shapes[re.sub(r"(?<=\.)\d+(?=\.)", "*", p.name.removeprefix(prefix)), p.shape, p.dtype, p.trained] += 1
     width = max(len(name) for name, *_ in shapes)
     return [
         f"{name:<{width}}  {' × '.join(map(str, shape)):<20} ×{count:<4} {dtype}{'  trained' if trained else ''}"
@@ -229,7 +235,9 @@ def report(described: Described) -> str:
     step = described.step
     bits = f", linear layers in {step.bits} bit" if step.bits else ""
     lines = [f"{type(base).__name__} ({described.config.model_type}), {described.method}{bits}", ""]
-    lines += structure(found)
+    adapted = isinstance(described.model, PeftModel)
+    virtual = adapted and described.model.active_peft_config.is_prompt_learning
+    lines += structure(found, "base_model." if virtual else "base_model.model." if adapted else "")
     lines += ["head and embedding are one weight" if tied else "", "", *kinds_table(found), ""]
     if described.stage == "ppo":
         return "\n".join(
