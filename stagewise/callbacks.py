@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from transformers import TrainerCallback
 
 from stagewise.checkpoint import mark_whole, rotate
@@ -87,14 +88,49 @@ class Preemption(TrainerCallback):
             control.should_training_stop = True
 
 
-class StopsAtItsEnd:
-    """For a Trainer: a run that is resumed behind its last step takes none; transformers would take one more."""
+class Resumes:
+    """For a Trainer: a resumed run follows the flags that it is given, and ends at its last step.
+
+    transformers takes learning rate, weight decay and betas from the checkpoint whatever the flags say, and a run that
+    is resumed behind its last step takes one more. DeepSpeed loads its optimizer itself and keeps the checkpoint's.
+    """
+
+    FROM_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        asked = [{k: v for k, v in group.items() if k in self.FROM_FLAGS} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        changes = {
+            f"{name.replace('initial_lr', 'learning rate')} {value}, the checkpoint had {group.get(name)}": None
+            for group, flags in zip(groups, asked, strict=True)
+            for name, value in flags.items()
+            if group.get(name) != value
+        }
+        for change in changes:
+            logger.info(f"goes on with {change}")
+        for group, flags in zip(groups, asked, strict=True):
+            group.update(flags)
+        if hasattr(schedule, "lr_lambdas"):  # what the schedule of now says of this step
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, share in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+
+class IntervalsOfNow(TrainerCallback):
+    """A resumed run logs, evaluates and saves as often as it is told; transformers takes that from the checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
 
 
 class EvaluationRows(TrainerCallback):

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from stagewise.arguments import ArgumentError
-from stagewise.callbacks import StopsAtItsEnd
+from stagewise.callbacks import Resumes
 from stagewise.conversation import Conversation, parse_prompt
 from stagewise.data_summary import Step, measure, rollout_contents
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example, encode_prompt
@@ -119,7 +119,7 @@ def read_prompts(
     return splits, {"train": first, "validation": last}
 
 
-class RolloutTrainer(StopsAtItsEnd, TellsSpeed, Trainer):
+class RolloutTrainer(Resumes, TellsSpeed, Trainer):
     """A Trainer whose training batches come from the model as it is when they are asked for.
 
     The stage's subclass holds `rollout`, which returns a rollout's minibatches, and `compute_loss`. The model has a
