@@ -19,11 +19,16 @@ class NonFiniteError(RuntimeError):
     """The loss is NaN or infinite; no step was taken with it."""
 
 
+def several_processes() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 class NonFiniteGuard(TrainerCallback):
     """Ends the run before a step is taken with a NaN or infinite loss.
 
     On a GPU the check waits for the optimizer step, so that micro-batches do not wait for the device one by one; with
-    DeepSpeed, which steps inside the backward pass, and on a CPU it is made at once.
+    DeepSpeed, which steps inside the backward pass, and in one process on a CPU it is made at once. Several processes
+    agree on it, so that none waits for one that has ended.
     """
 
     def __init__(self) -> None:
@@ -33,11 +38,14 @@ class NonFiniteGuard(TrainerCallback):
     def watch(self, loss: torch.Tensor, at_once: bool) -> None:
         finite = torch.isfinite(loss.detach())
         self.finite = finite if self.finite is None else self.finite & finite
-        if at_once or loss.device.type == "cpu":
+        if at_once or (loss.device.type == "cpu" and not several_processes()):
             self._check()
 
     def _check(self) -> None:
         finite, self.finite = self.finite, None
+        if finite is not None and several_processes():
+            finite = finite.float()
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if finite is not None and not bool(finite):
             raise NonFiniteError(
                 f"the loss of step {self.step + 1} is NaN or infinite; the step was not taken. Lower --learning_rate, "
@@ -78,7 +86,7 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = self.asked
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if several_processes():
             flag = torch.tensor(float(asked), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             asked = bool(flag.item())
