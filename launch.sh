@@ -69,7 +69,12 @@ find_devices() {
         GPUS=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())') ||
             fail "$PYTHON cannot import torch: 'bash launch.sh set_up' installs what is missing"
     fi
+    local name
+    for name in GPUS NPROC NNODES NODE_RANK; do
+        [[ ${!name:-0} =~ ^[0-9]+$ ]] || fail "$name=${!name}: expected a number"
+    done
     NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+    [ "$NPROC" -gt 0 ] || fail "NPROC=$NPROC: expected at least 1"
     PRECISION=(--torch_dtype bfloat16 --bf16)
 }
 

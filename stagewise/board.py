@@ -90,8 +90,10 @@ class Board(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        writer = self._open(args)
         for number, sample in enumerate(read_samples(args.output_dir, state.global_step), 1):
-            self._open(args).add_text(f"samples/{number}", as_text(sample), state.global_step)
+            writer.add_text(f"samples/{number}", as_text(sample), state.global_step)
+        writer.flush()  # an evaluation alone ends here
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer is not None:

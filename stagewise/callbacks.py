@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from transformers import TrainerCallback
 
 from stagewise.checkpoint import mark_whole, rotate, unmark
@@ -18,11 +19,16 @@ class NonFiniteError(RuntimeError):
     """The loss is NaN or infinite; no step was taken with it."""
 
 
+def several_processes() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 class NonFiniteGuard(TrainerCallback):
     """Ends the run before a step is taken with a NaN or infinite loss.
 
     On a GPU the check waits for the optimizer step, so that micro-batches do not wait for the device one by one; with
-    DeepSpeed, which steps inside the backward pass, and on a CPU it is made at once.
+    DeepSpeed, which steps inside the backward pass, and in one process on a CPU it is made at once. Several processes
+    agree on it, so that none waits for one that has ended.
     """
 
     def __init__(self) -> None:
@@ -32,11 +38,14 @@ class NonFiniteGuard(TrainerCallback):
     def watch(self, loss: torch.Tensor, at_once: bool) -> None:
         finite = torch.isfinite(loss.detach())
         self.finite = finite if self.finite is None else self.finite & finite
-        if at_once or loss.device.type == "cpu":
+        if at_once or (loss.device.type == "cpu" and not several_processes()):
             self._check()
 
     def _check(self) -> None:
         finite, self.finite = self.finite, None
+        if finite is not None and several_processes():
+            finite = finite.float()
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if finite is not None and not bool(finite):
             raise NonFiniteError(
                 f"the loss of step {self.step + 1} is NaN or infinite; the step was not taken. Lower --learning_rate, "
@@ -77,7 +86,7 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = self.asked
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if several_processes():
             flag = torch.tensor(float(asked), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             asked = bool(flag.item())
@@ -87,8 +96,36 @@ class Preemption(TrainerCallback):
             control.should_training_stop = True
 
 
-class StopsAtItsEnd:
-    """For a Trainer: a run that is resumed behind its last step takes none; transformers would take one more."""
+class Resumes:
+    """For a Trainer: a resumed run follows the flags that it is given, and ends at its last step.
+
+    transformers takes learning rate, weight decay and betas from the checkpoint whatever the flags say, and a run that
+    is resumed behind its last step takes one more. DeepSpeed loads its optimizer itself and keeps the checkpoint's.
+    """
+
+    FROM_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        asked = [{k: v for k, v in group.items() if k in self.FROM_FLAGS} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        changes = {
+            f"{name.replace('initial_lr', 'learning rate')} {value}, the checkpoint had {group.get(name)}": None
+            for group, flags in zip(groups, asked, strict=True)
+            for name, value in flags.items()
+            if group.get(name) != value
+        }
+        for change in changes:
+            logger.info(f"goes on with {change}")
+        for group, flags in zip(groups, asked, strict=True):
+            group.update(flags)
+        if hasattr(schedule, "lr_lambdas"):  # what the schedule of now says of this step
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, share in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         if self.state.global_step >= self.state.max_steps:
@@ -101,6 +138,13 @@ class StopsAtItsEnd:
         if self.args.should_save:
             unmark(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(*args, **kwargs)
+
+
+class IntervalsOfNow(TrainerCallback):
+    """A resumed run logs, evaluates and saves as often as it is told; transformers takes that from the checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
 
 
 class EvaluationRows(TrainerCallback):

@@ -68,9 +68,9 @@ def resume_point(output_dir: str, asked: str | None) -> Path | None:
     Raises:
         ArgumentError: the folder named is missing or not whole.
     """
-    if asked is None or str(asked).lower() in ("false", "no", ""):
+    if asked is None or str(asked).lower() in ("false", "no", "0", ""):
         return None
-    if str(asked).lower() in ("true", "yes"):
+    if str(asked).lower() in ("true", "yes", "1"):
         folder = last_whole(output_dir)
         if folder is None:
             logger.warning(
@@ -86,6 +86,16 @@ def resume_point(output_dir: str, asked: str | None) -> Path | None:
             "give another, or True for the last whole one"
         )
     return folder
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises ArgumentError for a checkpoint of --save_only_model, which has no state of the optimizer."""
+    if not any(next(folder.glob(pattern), None) for pattern in ("optimizer*", "global_step*")):
+        raise ArgumentError(
+            f"--resume_from_checkpoint: {folder} was saved with --save_only_model, without the optimizer's state that "
+            f"a run goes on from; begin anew from its weights: --peft_path {folder}, or --model_name_or_path where "
+            "all weights were trained"
+        )
 
 
 def rotate(output_dir: str | Path, keep: int | None, best: str | None = None) -> None:

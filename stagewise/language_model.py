@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from stagewise.attention import packs_exactly
-from stagewise.callbacks import NonFiniteGuard, StopsAtItsEnd
+from stagewise.callbacks import NonFiniteGuard, Resumes
 from stagewise.encoding import IGNORE_INDEX, Example
 from stagewise.eval_samples import Sample, chosen, continued
 from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
@@ -67,7 +67,7 @@ def training_rows(
     return rows, collate, how
 
 
-class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, StopsAtItsEnd, TellsSpeed, Trainer):
+class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Resumes, TellsSpeed, Trainer):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 
     loss_is_scaled_for_ga = True

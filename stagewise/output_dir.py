@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,9 @@ def check_output_dir(args: StageArguments) -> None:
     folder = Path(args.output_dir)
     if folder.is_file():
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not args.dry_run and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ArgumentError(f"--output_dir {folder}: {there} is no folder that can be written to; give another")
     if args.overwrite_output_dir or args.dry_run or not args.do_train:
         return
     manifest = read_manifest(folder)

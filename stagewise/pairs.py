@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from stagewise.arguments import PairArguments
-from stagewise.callbacks import NonFiniteGuard, StopsAtItsEnd
+from stagewise.callbacks import NonFiniteGuard, Resumes
 from stagewise.conversation import parse_preference
 from stagewise.encoding import AnyTemplate, PreferenceEncoder
 from stagewise.eval_samples import Sample, chosen, scored_pairs
@@ -35,7 +35,7 @@ def read_pairs(
     )
 
 
-class PairTrainer(GroupsByLength, StopsAtItsEnd, TellsSpeed, Trainer):
+class PairTrainer(GroupsByLength, Resumes, TellsSpeed, Trainer):
     """Batches are (2B, T), the B chosen rows first. The stage's subclass holds `rewards` and `compute_loss`.
 
     `compute_loss` is given the pairs of the whole batch, over all micro-batches and processes, as

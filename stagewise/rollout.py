@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from stagewise.answer_evaluation import EvaluatesAnswers
-from stagewise.callbacks import StopsAtItsEnd
+from stagewise.callbacks import Resumes
 from stagewise.conversation import Conversation, parse_prompt
 from stagewise.data_summary import Step, measure, rollout_contents
 from stagewise.encoding import AnyTemplate, Example, PromptEncoder
@@ -64,7 +64,7 @@ def read_prompts(
     return splits, {"train": first, "validation": last}
 
 
-class RolloutTrainer(EvaluatesAnswers, StopsAtItsEnd, TellsSpeed, Trainer):
+class RolloutTrainer(EvaluatesAnswers, Resumes, TellsSpeed, Trainer):
     """A Trainer whose training batches come from the model as it is when they are asked for.
 
     The stage's subclass holds `rollout`, which returns a rollout's minibatches, and `compute_loss`. The model has a

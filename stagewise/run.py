@@ -23,9 +23,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from stagewise.adapter import method_callbacks
+from stagewise.advice import advice_on
 from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments
-from stagewise.callbacks import EvaluationRows, NonFiniteError, NonFiniteGuard, Preemption, WholeCheckpoints
-from stagewise.checkpoint import resume_point
+from stagewise.callbacks import (
+    EvaluationRows,
+    IntervalsOfNow,
+    NonFiniteError,
+    NonFiniteGuard,
+    Preemption,
+    WholeCheckpoints,
+)
+from stagewise.checkpoint import check_resumable, resume_point
 from stagewise.command_line import parse
 from stagewise.curves import write_pictures
 from stagewise.dry_run import dry_run
@@ -49,9 +57,11 @@ from stagewise.settings import (
     settle_what_to_do,
 )
 from stagewise.terminal import Progress, quieten, say
+from stagewise.trainer_flags import check_trainer_flags
 from stagewise.validation import EvaluationTable
 
 PREEMPTED = 143  # exit code of a run that was stopped by SIGTERM after a whole checkpoint
+INTERRUPTED = 130  # of one that Ctrl-C ended
 
 
 def is_main() -> bool:
@@ -124,7 +134,8 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
                 part.given = frozenset(word[2:] for word in given if word.startswith("--"))
         check_shared(*parts)
         data = next((part for part in parts if isinstance(part, DataArguments)), None)
-        settle_what_to_do(args, data)
+        check_trainer_flags(args)
+        settle_what_to_do(args, data, given)
         check_eval_samples(args, "--eval_samples" in given)
         settle_precision(args, parts)
         settle_long_context(stage, parts)
@@ -197,16 +208,20 @@ class Run:
             leave_processes(PREEMPTED if error else 0)
         if error is None or isinstance(error, SystemExit):
             return False
-        message = _out_of_memory_advice(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
+        advice = advice_on(error, self.output_dir)
         # What an earlier, finished run left is not written over by a run that failed before it trained.
         if self.manifest.get("began"):
-            self.note(status="failed", error=": ".join(filter(None, (kind.__name__, message))), **self._costs())
-            self.write()
+            message = ": ".join(filter(None, (kind.__name__, advice or str(error))))
+            self.note(status="failed", error=message, **self._costs())
+            try:
+                self.write()
+            except OSError as full:  # the disk, most likely; what is said below is what ended the run
+                logger.warning(f"{MANIFEST} was not written: {full}")
             self.show(pictures=True)
         expected = isinstance(error, (ValueError, NonFiniteError)) and type(error).__module__.startswith("stagewise")
-        if expected or isinstance(error, torch.OutOfMemoryError):
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(1) from error
+        if advice or expected:
+            print(f"error: {advice or error}" if kind is not KeyboardInterrupt else advice, file=sys.stderr)
+            raise SystemExit(INTERRUPTED if kind is KeyboardInterrupt else 1) from error
         return False
 
     def show(self, pictures: bool = False) -> None:
@@ -249,7 +264,7 @@ class Run:
         self.preemption = Preemption()
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.trainer = trainer
-        own: list[TrainerCallback] = [self.progress, guard, self.preemption]
+        own: list[TrainerCallback] = [IntervalsOfNow(), self.progress, guard, self.preemption]
         own += [*method_callbacks(trainer, self.adapter), WholeCheckpoints(keep)]
         if table is not None and self.args.save_eval_records:
             own.append(EvaluationRows(table))
@@ -279,6 +294,8 @@ class Run:
             return
         self._watch(trainer, stop)
         resume = resume_point(args.output_dir, args.resume_from_checkpoint)
+        if resume:
+            check_resumable(resume)
         if args.overwrite_output_dir and resume is None and is_main():
             remove_earlier_run(args.output_dir)
         self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"), **({"resumed_from": resume.name} if resume else {}))
@@ -293,9 +310,9 @@ class Run:
             )
             raise SystemExit(PREEMPTED)
         metrics = {"train": result.metrics}
+        self._save(trainer, stop)  # before evaluation, for which --bf16_full_eval rounds the weights
         if args.do_eval:
             metrics["eval"] = self._evaluated_at_end() or trainer.evaluate()
-        self._save(trainer, stop)
         before = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_runtime" in log]
         if before:
             metrics["eval_before"] = before[0]
@@ -373,11 +390,3 @@ class Showing(TrainerCallback):
 def peak(costs: dict[str, Any]) -> float:
     """The most memory of a run, in GiB: the GPU's where there is one."""
     return costs.get("peak_gpu_memory_gib", costs["peak_memory_gib"])
-
-
-def _out_of_memory_advice(error: BaseException) -> str:
-    return (
-        "out of memory. Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), "
-        "add --gradient_checkpointing, shorten the rows (--block_size, --model_max_length, --max_source_length, "
-        f"--max_target_length), or use --torch_dtype bfloat16. ({str(error).splitlines()[0]})"
-    )

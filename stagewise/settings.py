@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class StageArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN from the log (the run stops anyway)."}
     )
-    save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept."})
+    save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept; 0: all."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Stays False: batches hold what is needed, nothing more."}
@@ -70,7 +70,7 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(
                 "--remove_unused_columns True: batches hold what is needed, nothing more; leave it out"
             )
-        if str(self.resume_from_checkpoint).lower() in ("false", "no", "none", ""):
+        if str(self.resume_from_checkpoint).lower() in ("false", "no", "0", "none", ""):
             self.resume_from_checkpoint = None
         if isinstance(self.report_to, str):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
@@ -80,17 +80,24 @@ class StageArguments(TrainingArguments):
         super().__post_init__()
 
 
+def says_yes(words: Sequence[str], flag: str) -> bool:
+    """Whether a yes-or-no flag is given and says yes; of several the last one counts."""
+    places = [place for place, word in enumerate(words) if word == flag]
+    value = words[places[-1] + 1 :][:1] if places else ["no"]
+    return not value or value[0].startswith("--") or value[0].lower() not in ("no", "false", "f", "n", "0")
+
+
 def device_words(words: list[str]) -> list[str]:
     """Words that make the same command run where there is no accelerator, DeepSpeed included."""
-    if torch.accelerator.is_available() and "--use_cpu" not in words:
+    if torch.accelerator.is_available() and not says_yes(words, "--use_cpu"):
         return words
-    if "--fp16" in words and words[words.index("--fp16") + 1 :][:1] not in (["False"], ["false"]):
+    if says_yes(words, "--fp16"):
         raise ArgumentError("--fp16: needs a GPU; on a CPU use --bf16 or neither")
-    if "--use_liger_kernel" in words:
+    if says_yes(words, "--use_liger_kernel"):
         raise ArgumentError("--use_liger_kernel: needs a GPU; leave it out on a CPU")
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if "--deepspeed" not in words:
-        extra = [] if "--use_cpu" in words else ["--use_cpu", "True"]
+        extra = [] if says_yes(words, "--use_cpu") else ["--use_cpu", "True"]
         return [*words, *extra, *(["--ddp_backend", "gloo"] if distributed and "--ddp_backend" not in words else [])]
     # DeepSpeed starts on a CPU only when accelerate's state is made first, by hand, over gloo.
     from accelerate import PartialState
@@ -103,24 +110,20 @@ def device_words(words: list[str]) -> list[str]:
     return [*words, "--accelerator_config", json.dumps({"use_configured_state": True})]
 
 
-def settle_what_to_do(args: StageArguments, data: DataArguments | None) -> None:
-    """--do_train and --do_eval as given; neither given: train, and evaluate if there are validation records."""
+def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: Collection[str]) -> None:
+    """--do_train and --do_eval as given; neither given: train, and evaluate if there are validation records.
+
+    `given`: the words of the command line, in today's names.
+    """
     has_validation = bool(data and (data.validation_file_dir or data.validation_split_percentage or data.dataset_name))
-    # transformers turns --do_eval on by itself where --eval_strategy asks for evaluation between training steps.
-    if not args.do_train and (not args.do_eval or args.eval_strategy != IntervalStrategy.NO):
-        args.do_train, args.do_eval = True, has_validation
-    if args.do_predict:
-        raise ArgumentError("--do_predict: no stage predicts; --do_eval evaluates on the validation records")
-    if args.label_smoothing_factor:
-        raise ArgumentError("--label_smoothing_factor: no stage smooths its labels; leave it out")
-    if not args.average_tokens_across_devices:
-        raise ArgumentError(
-            "--average_tokens_across_devices False: the loss is the mean over all processes; leave it out"
-        )
-    if args.neftune_noise_alpha:
-        raise ArgumentError("--neftune_noise_alpha: this stage adds no noise; leave it out")
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise ArgumentError("--train_sampling_strategy batch_rebalance: not in this version. Use group_by_length.")
+    between = args.eval_strategy != IntervalStrategy.NO  # for which transformers turns --do_eval on by itself
+    said_no = {name for name in ("do_train", "do_eval") if f"--{name}" in given and not getattr(args, name)}
+    if "do_train" not in said_no and not args.do_train and (not args.do_eval or between):
+        args.do_train, args.do_eval = True, has_validation and "do_eval" not in said_no
+    elif said_no == {"do_train"}:
+        args.do_eval = True
+    if not (args.do_train or args.do_eval):
+        raise ArgumentError("--do_train False and --do_eval False: nothing is left to do; leave one of them out")
     wants_eval = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if args.do_train and data and not (data.train_file_dir or data.dataset_name):
         raise ArgumentError("--train_file_dir: missing; give a file or folder of training records, or --dataset_name")

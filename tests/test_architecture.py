@@ -118,6 +118,8 @@ LAYERS = [
         "output_dir",
         "dry_run",
         "settings",
+        "trainer_flags",
+        "advice",
         "speaker_arguments",
         "speaker_loading",
         "prompt_rows",

@@ -96,6 +96,22 @@ def test_several_machines():
     assert words[3:14] == [*launcher, "--master_addr", "10.0.0.1", "--master_port", "1234", SCRIPTS["sft"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("NPROC", "two", "NPROC=two: expected a number"),
+        ("NPROC", "0", "NPROC=0: expected at least 1"),
+        ("NNODES", "2x", "NNODES=2x: expected a number"),
+        ("NODE_RANK", "-1", "NODE_RANK=-1: expected a number"),
+        ("GPUS", "all", "GPUS=all: expected a number"),
+    ],
+)
+def test_what_is_no_number_of_processes_is_named(name, value, says):
+    done = bash("run_sft.sh", LAUNCH_DRY="1", **{"GPUS": "0", name: value})
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
 def test_several_machines_need_the_first_one_s_address():
     done = bash("run_sft.sh", LAUNCH_DRY="1", NNODES="2")
     assert done.returncode == 2

@@ -348,9 +348,9 @@ def test_flags_about_labels_reach_the_training_set(flags, turns, limit, stage, w
     def stop(self, tokenizer, examples):
         ids = [[label for label in example.labels if label != -100] for example in examples]
         seen.extend(tokenizer.decode(each) for each in ids)
-        raise KeyboardInterrupt
+        raise SystemExit
 
     monkeypatch.setattr("stagewise.run.Run.show_sample", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         stage("supervised_finetuning", *words(train_file_dir=path.parent, model_max_length=limit), *flags)
     assert [turn for turn, word in ((1, "FIRST"), (2, "SECOND")) if word in seen[0]] == turns

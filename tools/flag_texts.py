@@ -311,7 +311,7 @@ CHINESE: dict[str, str] = {
     "Log every so many steps.": "每隔多少步记一次日志。",
     "Log the first step too.": "第一步也记日志。",
     "Hide NaN from the log (the run stops anyway).": "在日志中隐去 NaN(运行照样会停止)。",
-    "Whole checkpoints that are kept.": "保留多少个完整的检查点。",
+    "Whole checkpoints that are kept; 0: all.": "保留多少个完整的检查点;0 为全部。",
     "See torch's DDP.": "见 torch 的 DDP。",
     "Stays False: batches hold what is needed, nothing more.": "保持 False：批次里只有需要的内容，没有别的。",
     # SpeakerArguments
