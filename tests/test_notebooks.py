@@ -1,7 +1,6 @@
 """The notebooks: they run from top to bottom on the small real model, two steps a stage."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ def test_a_notebook_runs_from_top_to_bottom(name, smollm, tmp_path, monkeypatch)
         "OUTPUTS": str(tmp_path),
         "MAX_STEPS": "2",
         "MAX_EVAL_SAMPLES": "2",
-        "OMP_NUM_THREADS": str(os.cpu_count()),
         "IPYTHONDIR": str(tmp_path / "ipython"),
     }.items():
         monkeypatch.setenv(variable, value)
