@@ -16,6 +16,7 @@ Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL penalty).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -263,16 +264,18 @@ def check_arguments(run: Run, ppo: PPOArguments) -> None:
         raise ArgumentError("--deepspeed: answers cannot be sampled from partitioned weights (ZeRO-3); use zero2.json")
     positive = ("batch_size", "ppo_epochs", "temperature", "cliprange", "cliprange_value", "rollouts", "target_kl")
     for name in (*positive, "eval_answers"):
-        if (value := getattr(ppo, name)) is not None and value <= 0:
+        if (value := getattr(ppo, name)) is not None and not value > 0:  # nan is not
             raise ArgumentError(f"--{name}: expected more than 0, found {value}")
+    for name in ("top_k", "init_kl_coef", "vf_coef", "missing_eos_penalty"):
+        if not 0 <= getattr(ppo, name) < math.inf:
+            raise ArgumentError(f"--{name}: expected 0 or more, found {getattr(ppo, name)}")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(ppo, name) <= 1:
             raise ArgumentError(f"--{name}: expected 0 to 1, found {getattr(ppo, name)}")
-    for name in ("top_k", "init_kl_coef", "vf_coef"):
-        if getattr(ppo, name) < 0:
-            raise ArgumentError(f"--{name}: expected 0 or more, found {getattr(ppo, name)}")
     if not 0 < ppo.top_p <= 1:
-        raise ArgumentError(f"--top_p: expected above 0, at most 1, found {ppo.top_p}")
+        raise ArgumentError(f"--top_p: expected above 0, at most 1 (all tokens), found {ppo.top_p}")
+    if not math.isfinite(ppo.reward_baseline or 0):
+        raise ArgumentError(f"--reward_baseline: expected a finite number, found {ppo.reward_baseline}")
     ppo.mini_batch_size = settle_batches(
         run.args, run.manifest["flags"], ppo.batch_size, ppo.mini_batch_size, ppo.ppo_epochs, ppo.rollouts
     )
