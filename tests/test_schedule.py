@@ -45,6 +45,11 @@ def test_the_answers_of_a_forward_pass(per_device, asked, expected):
     assert args.per_device_train_batch_size == expected and args.ignore_data_skip
 
 
+def test_no_answers_in_a_forward_pass_are_refused():
+    with pytest.raises(ArgumentError, match="--batch_size 4: expected a multiple of --mini_batch_size 0"):
+        settle_batches(trained(), {}, 4, 0, passes=2, rollouts=None)
+
+
 def test_the_best_checkpoint_is_chosen_by_reward():
     args = trained(metric_for_best_model="loss")
     settle_batches(args, {}, 4, 2, passes=2, rollouts=None)
