@@ -98,6 +98,11 @@ class ExpertsQuantiser(Bnb4BitHfQuantizer):
     def __init__(self, quantization_config: ExpertsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.states: dict[str, QuantState] = {}
+        self.packed = False
+
+    def is_serializable(self) -> bool:
+        """Whether save_pretrained may write the base: nothing reads packed experts from a file."""
+        return not self.packed
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -111,7 +116,7 @@ class ExpertsQuantiser(Bnb4BitHfQuantizer):
         for path, state in self.states.items():
             module, name = get_module_from_name(model, path)
             hold(module, {name: state})
-        self.states = {}
+        self.packed, self.states = bool(self.states), {}
         self.quantization_config.quant_method = model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **kwargs)
 

@@ -313,6 +313,13 @@ def test_nothing_is_merged_into_experts_in_4_bit(tiny_checkpoint):
         wrapped.merge_and_unload()
 
 
+@needs_bitsandbytes
+def test_a_base_with_experts_in_4_bit_is_not_written_without_their_scales(tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="not serializable"):
+        quantised(tiny_checkpoint("mixtral")).save_pretrained(tmp_path / "m")
+    quantised(tiny_checkpoint("llama")).save_pretrained(tmp_path / "l")  # which has none
+
+
 # ── routers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
