@@ -643,6 +643,20 @@ def test_the_model_is_named_by_the_flag_that_was_given(tmp_path, tiny_checkpoint
     assert error.startswith(f"error: --model_name_or_path {scores}: a reward model has no language-model head")
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_a_base_that_an_adapter_names_and_that_is_gone(tmp_path, tiny_checkpoint, capsys, task):
+    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": "./outputs/gone", "r": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").touch()
+    file = write_lines(tmp_path / "test.jsonl", CONVERSATIONS if task == "CAUSAL_LM" else PAIRS)
+    flags = ["--lora_model", tmp_path, "--test_file", file, "--output_dir", tmp_path / "out"]
+    told = f"--lora_model {tmp_path} names this base, which may have moved: give --base_model"
+    error = refused(capsys, *flags)
+    assert "./outputs/gone: no such directory" in error and error.count(told) == 1
+    assert told not in refused(capsys, *flags, "--model_name_or_path", "./elsewhere")
+    assert told not in refused(capsys, *flags[:1], tmp_path / "no", *flags[2:])
+
+
 def test_scaled_positions_need_no_factor(tmp_path, tiny_checkpoint):
     pairs, test = write_lines(tmp_path / "pairs.jsonl", PAIRS), write_lines(tmp_path / "test.jsonl", CONVERSATIONS)
     flags = ["--rope_scaling", "dynamic", "--model_name_or_path"]
