@@ -52,7 +52,7 @@ from stagewise.records import Account, find_files, load_records, nothing_left, w
 from stagewise.reward import load_scorer
 from stagewise.run import is_main, leave_processes, set_up_logging
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
-from stagewise.speaker_loading import choose_device, for_loading, local_adapter
+from stagewise.speaker_loading import choose_device, for_loading, local_adapter, with_base
 from template import TEMPLATES
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
@@ -248,6 +248,7 @@ def evaluate(job: Job) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     set_up_logging()
+    job = None
     try:
         job = read_flags(argv, __doc__)
         if job.args.compare and not is_main():
@@ -267,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         if not type(error).__module__.startswith("stagewise"):
             raise
         if is_main():
-            print(f"error: {error}", file=sys.stderr)
+            given = job is None or bool({"base_model", "model_name_or_path"} & job.given)
+            print(f"error: {with_base(str(error), job and job.model.lora_model, given=given)}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         logger.warning("stopped; nothing was written")

@@ -52,7 +52,14 @@ def load_parts(args: SpeakerArguments, templates: Mapping[str, Template]) -> Par
         text = str(error)
         for theirs, ours in FLAGS.items():
             text = text.replace(f"--{theirs}", f"--{ours}")
-        raise SpeakerError(text) from error
+        raise SpeakerError(with_base(text, args.lora_model, given=bool(args.base_model))) from error
+
+
+def with_base(text: str, adapter: str | None, *, given: bool) -> str:
+    """The words of an error, with where the base's name came from if no flag gave it and the base is not there."""
+    if given or not adapter or "no such directory" not in text or text.startswith("--lora_model"):
+        return text
+    return f"{text}; --lora_model {adapter} names this base, which may have moved: give --base_model"
 
 
 def _load(args: SpeakerArguments, templates: Mapping[str, Template]) -> Parts:

@@ -293,6 +293,13 @@ def test_what_cannot_speak_is_refused_by_its_flag(tiny_checkpoint, tmp_path):
         Speaker.load(SpeakerArguments(), TEMPLATES)
     with pytest.raises(SpeakerError, match="--base_model ./nowhere: no such directory"):
         load("./nowhere")
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "adapter_model.safetensors").touch()
+    text = json.loads((adapter / "adapter_config.json").read_text())
+    (named / "adapter_config.json").write_text(json.dumps({**text, "base_model_name_or_path": "./gone"}))
+    with pytest.raises(SpeakerError, match="./gone: no such directory; --lora_model .*named names this base"):
+        Speaker.load(SpeakerArguments(lora_model=str(named)), TEMPLATES)
     with pytest.raises(SpeakerError, match="--lora_model .*expected an adapter"):
         load(base, lora_model=base)
     with pytest.raises(SpeakerError, match="--device: expected one of auto, cpu, cuda"):
