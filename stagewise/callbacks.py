@@ -106,10 +106,11 @@ class Resumes:
     FROM_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         asked = [{k: v for k, v in group.items() if k in self.FROM_FLAGS} for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled:
-            return
         groups, schedule = self.optimizer.param_groups, self.lr_scheduler
         changes = {
             f"{name.replace('initial_lr', 'learning rate')} {value}, the checkpoint had {group.get(name)}": None

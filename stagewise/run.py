@@ -77,6 +77,9 @@ def set_up_logging() -> None:
     transformers_logging.set_verbosity_error()
     # Renamings inside transformers and PEFT, which a user of these scripts can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not torch.accelerator.is_available():
+        # accelerate imports DeepSpeed where it is installed, which otherwise warns on stdout that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not is_main() or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
@@ -344,11 +347,17 @@ class Run:
             trainer.add_callback(Board(self.manifest))
 
     def _evaluated_at_end(self) -> dict[str, Any] | None:
-        """The evaluation that training ended with, of the weights that are there now; None if it made none."""
-        if self.evaluated != self.trainer.state.global_step or self.args.load_best_model_at_end:
+        """The evaluation that training made of the weights that are there now; None if it made none.
+
+        With --load_best_model_at_end these are of an earlier step, at which the curves show the numbers.
+        """
+        state = self.trainer.state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best is None and self.evaluated != state.global_step:
             return None
-        last = next(log for log in reversed(self.trainer.state.log_history) if "eval_runtime" in log)
-        return {name: value for name, value in last.items() if name != "step"}
+        step = int(best.rsplit("-", 1)[1]) if best else state.global_step
+        found = [log for log in state.log_history if "eval_runtime" in log and log["step"] == step]
+        return {name: value for name, value in found[-1].items() if name != "step"} if found else None
 
     def _save(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """The adapter or the model, the tokenizer with its chat template, and where generation ends."""

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
 from conftest import adapter_weights
+from launching import ROOT, environment, python
 
 from stagewise.callbacks import NonFiniteGuard
 
@@ -116,3 +118,25 @@ def test_weights_alone_are_not_gone_on_from(stage, words, capsys):
     with pytest.raises(SystemExit):
         stage("pretraining", *words(resume_from_checkpoint=True))
     assert f"{out / 'checkpoint-2'} was saved with --save_only_model" in capsys.readouterr().err
+
+
+def test_the_best_weights_keep_the_numbers_of_their_own_step(stage, words, tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    falling = {"metric_for_best_model": "eval_perplexity", "greater_is_better": True}  # the best is the first step
+    out = stage("pretraining", *words(validation_file_dir=tmp_path / "train", learning_rate=1e-2, **best, **falling))
+    evaluations = {log["step"]: log["eval_loss"] for log in history(out) if "eval_loss" in log}
+    assert list(evaluations) == [1, 2, 3, 4]
+    assert evaluations[4] < evaluations[1]
+    assert [log["step"] for log in history(out) if "eval_loss" in log] == [1, 2, 3, 4]
+    assert manifest(out)["metrics"]["eval"]["eval_loss"] == evaluations[1]
+    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] == evaluations[1]
+    saved, first = adapter_weights(out), adapter_weights(out / "checkpoint-1")
+    assert all(torch.equal(value, first[name]) for name, value in saved.items())
+
+
+def test_nothing_but_the_log_is_said(words):
+    """DeepSpeed, where it is installed, has no word for a run that does not ask for it."""
+    done = subprocess.run(python("pretraining", *words()), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "real_accelerator" not in done.stderr

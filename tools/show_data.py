@@ -121,13 +121,16 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
         ArgumentError: a flag that the stage would refuse before it reads any data.
     """
 
+    given: list[str] = []
+
     def before(words: list[str]) -> list[str]:
+        given.extend(words)
         return [*without_devices(words), "--output_dir", folder, "--use_cpu", "True"]
 
     args, *parts = parse(dataclasses_of(script), words, before=before)
     check_shared(*parts)
     flags = {type(part): part for part in (args, *parts)}
-    settle_what_to_do(args, flags[DataArguments])
+    settle_what_to_do(args, flags[DataArguments], given)
     settle_long_context(STAGE_OF[script], parts)
     if LanguageModelArguments in flags:
         check_streaming(args, flags[DataArguments], flags[LanguageModelArguments])
