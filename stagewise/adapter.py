@@ -95,11 +95,16 @@ def _go_on(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> Pe
     """The adapter of --peft_path with its own rank and targets, to be trained on."""
     config = read_adapter_config(args.peft_path)
     check_continuation(args, config, task_type, [*linear_targets(model), *fused_experts(model)])
+    plus = longlora_modules(model)
     if config.is_prompt_learning:
         wrapped = learn_again(load_adapter(model, args.peft_path))
     else:
         wrapped = load_adapter(model, args.peft_path, is_trainable=True)
     logger.info(f"adapter: goes on from {args.peft_path}, {_summary(wrapped)}")
+    if args.longlora_plus and is_shifted(model):
+        has = {name.rsplit(".", 1)[-1] for name in names_of(getattr(config, "modules_to_save", None))}
+        if lacking := [name for name in plus if name not in has]:
+            logger.info(f"adapter: {', '.join(lacking)} stay frozen, which the adapter of --peft_path has not trained")
     return wrapped
 
 

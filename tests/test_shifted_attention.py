@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import adapter_weights, build_tiny_model, build_tiny_tokenizer, tiny_config
+from loguru import logger
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -279,6 +280,23 @@ def test_finetuning_trains_embedding_and_norms_beside_the_adapter(stage, words, 
     assert before.keys() == after.keys()
     for name in ("model.norm.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"):
         assert torch.equal(before[name], after[name]) is not plus
+
+
+def test_going_on_without_embedding_and_norms_says_that_they_stay_frozen(tmp_path):
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    _, model = pair("llama")
+    attach_adapter(model, AdapterArguments(longlora_plus=False), "CAUSAL_LM").save_pretrained(tmp_path / "without")
+    _, model = pair("llama")
+    attach_adapter(model, AdapterArguments(), "CAUSAL_LM").save_pretrained(tmp_path / "with")
+    for name in ("without", "with"):
+        _, model = pair("llama")
+        attach_adapter(model, AdapterArguments(peft_path=str(tmp_path / name)), "CAUSAL_LM")
+    logger.remove(sink)
+    assert [line for line in lines if "frozen" in line] == [
+        "adapter: embed_tokens, input_layernorm, norm, post_attention_layernorm stay frozen, which the adapter of "
+        "--peft_path has not trained"
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 import yaml
-from conftest import tiny_config
+from conftest import build_tiny_model, tiny_config
+from peft import PromptTuningConfig, get_peft_model
 
 from tools import show_data
 
@@ -149,6 +150,13 @@ def test_padded_rows_are_counted_with_their_padding(show, model, data):
 def test_rows_that_a_method_keeps_apart_are_called_padded(flags, why, show, model, data):
     found = show("sft", "--model_name_or_path", model(), "--train_file_dir", data, "--samples", 0, *flags)
     assert f"rows are padded: {why}" in found
+
+
+def test_the_method_of_an_adapter_to_go_on_from_counts(show, model, data, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(build_tiny_model("llama"), config).save_pretrained(tmp_path / "adapter")
+    words = ("--model_name_or_path", model(), "--train_file_dir", data, "--samples", 0)
+    assert "rows are padded: prompt_tuning: the virtual" in show("sft", *words, "--peft_path", tmp_path / "adapter")
 
 
 def test_flags_that_the_stage_would_refuse_are_refused(show, model, data, capsys):

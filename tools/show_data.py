@@ -25,11 +25,12 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.arguments import ArgumentError, DataArguments, LanguageModelArguments
+from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, LanguageModelArguments
 from stagewise.command_line import parse
 from stagewise.conversation import RecordError
 from stagewise.data_summary import measure, summarise
 from stagewise.flag_checks import check_shared
+from stagewise.methods import take_method_of_adapter
 from stagewise.results import has_colour
 from stagewise.run import set_up_logging
 from stagewise.settings import settle_long_context, settle_what_to_do
@@ -131,6 +132,9 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
     check_shared(*parts)
     flags = {type(part): part for part in (args, *parts)}
     settle_what_to_do(args, flags[DataArguments], given)
+    adapter = flags[AdapterArguments]
+    if adapter.peft_path:
+        take_method_of_adapter(adapter, "SEQ_CLS" if script == STAGES["rm"] else "CAUSAL_LM")
     settle_long_context(STAGE_OF[script], parts)
     if LanguageModelArguments in flags:
         check_streaming(args, flags[DataArguments], flags[LanguageModelArguments])
