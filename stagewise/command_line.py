@@ -63,7 +63,7 @@ ALWAYS_SO = {
     "save_safetensors": "weights are always saved as safetensors",
     "half_precision_backend": "torch's own autocast is used",
     "fp16_opt_level": "torch's own autocast is used",
-    "include_tokens_per_second": "the samples and steps a second are always logged",
+    "include_tokens_per_second": "tokens a second are always logged",
     "low_cpu_mem_usage": "weights are always loaded without a second copy",
 }
 RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
@@ -172,9 +172,14 @@ def _split(argv: list[str]) -> list[tuple[str | None, list[str]]]:
 def _today(argv: list[str], known: set[str]) -> list[str]:
     """Flags of earlier pipelines rewritten to today's, each with one line that says so."""
     words: list[str] = []
-    for name, values in _split(argv):
+    groups = _split(argv)
+    for name, values in groups:
         if name is None:
             raise ArgumentError(f"expected a flag that starts with --, found {values[0]!r}")
+        other = {"warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}.get(name)
+        if other and "warmup_steps" in known and _yields(name, values, dict(groups).get(other)):
+            logger.info(f"--{name} {' '.join(values)} is left out: --{other} is given as well")
+            continue
         if name not in known or RENAMED.get(name) in known:
             name, values = _rewritten(name, values, known)
             if name is None:
@@ -184,6 +189,15 @@ def _today(argv: list[str], known: set[str]) -> list[str]:
             values = [RENAMED_OPTIMIZERS[values[0]]]
         words += [f"--{name}", *values]
     return words
+
+
+def _yields(name: str, values: list[str], others: list[str] | None) -> bool:
+    """Of --warmup_steps and --warmup_ratio, which are one flag today, steps counted where both were above zero."""
+    if others is None:
+        return False
+    steps = others if name == "warmup_ratio" else values
+    zero = [*map(str.strip, steps)] in (["0"], ["0.0"])
+    return zero if name == "warmup_steps" else not zero
 
 
 def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | None, list[str]]:

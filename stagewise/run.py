@@ -141,8 +141,8 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         settle_what_to_do(args, data, given)
         check_eval_samples(args, "--eval_samples" in given)
         settle_precision(args, parts)
+        check_methods(stage, args, parts)  # first: --peft_path says what the method is
         settle_long_context(stage, parts)
-        check_methods(stage, args, parts)
         if args.dry_run and is_deepspeed_zero3_enabled():
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
         check_output_dir(args)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ def device_words(words: list[str]) -> list[str]:
     return [*words, "--accelerator_config", json.dumps({"use_configured_state": True})]
 
 
-def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: Collection[str]) -> None:
+def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: Sequence[str]) -> None:
     """--do_train and --do_eval as given; neither given: train, and evaluate if there are validation records.
 
     `given`: the words of the command line, in today's names.
@@ -125,6 +125,8 @@ def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: C
     if not (args.do_train or args.do_eval):
         raise ArgumentError("--do_train False and --do_eval False: nothing is left to do; leave one of them out")
     wants_eval = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
+    if wants_eval and "--do_eval" in given and not says_yes(given, "--do_eval"):
+        raise ArgumentError("--do_eval False contradicts --eval_strategy and --eval_on_start: leave one of them out")
     if args.do_train and data and not (data.train_file_dir or data.dataset_name):
         raise ArgumentError("--train_file_dir: missing; give a file or folder of training records, or --dataset_name")
     if data and not has_validation and (wants_eval or args.do_eval):
