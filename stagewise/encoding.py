@@ -191,7 +191,7 @@ class PromptEncoder:
         return _together([self._encoded(each) for each in conversations], self._encoder)
 
     def _encoded(self, conversation: Conversation) -> "Asking":
-        pieces, prompt = yield from _prompt(self.template, conversation, self.max_length)
+        pieces, prompt = yield from _prompt(self.template, conversation, self.max_length, self._encoder.at_least)
         row = Row(_joined(pieces), array("i"), conversation.where)
         return Encoded("Example", [(row,)], prompt.messages != conversation.messages)
 
@@ -213,7 +213,7 @@ class PreferenceEncoder:
         return sum(map(_letters, (preference.prompt.messages, preference.chosen, preference.rejected)))
 
     def many(self, preferences: Sequence[Preference]) -> list[Encoded | RecordError]:
-        limits = self.max_source_length, self.max_target_length
+        limits = self.max_source_length, self.max_target_length, self._encoder.at_least
         return _together([_pair(self.template, each, *limits) for each in preferences], self._encoder)
 
 
@@ -267,7 +267,8 @@ def encode_prompt(
     Earliest exchanges are dropped whole until it fits. Raises RecordError where the last question alone has more than
     `limit` tokens.
     """
-    pieces, prompt = _alone(_prompt(template, conversation, limit), tokenizer)
+    encoder = piece_encoder(tokenizer)
+    pieces, prompt = _alone(_prompt(template, conversation, limit, encoder.at_least), encoder)
     return _joined(pieces).tolist(), prompt
 
 
@@ -280,7 +281,8 @@ def encode_preference(
     Returns whether an answer was cut or an exchange of the prompt dropped. Raises RecordError where both answers
     encode alike, one has nothing to learn, or the last question is too long.
     """
-    found = _alone(_pair(template, preference, max_source_length, max_target_length), tokenizer)
+    encoder = piece_encoder(tokenizer)
+    found = _alone(_pair(template, preference, max_source_length, max_target_length, encoder.at_least), encoder)
     ((chosen, rejected),) = found.items
     return PreferenceExample(chosen.example(), rejected.example(), preference.where), found.cut
 
@@ -291,26 +293,34 @@ def encode_preference(
 Asking = Generator[Sequence[str], list[array], Any]
 
 
-def _prompt(template: AnyTemplate, conversation: Conversation, limit: int) -> Asking:
+def _prompt(template: AnyTemplate, conversation: Conversation, limit: int, at_least: Callable[[str], int]) -> Asking:
     """The ids of each segment of a prompt, and the conversation that they show: see encode_prompt."""
     messages = conversation.messages
     while True:
         prompt = replace(conversation, messages=messages)
-        pieces = yield [segment.text for segment in template.segments(prompt, generation=True)]
-        length = sum(map(len, pieces))
-        if length <= limit:
-            return pieces, prompt
-        later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
-        if not later:
-            raise RecordError(conversation.where, "prompt too long", f"the last question alone has {length} tokens, "
-                              f"the limit is {limit}; raise --max_source_length")  # fmt: skip
-        messages = messages[later[0] :]
+        texts = [segment.text for segment in template.segments(prompt, generation=True)]
+        later = next((n for n, message in enumerate(messages) if message.role == "user" and n > 0), None)
+        if later is None or sum(map(at_least, texts)) <= limit:  # else it surely does not fit
+            pieces = yield texts
+            length = sum(map(len, pieces))
+            if length <= limit:
+                return pieces, prompt
+            if later is None:
+                raise RecordError(conversation.where, "prompt too long", f"the last question alone has {length} "
+                                  f"tokens, the limit is {limit}; raise --max_source_length")  # fmt: skip
+        messages = messages[later:]
 
 
-def _pair(template: AnyTemplate, preference: Preference, max_source_length: int, max_target_length: int) -> Asking:
+def _pair(
+    template: AnyTemplate,
+    preference: Preference,
+    max_source_length: int,
+    max_target_length: int,
+    at_least: Callable[[str], int],
+) -> Asking:
     """The pair: see encode_preference."""
     where = preference.where
-    asked, prompt = yield from _prompt(template, preference.prompt, max_source_length)
+    asked, prompt = yield from _prompt(template, preference.prompt, max_source_length, at_least)
     cut = prompt.messages != preference.prompt.messages
     first, prompt_ids = len(asked), _joined(asked)
     rows = []
@@ -353,9 +363,9 @@ def _together(jobs: Sequence[Asking], encode: PieceEncoder) -> list[Any]:
     return found
 
 
-def _alone(job: Asking, tokenizer: Any) -> Any:
+def _alone(job: Asking, encode: PieceEncoder) -> Any:
     """What a job returns. Raises its RecordError."""
-    (found,) = _together([job], piece_encoder(tokenizer))
+    (found,) = _together([job], encode)
     if isinstance(found, RecordError):
         raise found
     return found

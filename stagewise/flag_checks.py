@@ -10,6 +10,7 @@ from stagewise.arguments import (
     AdapterArguments,
     ArgumentError,
     DataArguments,
+    LanguageModelArguments,
     ModelArguments,
     PairArguments,
 )
@@ -43,6 +44,8 @@ def check_shared(*arguments: Any) -> None:
                     raise ArgumentError(f"--{name}: expected at least 1, found {getattr(part, name)}")
         elif isinstance(part, AdapterArguments):
             _check_adapter(part)
+        elif isinstance(part, LanguageModelArguments) and not 0 <= (part.neft_alpha or 0) < float("inf"):
+            raise ArgumentError(f"--neft_alpha: expected 0 (no noise) or more, found {part.neft_alpha}")
     longest = longest_row(arguments)
     if longest is not None and longest[1] < 1:
         raise ArgumentError(f"{longest[0]}: expected at least 1, found {longest[1]}")

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -108,14 +109,20 @@ def _outcomes(
     forks = len(first) == AT_ONCE and sys.platform == "linux"
     workers = num_workers or (cores if forks else 1)
     work = _encode_in_worker if workers > 1 else encode.many
-    with _pool(workers, cores, encode) as pool:
-        waiting: deque[tuple[list[Any], Future]] = deque()
-        for chunk in itertools.chain(first, chunks):
-            waiting.append((chunk, pool.submit(work, chunk)))
-            if len(waiting) > max(workers, AT_ONCE):
+    try:
+        with _pool(workers, cores, encode) as pool:
+            waiting: deque[tuple[list[Any], Future]] = deque()
+            for chunk in itertools.chain(first, chunks):
+                waiting.append((chunk, pool.submit(work, chunk)))
+                if len(waiting) > max(workers, AT_ONCE):
+                    yield from _results(*waiting.popleft())
+            while waiting:
                 yield from _results(*waiting.popleft())
-        while waiting:
-            yield from _results(*waiting.popleft())
+    except BrokenProcessPool as error:
+        raise ArgumentError(
+            f"--preprocessing_num_workers {workers}: one of the processes that encode was killed, most likely because "
+            "the memory was full; give a smaller number"
+        ) from error
 
 
 def _chunks(records: Iterable[Any], letters: Callable[[Any], int]) -> Iterator[list[Any]]:

@@ -34,7 +34,7 @@ KNOWN = tuple(
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 )
 MOST_WORDS, MOST_LETTERS = 1 << 18, 1 << 22  # that are remembered: some 50 MB
-PART, TOGETHER = 1 << 16, 1 << 19  # letters of a long text, and of all texts, whose words are held at once
+PART = 1 << 14  # letters whose words are held at once; of more the processor's own memory holds too little
 
 Encode = Callable[[Sequence[str]], list[array]]
 
@@ -59,7 +59,7 @@ class Words:
             for words in self._words(text):
                 held.append((ids, words))
                 letters += min(len(text), PART)
-                if letters > TOGETHER:
+                if letters > PART:
                     self._add(held)
                     held, letters = [], 0
         self._add(held)

@@ -46,6 +46,10 @@ def read(*words, types=(Trained, ModelArguments)):
     [
         (["--evaluation_strategy", "steps"], "eval_strategy", "steps"),
         (["--warmup_ratio", "0.05"], "warmup_steps", 0.05),
+        (["--warmup_steps", "3", "--warmup_ratio", "0.0"], "warmup_steps", 3),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "3"], "warmup_steps", 3),
+        (["--warmup_steps", "0", "--warmup_ratio", "0.1"], "warmup_steps", 0.1),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "0"], "warmup_steps", 0.1),
         (["--no_cuda"], "use_cpu", True),
         (["--no_cuda", "False"], "use_cpu", False),
         (["--optim", "adamw_hf"], "optim", "adamw_torch"),

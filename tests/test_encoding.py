@@ -444,6 +444,20 @@ def test_earliest_exchanges_of_a_prompt_are_dropped_whole(spelling):
 # --- preferences -----------------------------------------------------------------------------------------------------
 
 
+def test_what_a_prompt_has_too_much_is_not_encoded(spelling, monkeypatch):
+    template, tokenizer = bound(spelling, "chatml")
+    conversation = talk(*["word " * 100] * 40, "why?")
+    expected = encode_prompt(tokenizer, template, talk("why?"), 99)[0]
+    letters = []
+    original = PieceEncoder.encode
+    monkeypatch.setattr(
+        PieceEncoder, "encode", lambda self, texts: letters.append(sum(map(len, texts))) or original(self, texts)
+    )
+    ids, kept = encode_prompt(tokenizer, template, conversation, 99)
+    assert (ids, len(kept.messages)) == (expected, 1)
+    assert sum(letters) < 1000  # of 20,000
+
+
 def test_both_answers_follow_the_same_prompt(spelling):
     template, tokenizer = bound(spelling, "chatml")
     preference = Preference(talk("a", "b", "c"), said("yes"), said("no"), "a.jsonl:7")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, ModelArguments
+from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, LanguageModelArguments, ModelArguments
 from stagewise.flag_checks import check_shared
 
 
@@ -35,6 +35,8 @@ class Limit:
         (AdapterArguments(use_peft=False, lora_rank=16), "--lora_rank belongs to an adapter"),
         (AdapterArguments(use_peft=False, peft_path="x"), "--peft_path has no effect"),
         (AdapterArguments(lora_rank=0), "--lora_rank: expected at least 1"),
+        (LanguageModelArguments(neft_alpha=-3), "--neft_alpha: expected 0 .no noise. or more, found -3"),
+        (LanguageModelArguments(neft_alpha=float("nan")), "--neft_alpha: expected 0 .no noise. or more, found nan"),
         (Limit(model_max_length=0), "--model_max_length: expected at least 1, found 0"),
     ],
 )

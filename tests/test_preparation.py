@@ -1,6 +1,8 @@
 """Records → examples: the account, threads and processes, examples as flat arrays in memory and in files."""
 
 import json
+import os
+import signal
 from array import array
 
 import numpy as np
@@ -9,6 +11,7 @@ from encoders import OneByOne, row_of
 
 from stagewise import examples as examples_module
 from stagewise import preparation
+from stagewise.arguments import ArgumentError
 from stagewise.conversation import Conversation, Message, Preference, RecordError
 from stagewise.encoding import (
     ConversationEncoder,
@@ -143,6 +146,13 @@ def test_prompts_are_examples_of_which_nothing_is_learned(tokenizer, template, t
     alone = [encode_prompt(tokenizer, template, talk(text, where="?"), 999)[0] for text in "ac"]
     assert list(prompts) == [Example(ids, [-100] * limit, f"a:{n}") for n, ids in enumerate(alone, 1)]
     assert (account.kept, account.cut, account.left_out) == (2, 1, {"prompt too long": 1})
+
+
+def test_a_worker_that_is_killed_is_said(monkeypatch):
+    monkeypatch.setattr(preparation, "CHUNK", 1)
+    killed = OneByOne(lambda record: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ArgumentError, match=r"--preprocessing_num_workers 2: one of the processes that encode was ki"):
+        encode_all(range(9), killed, account=Account(9, 9), num_workers=2)
 
 
 def test_a_chunk_of_long_documents_is_short(monkeypatch):

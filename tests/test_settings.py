@@ -64,3 +64,11 @@ def test_what_is_done_is_what_is_said(tmp_path, flags, expected):
 def test_nothing_to_do_is_an_error(tmp_path):
     with pytest.raises(ArgumentError, match="nothing is left to do"):
         settled(tmp_path, do_train=False, do_eval=False)
+
+
+@pytest.mark.parametrize("asks", [{"eval_strategy": "steps"}, {"eval_on_start": True}])
+def test_no_evaluation_and_evaluation_contradict_each_other(tmp_path, asks):
+    args = StageArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", do_eval=False, **asks)
+    data = DataArguments("train", validation_file_dir="validation")
+    with pytest.raises(ArgumentError, match="--do_eval False contradicts --eval_strategy and --eval_on_start"):
+        settle_what_to_do(args, data, ["--do_eval", "False"])

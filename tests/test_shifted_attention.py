@@ -349,5 +349,12 @@ def test_flags_without_effect_are_refused(stage, words, more, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_adapter_of_virtual_tokens_is_refused_to_go_on_from(stage, words, capsys):
+    adapter = stage("supervised_finetuning", *words[0], "--fine_tuning_type", "prompt_tuning")
+    with pytest.raises(SystemExit):
+        stage("supervised_finetuning", *words[0], "--peft_path", str(adapter), "--shift_attn", "True")
+    assert "--shift_attn: not with prompt_tuning" in capsys.readouterr().err
+
+
 def test_adapter_arguments_say_so():
     assert AdapterArguments().longlora_plus

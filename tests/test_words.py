@@ -115,9 +115,8 @@ def test_each_word_is_asked_for_once():
 def test_a_long_text_is_taken_in_parts(backend, monkeypatch):
     texts = ["".join(PIECES[n % 7 :]) * 3 + "x" * n for n in range(0, 90, 9)] + ["y" * 99, " " * 50, "", "\n \n" * 20]
     expected = [whole(backend, text) for text in texts]
-    for part, together in ((1, 1), (7, 20), (30, 1000)):
+    for part in (1, 7, 30):
         monkeypatch.setattr(words_module, "PART", part)
-        monkeypatch.setattr(words_module, "TOGETHER", together)
         assert [ids.tolist() for ids in by_words(backend)(texts)] == expected
 
 

@@ -439,7 +439,7 @@ CHINESE: dict[str, str] = {
     "transformers 5 has one kind of tokenizer, the fast one": "transformers 5 只有一种分词器,即快速的那种",
     "weights are always saved as safetensors": "权重总是保存为 safetensors",
     "torch's own autocast is used": "使用 torch 自己的 autocast",
-    "the samples and steps a second are always logged": "每秒样本数和步数总会记入日志",
+    "tokens a second are always logged": "每秒 token 数总会记入日志",
     "weights are always loaded without a second copy": "加载权重时从不多留一份副本",
     # arguments.NOT_YET
     "train with --qlora; tools.quantize_model writes the CPM form of a finished model": (

@@ -96,9 +96,9 @@ def read_flags(script: str, words: list[str]) -> tuple[str, Any, list[Any]]:
             part.given = given
     check_shared(*parts)
     settle_precision(args, parts)
-    settle_long_context(NAMES[name], parts)
     gpu = {"device": torch.device("cuda"), "optim": args.optim, "max_steps": args.max_steps, "deepspeed": None}
     check_methods(NAMES[name], SimpleNamespace(**gpu, gradient_checkpointing=args.gradient_checkpointing), parts)
+    settle_long_context(NAMES[name], parts)
     return NAMES[name], args, parts
 
 
