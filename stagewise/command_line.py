@@ -114,8 +114,10 @@ def parse(
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
-        argv = _words_of_file(Path(argv[0]), several) + argv[1:]
-    argv = _today(argv, known)
+        # each for itself: what follows overrides the file also where the two say it with different names
+        argv = _today(_words_of_file(Path(argv[0]), several), known) + _today(argv[1:], known)
+    else:
+        argv = _today(argv, known)
     _refuse_unknown(argv, known)
     if before:
         argv = before(argv)

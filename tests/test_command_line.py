@@ -119,6 +119,22 @@ def test_file_of_flags_and_later_flags_that_override_it(tmp_path):
     assert parse([Trained, ModelArguments], [str(path)])[0].eval_strategy == "epoch"
 
 
+@pytest.mark.parametrize(
+    ("in_file", "after", "steps"),
+    [
+        ("warmup_steps: 100", ["--warmup_ratio", "0.1"], 0.1),
+        ("warmup_ratio: 0.1", ["--warmup_steps", "100"], 100),
+        ("warmup_ratio: 0.1", ["--warmup_steps", "0"], 0),
+        ("warmup_steps: 100\nwarmup_ratio: 0.1", [], 100),
+        ("warmup_steps: 100", ["--warmup_ratio", "0.1", "--warmup_steps", "0"], 0.1),
+    ],
+)
+def test_what_follows_a_file_overrides_it_also_by_another_name(in_file, after, steps, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(in_file)
+    assert parse([Trained], [str(path), *after])[0].warmup_steps == steps
+
+
 def test_a_list_in_a_file_of_flags_is_what_the_flag_takes(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("compare-with: [a b, c]\nothers: []\ntarget_modules: [q_proj, v_proj]\n")
