@@ -51,7 +51,7 @@ from stagewise.whole_directory import check_place, whole_directory
 WRITTEN = (
     *("config.json", "generation_config.json", "model*.safetensors*", "quantization.json", "run.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
-    *LICENCE_FILES,
+    *("additional_chat_templates", *LICENCE_FILES),
 )
 
 
