@@ -50,6 +50,8 @@ def read(*words, types=(Trained, ModelArguments)):
         (["--warmup_ratio", "0.1", "--warmup_steps", "3"], "warmup_steps", 3),
         (["--warmup_steps", "0", "--warmup_ratio", "0.1"], "warmup_steps", 0.1),
         (["--warmup_ratio", "0.1", "--warmup_steps", "0"], "warmup_steps", 0.1),
+        (["--warmup_steps", "0.05", "--warmup_ratio", "0.1"], "warmup_steps", 0.1),  # behind a recipe's own
+        (["--warmup_ratio", "0.1", "--warmup_steps", "0.05"], "warmup_steps", 0.05),
         (["--no_cuda"], "use_cpu", True),
         (["--no_cuda", "False"], "use_cpu", False),
         (["--optim", "adamw_hf"], "optim", "adamw_torch"),
