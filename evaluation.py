@@ -64,9 +64,13 @@ Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
 def read_test(job: Job, parse_record: Callable[[dict[str, Any], str], Record]) -> tuple[list[Record], Account]:
     """The parsed records of --test_file and the account of them. Raises ArgumentError, RecordError."""
     files = find_files(job.args.test_file, RECORD_FILES, "--test_file")
-    rejected = job.work / "rejected.jsonl"
-    how = {"on_bad_record": job.args.on_bad_record, "rejected_path": rejected, "max_samples": job.args.max_samples}
-    return load_records(files, parse_record, **how)
+    how = {"on_bad_record": job.args.on_bad_record, "max_samples": job.args.max_samples}
+    return load_records(files, parse_record, rejected_path=rejected_of(job), **how)
+
+
+def rejected_of(job: Job) -> Path | None:
+    """Where the first process notes what is left out; all of them read the records."""
+    return job.work / "rejected.jsonl" if is_main() else None
 
 
 def prepared(
@@ -82,7 +86,7 @@ def prepared(
                 raise
             account.leave_out(error.reason)
             account.kept -= 1
-            write_rejected(job.work / "rejected.jsonl", error, account.again(error.where))
+            write_rejected(rejected_of(job), error, account.again(error.where))
             continue
         found.append(ready)
         account.cut += cut

@@ -114,8 +114,10 @@ def parse(
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
-        argv = _words_of_file(Path(argv[0]), several) + argv[1:]
-    argv = _today(argv, known)
+        # each for itself: what follows overrides the file also where the two say it with different names
+        argv = _today(_words_of_file(Path(argv[0]), several), known) + _today(argv[1:], known)
+    else:
+        argv = _today(argv, known)
     _refuse_unknown(argv, known)
     if before:
         argv = before(argv)
@@ -192,12 +194,17 @@ def _today(argv: list[str], known: set[str]) -> list[str]:
 
 
 def _yields(name: str, values: list[str], others: list[str] | None) -> bool:
-    """Of --warmup_steps and --warmup_ratio, which are one flag today, steps counted where both were above zero."""
+    """Of --warmup_steps and --warmup_ratio, which are one flag today, steps counted where both were above zero.
+
+    Below 1 steps are today's word for a ratio, as the recipes have it: then the last one counts, as of any flag.
+    """
     if others is None:
         return False
-    steps = others if name == "warmup_ratio" else values
-    zero = [*map(str.strip, steps)] in (["0"], ["0.0"])
-    return zero if name == "warmup_steps" else not zero
+    try:
+        steps = float((others if name == "warmup_ratio" else values)[-1])
+    except (IndexError, ValueError):  # the parser refuses them
+        return False
+    return steps == 0 if name == "warmup_steps" else steps >= 1
 
 
 def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | None, list[str]]:

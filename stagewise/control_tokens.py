@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 from stagewise.conversation import Conversation, Preference
@@ -26,8 +27,8 @@ class Watched:
     def __init__(self, records: Iterable[Any], account: Account, tokenizer: Any):
         self._records, self._account = records, account
         names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        longest_first = sorted(filter(str.strip, names), key=lambda name: (-len(name), name))
-        self._find = re.compile("|".join(map(re.escape, longest_first))).search if longest_first else None
+        pattern = any_of([name for name in names if name.strip()])
+        self._find = re.compile(pattern).search if pattern else None
 
     def __iter__(self) -> Iterator[Any]:
         if self._find is None:
@@ -51,6 +52,21 @@ class WatchedSequence(Watched):
 
 def watched(records: Iterable[Any], account: Account, tokenizer: Any) -> Watched:
     return (WatchedSequence if hasattr(records, "__len__") else Watched)(records, account, tokenizer)
+
+
+def any_of(names: Iterable[str]) -> str:
+    """A pattern of the names, the longest that fits: `<(?:/s>|s>|unused(?:0>|1>))`.
+
+    A tokenizer may have thousands that begin alike: tried one by one at every `<` they take longer than encoding.
+    """
+    branches, ends = [], False
+    for letter, group in groupby(sorted(set(names)), key=lambda name: name[:1]):
+        if letter:
+            branches.append(re.escape(letter) + any_of(name[1:] for name in group))
+        else:
+            ends = True
+    whole = "|".join(branches)
+    return f"(?:{whole})" + "?" * ends if len(branches) > 1 or (ends and branches) else whole
 
 
 def texts_of(record: Conversation | Preference | tuple[str, str]) -> Iterable[str]:

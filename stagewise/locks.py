@@ -68,6 +68,8 @@ def turn(path: Path, what: str) -> Iterator[Turn]:
         finally:
             path.unlink(missing_ok=True)
     finally:
+        with suppress(OSError):  # to close it is not enough where a process that was forked meanwhile has it, too
+            fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
 
 

@@ -50,6 +50,8 @@ def read(*words, types=(Trained, ModelArguments)):
         (["--warmup_ratio", "0.1", "--warmup_steps", "3"], "warmup_steps", 3),
         (["--warmup_steps", "0", "--warmup_ratio", "0.1"], "warmup_steps", 0.1),
         (["--warmup_ratio", "0.1", "--warmup_steps", "0"], "warmup_steps", 0.1),
+        (["--warmup_steps", "0.05", "--warmup_ratio", "0.1"], "warmup_steps", 0.1),  # behind a recipe's own
+        (["--warmup_ratio", "0.1", "--warmup_steps", "0.05"], "warmup_steps", 0.05),
         (["--no_cuda"], "use_cpu", True),
         (["--no_cuda", "False"], "use_cpu", False),
         (["--optim", "adamw_hf"], "optim", "adamw_torch"),
@@ -117,6 +119,22 @@ def test_file_of_flags_and_later_flags_that_override_it(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"evaluation_strategy": "epoch", "model_name_or_path": "m"}))
     assert parse([Trained, ModelArguments], [str(path)])[0].eval_strategy == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("in_file", "after", "steps"),
+    [
+        ("warmup_steps: 100", ["--warmup_ratio", "0.1"], 0.1),
+        ("warmup_ratio: 0.1", ["--warmup_steps", "100"], 100),
+        ("warmup_ratio: 0.1", ["--warmup_steps", "0"], 0),
+        ("warmup_steps: 100\nwarmup_ratio: 0.1", [], 100),
+        ("warmup_steps: 100", ["--warmup_ratio", "0.1", "--warmup_steps", "0"], 0.1),
+    ],
+)
+def test_what_follows_a_file_overrides_it_also_by_another_name(in_file, after, steps, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(in_file)
+    assert parse([Trained], [str(path), *after])[0].warmup_steps == steps
 
 
 def test_a_list_in_a_file_of_flags_is_what_the_flag_takes(tmp_path):

@@ -1,11 +1,12 @@
 """Records that hold the text of a control token are counted and said, in every stage that reads records."""
 
 import json
+import re
 
 import pytest
 from conftest import build_tiny_tokenizer
 
-from stagewise.control_tokens import control_line, watched
+from stagewise.control_tokens import any_of, control_line, watched
 from stagewise.conversation import Conversation, Message, Preference
 from stagewise.records import Account
 from tools import show_data
@@ -39,6 +40,21 @@ def test_what_a_person_wrote_is_looked_through(record, first):
     assert control_line(account) == (
         f"1 record holds the text of a control token and will be read with that token in it; {first} (docs/labels.md)"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "text", "first"),
+    [
+        (["<s>", "</s>", "<un0>", "<un12>"], r"<(?:/s>|s>|un(?:0>|12>))", "<u> <un12> <s>", "<un12>"),
+        (["[INST]", "<s>", "<s"], r"(?:<s(?:>)?|\[INST\])", "a [IN] [INST]", "[INST]"),
+        (["<s", "<s>x", "<s>"], r"<s(?:>(?:x)?)?", "<<s>x", "<s>x"),
+        (["a", "a"], "a", "ba", "a"),
+    ],
+)
+def test_names_that_begin_alike_are_one_branch_and_the_longest_is_found(names, pattern, text, first):
+    assert any_of(names) == pattern
+    assert re.search(pattern, text)[0] == first
+    assert any_of([]) == ""
 
 
 def test_without_any_nothing_is_said_or_kept():

@@ -8,6 +8,7 @@ import re
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from launching import run as launched
 import evaluation
 from stagewise import evaluation_benchmarks, evaluation_csv, evaluation_page
 from stagewise.arguments import ArgumentError
-from stagewise.conversation import parse_conversation
+from stagewise.conversation import RecordError, parse_conversation
 from stagewise.evaluation_compare import compared, read_evaluations, sentence, write_comparison
 from stagewise.evaluation_numbers import RM_METRICS, SFT_METRICS, measure
 from template import TEMPLATES
@@ -328,8 +329,6 @@ def test_what_lm_eval_cuts(tiny_tokenizer):
 
 
 def test_questions_of_one_context_stay_in_one_process(monkeypatch):
-    from types import SimpleNamespace
-
     from stagewise import evaluation_harness, processes
 
     requests = [SimpleNamespace(args=(context, choice)) for context in "abc" for choice in (" A", " B")]
@@ -444,6 +443,26 @@ def test_records_that_cannot_be_asked_are_counted(tmp_path, tiny_checkpoint, cap
     rejected = lines(tmp_path / "two/rejected.jsonl")
     assert [row["where"] for row in rejected] == ["test.jsonl:3", "test.jsonl:2"]
     assert json.loads(rejected[1]["raw"]) == long
+
+
+def test_the_first_of_several_processes_alone_writes_what_is_left_out(tmp_path, monkeypatch):
+    broken = {"conversations": [{"from": "human", "value": "no answer"}]}
+    file = write_lines(tmp_path / "test.jsonl", [CONVERSATIONS[0], CONVERSATIONS[0], broken])
+
+    def prepare(conversation):
+        if conversation.where == "test.jsonl:2":
+            raise RecordError(conversation.where, "odd", "an odd one")
+        return conversation, False
+
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        args = SimpleNamespace(test_file=str(file), on_bad_record="skip", max_samples=-1)
+        job = SimpleNamespace(work=tmp_path / rank, args=args)
+        records, account = evaluation.read_test(job, parse_conversation)
+        assert len(evaluation.prepared(job, records, account, prepare)) == 1
+        assert account.left_out == {"no answer": 1, "odd": 1}
+    assert not (tmp_path / "1").exists()
+    assert [row["where"] for row in lines(tmp_path / "0/rejected.jsonl")] == ["test.jsonl:3", "test.jsonl:2"]
 
 
 def test_sampled_answers_are_the_same_twice(tmp_path, tiny_checkpoint):
@@ -564,13 +583,15 @@ def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
         {"conversations": [{"from": "human", "value": f"drink {n} " * (1 + n % 3)}, {"from": "gpt", "value": "rest"}]}
         for n in range(5)
     ]
-    test, pairs = write_lines(tmp_path / "test.jsonl", [*CONVERSATIONS, *records]), tmp_path / "pairs.jsonl"
+    odd = {"text": "none"}
+    test, pairs = write_lines(tmp_path / "test.jsonl", [*CONVERSATIONS, odd, *records]), tmp_path / "pairs.jsonl"
     write_lines(pairs, PAIRS)
     broken = write_lines(tmp_path / "broken.jsonl", [*CONVERSATIONS, {"text": "none"}])
     model, scores = tiny_checkpoint("llama", max_position_embeddings=2048), tiny_checkpoint("llama", task="score")
     made_up(tmp_path / "mmlu", "mmlu")
     common = ["--batch_size", 2, "--output_dir"]
     asked = ["--model_name_or_path", model, "--test_file", test, "--max_new_tokens", 6]
+    asked += ["--on_bad_record", "skip"]
     asked += ["--reward_model_name_or_path", tiny_checkpoint("llama", task="score", tokenizer=None)]
     asked += ["--benchmarks", "mmlu", "--benchmark_dir", tmp_path, "--num_fewshot", 1]
     scored = ["--model_name_or_path", scores, "--test_file", pairs]

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -93,6 +94,23 @@ def test_another_error_is_left_to_each(tmp_path, said):
         other = Other(path, said)
         raise OSError("the disk is full")
     assert other.end() is Turn.OVER
+
+
+def test_a_process_forked_meanwhile_keeps_nobody_waiting(tmp_path):
+    """One that encodes may end later than the error that ends the turn."""
+    path = tmp_path / "a.lock"
+    with turn(path, "the thing"):
+        file = os.open(path, os.O_RDWR)
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(file)
 
 
 HOLDER = """

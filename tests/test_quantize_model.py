@@ -111,14 +111,22 @@ def test_what_is_there_is_kept_unless_asked(tiny_checkpoint, tmp_path, capsys):
     base, out = tiny_checkpoint("llama"), tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
+    (out / "LICENSE").write_text("of another base")
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates/tool_use.jinja").write_text("of another base")
     (out / "model-00009-of-00009.safetensors").write_text("old")
     words = ["--model_name_or_path", base, "--output_dir", out, "--quantization", "cpm"]
     assert "--overwrite_output_dir" in refused(capsys, *words)
-    assert sorted(path.name for path in out.iterdir()) == ["model-00009-of-00009.safetensors", "notes.txt"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "LICENSE",
+        "additional_chat_templates",
+        "model-00009-of-00009.safetensors",
+        "notes.txt",
+    ]
     run(*words, "--overwrite_output_dir")
     names = {path.name for path in out.iterdir()}
     assert {"notes.txt", "model.safetensors", "config.json"} <= names
-    assert "model-00009-of-00009.safetensors" not in names
+    assert not {"model-00009-of-00009.safetensors", "LICENSE", "additional_chat_templates"} & names
 
 
 def test_an_earlier_model_stays_until_the_new_one_has_been_loaded(tiny_checkpoint, tmp_path, monkeypatch):

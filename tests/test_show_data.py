@@ -165,6 +165,9 @@ def test_flags_that_the_stage_would_refuse_are_refused(show, model, data, capsys
         show("sft", *words, "p_tuning")
     assert stop.value.code == 2
     assert "--shift_attn: not with p_tuning" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        show("sft", *words, "full", "--use-peft")
+    assert "--use_peft True trains an adapter, --fine_tuning_type full" in capsys.readouterr().err
 
 
 def test_a_family_that_only_a_probe_can_tell_is_shown_both_ways(show, model, data):

@@ -237,6 +237,22 @@ def test_what_cannot_be_estimated_is_refused(words, message, config_only, capsys
     assert message in capsys.readouterr().err
 
 
+def test_flags_of_a_file_are_given_as_those_behind_it(config_only, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_name_or_path: {config_only()}\nuse_peft: true\nfine_tuning_type: full\n")
+    with pytest.raises(SystemExit):
+        main(["supervised_finetuning.py", str(path)])
+    assert "--use_peft True trains an adapter, --fine_tuning_type full" in capsys.readouterr().err
+
+
+def test_fp16_false_does_not_take_bf16_back(config_only):
+    steps = [
+        describe("reward_modeling.py", ["--model_name_or_path", str(config_only()), *words]).step
+        for words in (["--bf16", "--fp16", "False"], ["--fp16"], ["--fp16", "False"])
+    ]
+    assert [step.autocast for step in steps] == [True, True, False]
+
+
 def test_nothing_is_allocated(config_only):
     found = describe("pretraining", ["--model_name_or_path", str(config_only())])
     assert {parameter.device for parameter in found.model.parameters()} == {torch.device("meta")}

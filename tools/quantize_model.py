@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.command_line import parse
 from stagewise.flag_checks import check_choice
-from stagewise.lineage import carry_licence
+from stagewise.lineage import LICENCE_FILES, carry_licence
 from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
 from stagewise.model import load_causal_lm
@@ -51,6 +51,7 @@ from stagewise.whole_directory import check_place, whole_directory
 WRITTEN = (
     *("config.json", "generation_config.json", "model*.safetensors*", "quantization.json", "run.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
+    *("additional_chat_templates", *LICENCE_FILES),
 )
 
 

@@ -129,10 +129,11 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
         return [*without_devices(words), "--output_dir", folder, "--use_cpu", "True"]
 
     args, *parts = parse(dataclasses_of(script), words, before=before)
-    check_shared(*parts)
     flags = {type(part): part for part in (args, *parts)}
-    settle_what_to_do(args, flags[DataArguments], given)
     adapter = flags[AdapterArguments]
+    adapter.given = frozenset(word[2:] for word in given if word.startswith("--"))
+    check_shared(*parts)
+    settle_what_to_do(args, flags[DataArguments], given)
     if adapter.peft_path:
         take_method_of_adapter(adapter, "SEQ_CLS" if script == STAGES["rm"] else "CAUSAL_LM")
     settle_long_context(STAGE_OF[script], parts)

@@ -72,7 +72,8 @@ def words_for_a_gpu(words: list[str]) -> list[str]:
         off = following.lower() in FALSE_WORDS
         if word.startswith("--") and name in NOT_ESTIMATED and not off:
             raise ArgumentError(f"--{name}: {NOT_ESTIMATED[name]}")
-        kept.append("--bf16" if word == "--fp16" else word)  # the same memory; torch refuses --fp16 without a GPU
+        # the same memory; torch refuses --fp16 without a GPU
+        kept.append("--bf16" if word == "--fp16" and not off else word)
     if "--output_dir" not in kept:
         kept += ["--output_dir", "outputs"]  # nothing is written
     if not torch.accelerator.is_available() and "--use_cpu" not in kept:
@@ -89,11 +90,16 @@ def read_flags(script: str, words: list[str]) -> tuple[str, Any, list[Any]]:
     name = script.removesuffix(".py")
     if name not in NAMES:
         raise ArgumentError(f"expected a stage's script first, one of {', '.join(NAMES)}; found {script!r}")
-    args, *parts = parse(dataclasses_of(name), words, before=words_for_a_gpu)
-    given = frozenset(word[2:].partition("=")[0] for word in words if word.startswith("--"))
+    given: list[str] = []
+
+    def before(words: list[str]) -> list[str]:
+        given.extend(words)
+        return words_for_a_gpu(words)
+
+    args, *parts = parse(dataclasses_of(name), words, before=before)
     for part in parts:
         if isinstance(part, AdapterArguments):
-            part.given = given
+            part.given = frozenset(word[2:] for word in given if word.startswith("--"))
     check_shared(*parts)
     settle_precision(args, parts)
     gpu = {"device": torch.device("cuda"), "optim": args.optim, "max_steps": args.max_steps, "deepspeed": None}
