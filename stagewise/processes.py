@@ -44,6 +44,19 @@ def together(work: Callable[[], Mapping[int, T]]) -> dict[int, T]:
     return {place: found for part in _result(gather_object([_tried(work)])) for place, found in part.items()}
 
 
+def everywhere(work: Callable[[], T]) -> T:
+    """What `work` gives in this process; each does it for itself, such as reading a file of its own machine.
+
+    Raises:
+        ArgumentError: in every process, with the words of the first error of this project in any of them.
+    """
+    if PartialState().num_processes == 1:
+        return work()
+    found, error = _tried(work)
+    _result(gather_object([[None, error]]))
+    return found
+
+
 def in_batches(lengths: Sequence[int], size: int, title: str, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
     """`work` on batches of like lengths, longest first, dealt to the processes; what it gives for each, in order.
 
