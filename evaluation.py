@@ -18,7 +18,6 @@ every answer as a line of jsonl, and examples.html, a page of the best and the w
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -52,7 +51,7 @@ from stagewise.processes import everywhere
 from stagewise.readers import RECORD_FILES
 from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
 from stagewise.reward import load_scorer
-from stagewise.run import is_main, leave_processes, set_up_logging
+from stagewise.run import is_main, leave_processes, say_error, set_up_logging
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device, for_loading, local_adapter, with_base
 from template import TEMPLATES
@@ -289,9 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         if not type(error).__module__.startswith("stagewise"):
             raise
-        if is_main():
-            given = job is None or bool({"base_model", "model_name_or_path"} & job.given)
-            print(f"error: {with_base(str(error), job and job.model.lora_model, given=given)}", file=sys.stderr)
+        given = job is None or bool({"base_model", "model_name_or_path"} & job.given)
+        say_error(with_base(str(error), job and job.model.lora_model, given=given))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         logger.warning("stopped; nothing was written")

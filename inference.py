@@ -32,7 +32,7 @@ from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
 from stagewise.arguments import ArgumentError
 from stagewise.command_line import parse
 from stagewise.processes import everywhere, from_first, together
-from stagewise.run import is_main, leave_processes, set_up_logging
+from stagewise.run import leave_processes, say_error, set_up_logging
 from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device
 from stagewise.talk import HELP, Talk
@@ -332,8 +332,7 @@ if __name__ == "__main__":
     try:
         main()
     except ArgumentError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
+        say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

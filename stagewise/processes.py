@@ -1,7 +1,7 @@
 """Work that the processes of one run share: each does its part, and all of them have the whole, in order.
 
 The group of processes is the one that `choose_device` makes. An error of this project in one of them ends all of them,
-with the same words; the scripts print it in the first.
+with the same words; the scripts print it in the first of each machine.
 """
 
 from __future__ import annotations
