@@ -18,10 +18,10 @@ every answer as a line of jsonl, and examples.html, a page of the best and the w
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,10 +47,11 @@ from stagewise.evaluation_page import (
 from stagewise.evaluation_pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
 from stagewise.evaluation_text import PACKAGES, check_packages
 from stagewise.manifest import given_flags, read_manifest, versions
+from stagewise.processes import everywhere
 from stagewise.readers import RECORD_FILES
 from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
 from stagewise.reward import load_scorer
-from stagewise.run import is_main, leave_processes, set_up_logging
+from stagewise.run import is_main, leave_processes, say_error, set_up_logging
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device, for_loading, local_adapter, with_base
 from template import TEMPLATES
@@ -112,7 +113,8 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
     logger.info(f"test: {len(questions)} conversations, answers of at most {longest} tokens")
     size, scorer = job.args.batch_size, None
     if job.args.reward_model_name_or_path:
-        scorer = load_scorer(
+        load = partial(
+            load_scorer,
             job.args.reward_model_name_or_path,
             for_loading(job.model),
             label=job.args.reward_label,
@@ -122,6 +124,7 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
             device=speaker.model.device,
             longest=max(len(speaker.encode(question.prompt, longest)) for question in questions) + longest,
         )
+        scorer = everywhere(load)
     losses = reference_losses(speaker, [question.example for question in questions], size)
     answers = answers_to(speaker, questions, job.sampling, size)
     rewards = rewards_of(scorer, speaker, questions, answers, longest, size) if scorer else None
@@ -144,7 +147,7 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
     preferences, account = records
     chat = ChatArguments(job.model.template_name, job.model.force_template, job.model.enable_thinking)
     loading = for_loading(job.model)
-    scorer = load_pair_scorer(loading, adapter, chat, TEMPLATES, choose_device(job.model))
+    scorer = everywhere(partial(load_pair_scorer, loading, adapter, chat, TEMPLATES, choose_device(job.model)))
     pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
     logger.info(f"test: {len(pairs)} pairs")
     scores = scorer([pair.example for pair in pairs], job.args.batch_size)
@@ -194,13 +197,9 @@ def about_model(model: SpeakerArguments, adapter: str | None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def evaluate(job: Job) -> None:
-    """Everything that is asked of one model; the processes share the work, and the first writes.
-
-    Raises:
-        ArgumentError, RecordError: before any weight is read where that can be known.
-    """
-    began, args, model = time.time(), job.args, job.model
+def kind_of_model(job: Job) -> tuple[str | None, bool]:
+    """The adapter's local directory, and whether the model scores and does not speak. Raises ArgumentError."""
+    args, model = job.args, job.model
     if args.test_file:
         find_files(args.test_file, RECORD_FILES, "--test_file")
     folder, adapter = local_adapter(model)
@@ -208,30 +207,51 @@ def evaluate(job: Job) -> None:
         model.base_model = model.base_model or adapter.base_model_name_or_path
     if not model.base_model and not model.lora_model:
         raise ArgumentError("--model_name_or_path: missing; give a model directory, a hub name, or --lora_model")
-    scores = bool(model.base_model) and is_reward_model(for_loading(model), adapter)
+    return folder, bool(model.base_model) and is_reward_model(for_loading(model), adapter)
+
+
+def what_is_asked(job: Job) -> tuple[tuple[list, Account] | None, Benchmarks | None]:
+    """Records and benchmarks for a language model. Raises ArgumentError, RecordError."""
+    args, records, benchmarks = job.args, None, None
+    if args.test_file:
+        check_packages(PACKAGES, "--test_file")
+        records = read_test(job, parse_conversation)
+    if args.benchmarks:
+        names = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
+        benchmarks = Benchmarks(names, args.benchmark_dir, args.num_fewshot, args.max_samples)
+    return records, benchmarks
+
+
+def load_speaker(job: Job) -> Speaker:
+    """The language model. Raises SpeakerError."""
+    try:
+        return Speaker.load(job.model, TEMPLATES)
+    except SpeakerError as error:
+        name = "model_name_or_path" if "model_name_or_path" in job.given else "base_model"
+        raise SpeakerError(str(error).replace("--base_model", f"--{name}")) from error
+
+
+def evaluate(job: Job) -> None:
+    """Everything that is asked of one model; the processes share the work, and the first writes.
+
+    Raises:
+        ArgumentError, RecordError: before any weight is read where that can be known.
+    """
+    began, args, model = time.time(), job.args, job.model
+    folder, scores = everywhere(partial(kind_of_model, job))
     found: dict[str, Any] = {"model": about_model(model, folder)}
     sections: list[str] = []
     if scores:
         if args.benchmarks:
             raise ArgumentError("--benchmarks: this is a reward model, which scores and does not speak")
         refuse(job, {f.name for f in fields(SamplingArguments)} | {"reward_model_name_or_path"}, "on a reward model")
-        found["rm"], section = measure_pairs(job, folder, read_test(job, parse_preference))
+        pairs = everywhere(partial(read_test, job, parse_preference))
+        found["rm"], section = measure_pairs(job, folder, pairs)
         sections.append(section)
     else:
         refuse(job, {f.name for f in fields(PairArguments)}, "on a language model, whose context is the limit")
-        records = None
-        if args.test_file:
-            check_packages(PACKAGES, "--test_file")
-            records = read_test(job, parse_conversation)
-        benchmarks = None
-        if args.benchmarks:
-            names = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
-            benchmarks = Benchmarks(names, args.benchmark_dir, args.num_fewshot, args.max_samples)
-        try:
-            speaker = Speaker.load(model, TEMPLATES)
-        except SpeakerError as error:
-            name = "model_name_or_path" if "model_name_or_path" in job.given else "base_model"
-            raise SpeakerError(str(error).replace("--base_model", f"--{name}")) from error
+        records, benchmarks = everywhere(partial(what_is_asked, job))
+        speaker = everywhere(partial(load_speaker, job))
         if records:
             found["sft"], section = measure_answers(job, speaker, records)
             sections.append(section)
@@ -271,9 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         if not type(error).__module__.startswith("stagewise"):
             raise
-        if is_main():
-            given = job is None or bool({"base_model", "model_name_or_path"} & job.given)
-            print(f"error: {with_base(str(error), job and job.model.lora_model, given=given)}", file=sys.stderr)
+        given = job is None or bool({"base_model", "model_name_or_path"} & job.given)
+        say_error(with_base(str(error), job and job.model.lora_model, given=given))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         logger.warning("stopped; nothing was written")

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from tqdm import tqdm
 from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
 from stagewise.arguments import ArgumentError
 from stagewise.command_line import parse
-from stagewise.processes import from_first, together
-from stagewise.run import is_main, leave_processes, set_up_logging
+from stagewise.processes import everywhere, from_first, together
+from stagewise.run import leave_processes, say_error, set_up_logging
 from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device
 from stagewise.talk import HELP, Talk
@@ -217,8 +218,9 @@ def stopped_by_ctrl_c() -> Iterator[threading.Event]:
 def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: SamplingArguments) -> None:
     """Answers every prompt of --data_file, a batch a process at a time."""
     skips = args.on_bad_record == "skip"
-    prompts = read_prompts(args.data_file, args.answer_field, args.system_prompt, skips=skips)
     choose_device(which)  # makes the state that processes know each other by
+    read = partial(read_prompts, args.data_file, args.answer_field, args.system_prompt, skips=skips)
+    prompts = everywhere(read)
     target: AnswerFile | None = None
 
     def begin() -> int:
@@ -238,7 +240,7 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
     done = from_first(begin)
     if done:
         logger.info(f"{args.output_file}: goes on behind {done} of {len(prompts)} answers")
-    speaker = Speaker.load(which, TEMPLATES)
+    speaker = everywhere(partial(Speaker.load, which, TEMPLATES))
     left_out = unanswerable(speaker, prompts, sampling, args.on_bad_record)
     try:
         for first, found in windows(speaker, prompts, done, left_out, sampling, args.batch_size):
@@ -330,8 +332,7 @@ if __name__ == "__main__":
     try:
         main()
     except ArgumentError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
+        say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

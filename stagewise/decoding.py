@@ -187,10 +187,11 @@ class Words:
             return self.rest()
         self.ids.append(token)
         earlier, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
-        if len(now) <= len(earlier) or now.endswith(BROKEN):
+        new = now[len(earlier) :]
+        if not new or (new.endswith(BROKEN) and not self._ends(self.held + new)):
             return ""
         self.start, self.read = self.read, len(self.ids)
-        return self._let_go(now[len(earlier) :])
+        return self._let_go(new)
 
     def rest(self) -> str:
         """What was held back, once no more ids come."""
@@ -203,6 +204,10 @@ class Words:
         if not self.began:
             left = left.removeprefix(self.before)
         return piece + (left.removesuffix(self.after) if self.after else left)
+
+    def _ends(self, text: str) -> bool:
+        """Whether a stop string is whole in a text; a token may hold its last letter and bytes of what comes then."""
+        return any(marker in text for marker in self.stop_strings)
 
     def _decode(self, ids: list[int]) -> str:
         return text_of(self.tokenizer, ids)

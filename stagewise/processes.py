@@ -1,7 +1,7 @@
 """Work that the processes of one run share: each does its part, and all of them have the whole, in order.
 
 The group of processes is the one that `choose_device` makes. An error of this project in one of them ends all of them,
-with the same words; the scripts print it in the first.
+with the same words; the scripts print it in the first of each machine.
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ def together(work: Callable[[], Mapping[int, T]]) -> dict[int, T]:
     if PartialState().num_processes == 1:
         return dict(work())
     return {place: found for part in _result(gather_object([_tried(work)])) for place, found in part.items()}
+
+
+def everywhere(work: Callable[[], T]) -> T:
+    """What `work` gives in this process; each does it for itself, such as reading a file of its own machine.
+
+    Raises:
+        ArgumentError: in every process, with the words of the first error of this project in any of them.
+    """
+    if PartialState().num_processes == 1:
+        return work()
+    found, error = _tried(work)
+    _result(gather_object([[None, error]]))
+    return found
 
 
 def in_batches(lengths: Sequence[int], size: int, title: str, work: Callable[[list[int]], Sequence[T]]) -> list[T]:

@@ -62,6 +62,7 @@ from stagewise.validation import EvaluationTable
 
 PREEMPTED = 143  # exit code of a run that was stopped by SIGTERM after a whole checkpoint
 INTERRUPTED = 130  # of one that Ctrl-C ended
+ALONE = 10  # seconds after which a process that failed, and was not ended by its launcher, is the only one that did
 
 
 def is_main() -> bool:
@@ -82,6 +83,17 @@ def set_up_logging() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not is_main() or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+
+
+def say_error(text: str) -> None:
+    """An error in one line, once a machine.
+
+    Processes that fail alike come here at about the same time: the machine's first says it, and its launcher then ends
+    the others while they wait, which must not end before it did. One that failed alone says so after a while.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(ALONE)
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def leave_processes(status: int) -> None:

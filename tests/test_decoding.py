@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import build_tiny_tokenizer
 
-from stagewise.decoding import FILTERS, RowChoice, Words, overlap
+from stagewise.decoding import FILTERS, Ends, RowChoice, Words, overlap
 
 
 def settings(**values):
@@ -78,6 +78,19 @@ def test_pieces_hold_whole_characters():
         assert [words.add(token) for token in first_bytes] == ["", ""]
     assert cut.rest() == ""  # stopped within a character
     assert ended.add(2) == "\ufffd"  # the model itself ended there
+
+
+def test_a_stop_string_that_ends_within_a_token():
+    from types import SimpleNamespace
+
+    pieces = [b"\xe5\xa5\xbd", b"\xe5\x81\x9c", b"\xe6\xad\xa2\xe4", b""]  # 好, 停, 止 with a byte more, padding
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: b"".join(pieces[i] for i in ids).decode(errors="replace"))
+    words = Words(tokenizer, (), "", "", ("停止",))
+    assert [words.add(token) for token in (0, 1)] == ["好", ""]
+    assert (words.add(2), words.ended) == ("", True)  # there, not at the padding of its batch
+    assert (words.add(3), words.rest()) == ("", "")
+    ends = Ends(tokenizer, ["停止"], 0)
+    assert ends(torch.tensor([[0, 1, 2], [0, 0, 1]]), None).tolist() == [True, False]
 
 
 def test_the_forms_own_space_and_the_end_marker_are_no_words():

@@ -585,7 +585,7 @@ def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
     ]
     odd = {"text": "none"}
     test, pairs = write_lines(tmp_path / "test.jsonl", [*CONVERSATIONS, odd, *records]), tmp_path / "pairs.jsonl"
-    write_lines(pairs, PAIRS)
+    write_lines(pairs, [*PAIRS, odd])
     broken = write_lines(tmp_path / "broken.jsonl", [*CONVERSATIONS, {"text": "none"}])
     model, scores = tiny_checkpoint("llama", max_position_embeddings=2048), tiny_checkpoint("llama", task="score")
     made_up(tmp_path / "mmlu", "mmlu")
@@ -594,7 +594,7 @@ def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
     asked += ["--on_bad_record", "skip"]
     asked += ["--reward_model_name_or_path", tiny_checkpoint("llama", task="score", tokenizer=None)]
     asked += ["--benchmarks", "mmlu", "--benchmark_dir", tmp_path, "--num_fewshot", 1]
-    scored = ["--model_name_or_path", scores, "--test_file", pairs]
+    scored = ["--model_name_or_path", scores, "--test_file", pairs, "--on_bad_record", "skip"]
     for name, words in (("asked", asked), ("scored", scored)):
         one = run(*words, *common, tmp_path / f"{name}-1")
         launched(torchrun("evaluation", *words, *common, tmp_path / f"{name}-2"))
@@ -607,6 +607,7 @@ def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
         assert files == sorted(path.name for path in (tmp_path / f"{name}-2").iterdir())
         for file in (file for file in files if file.endswith(".jsonl")):
             assert lines(tmp_path / f"{name}-1" / file) == lines(tmp_path / f"{name}-2" / file)
+    assert len(lines(tmp_path / "scored-2/rejected.jsonl")) == 1  # not one for each process
     folders = [tmp_path / "asked-1", tmp_path / "asked-2"]
     launched(torchrun("evaluation", "--compare", *folders, "--output_dir", tmp_path / "compared"))
     found = json.loads((tmp_path / "compared/comparison.json").read_text(encoding="utf-8"))

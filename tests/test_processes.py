@@ -6,7 +6,7 @@ import pytest
 
 from stagewise import processes
 from stagewise.arguments import ArgumentError
-from stagewise.processes import from_first, in_batches, together
+from stagewise.processes import everywhere, from_first, in_batches, together
 
 
 def test_alone_nothing_is_dealt():
@@ -39,6 +39,18 @@ def test_an_error_in_one_process_ends_all_with_its_words(monkeypatch):
     monkeypatch.setattr(processes, "gather_object", lambda own: [*own, [None, "a score that is NaN"]])
     with pytest.raises(ArgumentError, match="^a score that is NaN$"):
         together(lambda: {0: 1})
+    with pytest.raises(ArgumentError, match="^a score that is NaN$"):  # the other machine's fault alone
+        everywhere(lambda: 1)
+    told = []
+    monkeypatch.setattr(processes, "gather_object", lambda own: told.extend(own) or [*own, [None, None]])
+    assert everywhere(lambda: 1) == 1
+
+    def missing():
+        raise ArgumentError("--data_file: no such file")
+
+    with pytest.raises(ArgumentError, match="^--data_file: no such file$"):
+        everywhere(missing)
+    assert told == [[None, None], [None, "--data_file: no such file"]]
     told = []
     monkeypatch.setattr(processes, "broadcast_object_list", told.append)
 

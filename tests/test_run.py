@@ -140,3 +140,20 @@ def test_nothing_but_the_log_is_said(words):
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "real_accelerator" not in done.stderr
+
+
+def test_an_error_is_said_by_the_first_process_of_a_machine_or_by_the_one_that_failed_alone(monkeypatch, capsys):
+    from stagewise import run
+
+    slept = []
+
+    def sleep(seconds):
+        assert not capsys.readouterr().err  # it waits before it speaks: its launcher ends it if others failed, too
+        slept.append(seconds)
+
+    monkeypatch.setattr(run.time, "sleep", sleep)
+    for rank, waits in ((None, []), ("0", []), ("3", [run.ALONE])):
+        slept.clear()
+        monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
+        run.say_error("--data_file no.jsonl: no such file")
+        assert (slept, capsys.readouterr().err) == (waits, "error: --data_file no.jsonl: no such file\n")

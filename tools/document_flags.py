@@ -148,7 +148,7 @@ def default_of(field: dataclasses.Field, language: str) -> str:
         return REQUIRED[language]
     value: Any = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     value = value.value if isinstance(value, enum.Enum) else value
-    return "" if value in (None, []) else f"`{value}`"
+    return "" if value in (None, [], "") else f"`{value}`"
 
 
 def in_language(text: str, language: str) -> str:
