@@ -20,6 +20,7 @@ from transformers import (
 from stagewise.arguments import ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.experts import QuantisedExperts
+from stagewise.manifest import parameters_of
 from stagewise.model_config import DTYPES, load_config
 from stagewise.model_source import ModelError, find_source, hub_options
 from stagewise.model_tokenizer import check_vocabulary
@@ -131,7 +132,7 @@ def _load(
             f"--device_map {args.device_map}: the model does not fit on the GPUs ({', '.join(sorted(placed))})"
         )
     model.train(for_training)
-    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    size = parameters_of(model)["all"]
     logger.info(
         f"model: {source}, {type(model).__name__}, {size / 1e6:,.1f} M parameters in {model.dtype}{held}, {attention}"
     )
