@@ -117,8 +117,8 @@ class ExpertsQuantiser(Bnb4BitHfQuantizer):
         for name, parameter in model.named_parameters():
             if is_expert_stack(name, parameter) and parameter.numel() > MOST:
                 raise ModelError(
-                    f"{name} has {parameter.numel():,} numbers, of which bitsandbytes quantises {MOST:,} at once; leave "
-                    "such experts in 16 bit (--quantize_experts False)"
+                    f"{name} has {parameter.numel():,} numbers, of which bitsandbytes quantises {MOST:,} at once; "
+                    "leave such experts in 16 bit (--quantize_experts False)"
                 )
         super()._process_model_before_weight_loading(model, **kwargs)
 
