@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable, tensor_names
 from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments
 from stagewise.experts import reach_packed
+from stagewise.manifest import parameters_of
 from stagewise.methods import check_continuation
 from stagewise.ranks import AdaptiveRanks, attach_ranks, load_whole, schedule_config
 from stagewise.shifted_attention import is_shifted, longlora_modules
@@ -110,8 +111,8 @@ def _go_on(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> Pe
 
 def _summary(model: PeftModel) -> str:
     config = model.peft_config["default"]
-    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    trained, total = sum(n for n, grad in counts if grad), sum(n for n, _ in counts)
+    counts = parameters_of(model)
+    trained, total = counts["trained"], counts["all"]
     share = f"trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)"
     if config.is_prompt_learning:
         return f"{config.num_virtual_tokens} virtual tokens; {share}"

@@ -37,7 +37,7 @@ def advice_on(error: BaseException, output_dir: Path) -> str | None:
 def _is_out_of_memory(error: BaseException) -> bool:
     # On a CPU torch's allocator raises a RuntimeError.
     texts = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
-    texts += ("CUBLAS_STATUS_ALLOC_FAILED",)
+    texts += ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # asked for outside of torch's allocator
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from loguru import logger
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from stagewise.checkpoint import mark_whole, rotate, unmark
@@ -100,7 +101,8 @@ class Resumes:
     """For a Trainer: a resumed run follows the flags that it is given, and ends at its last step.
 
     transformers takes learning rate, weight decay and betas from the checkpoint whatever the flags say, and a run that
-    is resumed behind its last step takes one more. DeepSpeed loads its optimizer itself and keeps the checkpoint's.
+    is resumed behind its last step takes one more. DeepSpeed loads its optimizer itself and keeps the checkpoint's. A
+    schedule that goes by the loss (reduce_lr_on_plateau, greedy) goes on from the learning rate that it has come to.
     """
 
     FROM_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
@@ -110,23 +112,35 @@ class Resumes:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         asked = [{k: v for k, v in group.items() if k in self.FROM_FLAGS} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        rates, schedule = [group["lr"] for group in self.optimizer.param_groups], self.lr_scheduler
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except KeyError as missing:
+            if missing.args != ("lr_lambdas",):
+                raise
+            schedule.last_epoch = self.state.global_step  # the checkpoint's schedule went by the loss
+        groups = self.optimizer.param_groups
         changes = {
-            f"{name.replace('initial_lr', 'learning rate')} {value}, the checkpoint had {group.get(name)}": None
+            f"{name.replace('initial_lr', 'learning rate')} {value}, the checkpoint had {group[name]}": None
             for group, flags in zip(groups, asked, strict=True)
             for name, value in flags.items()
-            if group.get(name) != value
+            if name in group and group[name] != value
         }
         for change in changes:
             logger.info(f"goes on with {change}")
         for group, flags in zip(groups, asked, strict=True):
             group.update(flags)
-        if hasattr(schedule, "lr_lambdas"):  # what the schedule of now says of this step
+        if isinstance(schedule, LambdaLR):  # what the schedule of now says of this step
             schedule.base_lrs = [group["initial_lr"] for group in groups]
             for group, share in zip(groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
             schedule._last_lr = [group["lr"] for group in groups]
+            return
+        for group, rate in zip(groups, rates, strict=True):
+            if group.pop("initial_lr", None) is not None:  # the checkpoint's schedule went by steps
+                group["lr"] = rate
+            elif group["lr"] != rate:
+                logger.info(f"goes on with the checkpoint's learning rate {group['lr']:g}, not {rate:g}")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         if self.state.global_step >= self.state.max_steps:

@@ -13,7 +13,7 @@ forward pass fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,14 @@ class QuantisedExperts(nn.Module):
         """A tensor of the whole parameter's shape, precision and device that takes no memory."""
         state = self.states[name]
         return torch.empty(1, dtype=state.dtype, device=self._parameters[name].device).expand(state.shape)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Moves or casts what is no parameter with the others: the scales, and the precision to put together in."""
+        super()._apply(fn, recurse)
+        for name, state in self.states.items():
+            state.to(self._parameters[name].device)
+            state.dtype = fn(torch.empty(0, dtype=state.dtype)).dtype
+        return self
 
     @contextmanager
     def changed(self, name: str, changes: Sequence[Change]) -> Iterator[None]:

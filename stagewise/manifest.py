@@ -71,7 +71,7 @@ def parameters_of(model: nn.Module) -> dict[str, int]:
     counts = {"all": 0, "trained": 0}
     for parameter in model.parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 holds a part of it here
-        size *= 2 if type(parameter).__name__ == "Params4bit" else 1
+        size *= 2 if type(parameter).__name__ == "Params4bit" or parameter.dtype == torch.uint8 else 1
         counts["all"] += size
         counts["trained"] += size if parameter.requires_grad else 0
     return counts

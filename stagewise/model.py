@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from transformers import (
 from stagewise.arguments import ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.experts import QuantisedExperts
+from stagewise.manifest import parameters_of
 from stagewise.model_config import DTYPES, load_config
 from stagewise.model_source import ModelError, find_source, hub_options
 from stagewise.model_tokenizer import check_vocabulary
@@ -104,21 +109,25 @@ def _load(
     source = find_source(args.model_name_or_path, args)
     attention = attention or choose_attention(config, args)
     dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
-    try:
-        model, info = auto.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            device_map=choose_device_map(args, deepspeed_zero3=zero3),
-            output_loading_info=True,
-            **quantisation_options(args, config),
-            **hub_options(source, args),
-        )
-    except torch.OutOfMemoryError:
-        raise  # the run has its own advice
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"--model_name_or_path {source}: {error}") from error
+    options = {**quantisation_options(args, config), **hub_options(source, args)}
+    with _report() as told:
+        try:
+            model, info = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=choose_device_map(args, deepspeed_zero3=zero3),
+                output_loading_info=True,
+                **options,
+            )
+        except torch.OutOfMemoryError:
+            raise  # the run has its own advice
+        except (OSError, ValueError, RuntimeError) as error:
+            report = "".join(told) if "above report" in str(error) else ""
+            if full := re.search(r"OutOfMemoryError: (.*)", report):
+                raise torch.OutOfMemoryError(full[1]) from error
+            raise ModelError("\n".join(filter(None, (f"--model_name_or_path {source}: {error}", report)))) from error
     guard_4bit(model)
     guard_8bit(model)
     if experts := [module for module in model.modules() if isinstance(module, QuantisedExperts)]:
@@ -131,11 +140,29 @@ def _load(
             f"--device_map {args.device_map}: the model does not fit on the GPUs ({', '.join(sorted(placed))})"
         )
     model.train(for_training)
-    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    size = parameters_of(model)["all"]
     logger.info(
         f"model: {source}, {type(model).__name__}, {size / 1e6:,.1f} M parameters in {model.dtype}{held}, {attention}"
     )
     return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _report() -> Iterator[list[str]]:
+    """What transformers logs while it loads weights: its errors point there, and its log is off."""
+    told: list[str] = []
+    log, handler = logging.getLogger("transformers.modeling_utils"), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    before = log.level, log.propagate
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield told
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) -> str | dict[str, Any] | None:

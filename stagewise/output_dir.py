@@ -15,9 +15,10 @@ from stagewise.settings import StageArguments
 def check_output_dir(args: StageArguments) -> None:
     """Raises ArgumentError if the run would write over what is there."""
     folder = Path(args.output_dir)
-    if folder.is_file():
+    # pathlib's own would end with PermissionError below a folder that may not be looked into
+    if os.path.isfile(folder):
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if not args.dry_run and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ArgumentError(f"--output_dir {folder}: {there} is no folder that can be written to; give another")
     if args.overwrite_output_dir or args.dry_run or not args.do_train:

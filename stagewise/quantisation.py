@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 METHOD = "bitsandbytes_with_experts"
+MOST = 2**31 - 1  # numbers that bitsandbytes quantises at once: it counts them in 32 bit and doesn't look (0.50.2)
 
 
 def quantisation_options(args: ModelArguments, config: PretrainedConfig) -> dict[str, Any]:
@@ -111,6 +112,15 @@ class ExpertsQuantiser(Bnb4BitHfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if is_expert_stack(name, parameter) and parameter.numel() > MOST:
+                raise ModelError(
+                    f"{name} has {parameter.numel():,} numbers, of which bitsandbytes quantises {MOST:,} at once; "
+                    "leave such experts in 16 bit (--quantize_experts False)"
+                )
+        super()._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for path, state in self.states.items():

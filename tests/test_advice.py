@@ -19,6 +19,7 @@ def full(number):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "out of memory. Lower --per_de"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …"), "out of memory. Low"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "out of memory. Lower --per_device"),
         (MemoryError(), "out of memory. Lower --per_device_train_batch_size"),
         (KeyboardInterrupt(), "ended by Ctrl-C; --resume_from_checkpoint True"),
         (full(errno.ENOSPC), "--output_dir out: no space is left"),

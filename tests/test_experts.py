@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM
 import inference
 from stagewise.adapter import attach_adapter, load_adapter
 from stagewise.arguments import AdapterArguments, ModelArguments
+from stagewise.manifest import parameters_of
 from stagewise.methods import STAGES
 from stagewise.model import load_causal_lm
+from stagewise.model_source import ModelError
+from stagewise.quantisation import ExpertsConfig, ExpertsQuantiser
 from stagewise.targets import AdapterError, choose_targets, linear_targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,6 +306,37 @@ def test_experts_in_4_bit_are_put_together_once_a_forward_pass_and_not_kept(tiny
     loss.backward()
     assert len(seen) == 2 * 2 * 2  # once more for the backward pass
     assert not [each for each in seen if each() is not None]
+
+
+@needs_bitsandbytes
+def test_experts_in_4_bit_follow_their_model_into_another_precision_and_place(tiny_checkpoint):
+    """DeepSpeed casts it, and so does --bf16_full_eval."""
+    wrapped = attach_adapter(quantised(tiny_checkpoint("mixtral")), AdapterArguments(lora_dropout=0.0), "CAUSAL_LM")
+    experts = wrapped.get_base_model().model.layers[0].mlp.experts.get_base_layer()
+    before = experts.gate_up_proj
+    wrapped.to(torch.bfloat16)
+    assert experts.gate_up_proj.dtype == torch.bfloat16
+    torch.testing.assert_close(experts.gate_up_proj.float(), before, rtol=1e-2, atol=1e-3)
+    with torch.no_grad():
+        assert wrapped(input_ids=IDS).logits.isfinite().all()
+    experts.to("meta")
+    assert {state.absmax.device.type for state in experts.states.values()} == {"meta"}
+
+
+@needs_bitsandbytes
+def test_numbers_of_experts_in_4_bit_are_counted_and_not_their_bytes(tiny_checkpoint):
+    folder = tiny_checkpoint("mixtral")
+    assert parameters_of(quantised(folder))["all"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+
+
+@needs_bitsandbytes
+def test_experts_that_bitsandbytes_cannot_count_are_refused():
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.gate_up_proj = torch.nn.Parameter(torch.empty(160, 3072, 5120, device="meta"))
+    quantiser = ExpertsQuantiser(ExpertsConfig(load_in_4bit=True))
+    with pytest.raises(ModelError, match="experts.gate_up_proj has 2,516,582,400 numbers, of which bitsandbytes"):
+        quantiser._process_model_before_weight_loading(model, device_map=None)
 
 
 @needs_bitsandbytes

@@ -1,9 +1,12 @@
 """Weights: their precision, their place, what the checkpoint lacks; a reward model's head."""
 
+import json
+
 import pytest
 import torch
 from conftest import PAD_ID, build_tiny_model, build_tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from test_methods import needs_bitsandbytes
 from test_model_source import arguments
 
 from stagewise.model import choose_device_map, load_causal_lm, load_reward_model
@@ -39,6 +42,26 @@ def test_weights_that_the_checkpoint_lacks_are_not_made_up(tiny_checkpoint):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks lm_head.weight, model.layers.1.mlp.up_proj.weight"):
         load_causal_lm(arguments(folder))
+
+
+def test_weights_of_other_shapes_are_named(tiny_checkpoint):
+    folder = tiny_checkpoint("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(ModelError, match=r"(?s)--model_name_or_path .*mlp\..*\.weight.*MISMATCH"):
+        load_causal_lm(arguments(folder))
+
+
+@needs_bitsandbytes
+def test_memory_that_runs_out_while_weights_are_quantised_is_told_as_that(tiny_checkpoint, monkeypatch):
+    """transformers keeps such an error and raises another one, which points to its log."""
+
+    def is_full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("stagewise.quantisation.pack", is_full)
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory. Tried to allocate 2 GiB.$"):
+        load_causal_lm(arguments(tiny_checkpoint("mixtral"), qlora=True))
 
 
 def test_a_reward_model_is_no_language_model(tiny_checkpoint):

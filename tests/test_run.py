@@ -106,6 +106,30 @@ def test_a_resumed_run_follows_its_own_flags(stage, words, capsys):
     assert "goes on with weight_decay 0.1, the checkpoint had 0.0" in said
 
 
+BY_STEPS, BY_LOSS = "linear", "reduce_lr_on_plateau"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "expected"),
+    [
+        (BY_LOSS, BY_STEPS, [5e-4, 2.5e-4]),  # as if it had been so from the first of four steps
+        (BY_STEPS, BY_LOSS, [1e-3, 1e-3]),
+        (BY_LOSS, BY_LOSS, [1e-2, 1e-2]),
+    ],
+)
+def test_a_resumed_run_may_have_another_kind_of_schedule(stage, words, tmp_path, capsys, first, then, expected):
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
+    often["validation_file_dir"] = tmp_path / "train"
+    out = stage("pretraining", *words(lr_scheduler_type=first, learning_rate=1e-2, max_steps=2, **often))
+    changed = {"lr_scheduler_type": then, "learning_rate": 1e-3, "resume_from_checkpoint": True}
+    capsys.readouterr()
+    stage("pretraining", *words(**changed, **often))
+    rates = [log["learning_rate"] for log in history(out) if log.get("step", 0) > 2 and "loss" in log]
+    assert rates == [pytest.approx(rate) for rate in expected]
+    kept = "goes on with the checkpoint's learning rate 0.01, not 0.001" in capsys.readouterr().err
+    assert kept == (first == then)
+
+
 @pytest.mark.parametrize("word", ["1", "yes", "TRUE"])
 def test_yes_to_resuming_in_other_words(stage, words, word):
     out = stage("pretraining", *words(save_steps=2, max_steps=2))
