@@ -46,8 +46,12 @@ def history(folder):
 
 def test_ctrl_c_is_one_line(stage, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(NonFiniteGuard, "on_step_end", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit) as ended:
-        stage("pretraining", *words())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist takes none
+    try:
+        with pytest.raises(SystemExit) as ended:
+            stage("pretraining", *words())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("ended by Ctrl-C; --resume_from_checkpoint True goes")
     assert manifest(tmp_path / "out")["status"] == "failed"
