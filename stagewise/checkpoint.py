@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from loguru import logger
@@ -17,6 +18,7 @@ from loguru import logger
 from stagewise.arguments import ArgumentError
 
 MARK = "whole.json"
+LEFT = "left.json"  # what the mark is called of a checkpoint that a run left behind which went on from an earlier one
 
 
 def mark_whole(folder: str | Path) -> None:
@@ -32,7 +34,20 @@ def mark_whole(folder: str | Path) -> None:
 
 def unmark(folder: str | Path) -> None:
     """Takes the mark away before a checkpoint of the same step is written over this one."""
-    (Path(folder) / MARK).unlink(missing_ok=True)
+    for name in (MARK, LEFT):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def leave_later(output_dir: str | Path, resume: Path) -> None:
+    """Those behind the one that a run goes on from no longer count: True is to go on from the new way, not from them.
+
+    By its name each can be gone on from all the same; see `resume_point`.
+    """
+    step = json.loads((resume / "trainer_state.json").read_text())["global_step"]
+    for folder in checkpoints(output_dir):
+        if _step(folder) > step and (folder / MARK).is_file():
+            os.replace(folder / MARK, folder / LEFT)
+            logger.info(f"{folder} is behind step {step}, from which this run goes on: it counts by its name alone")
 
 
 def is_whole(folder: str | Path) -> bool:
@@ -47,7 +62,11 @@ def is_whole(folder: str | Path) -> bool:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders checkpoint-N of a run, by rising N, whole or not."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def last_whole(output_dir: str | Path) -> Path | None:
@@ -55,7 +74,10 @@ def last_whole(output_dir: str | Path) -> Path | None:
     for folder in reversed(checkpoints(output_dir)):
         if is_whole(folder):
             return folder
-        logger.warning(f"{folder} is not whole (the run ended while it was written): passed over")
+        why = "is not whole (the run ended while it was written)"
+        if (folder / LEFT).is_file():
+            why = "was left behind by a run that went on from an earlier one"
+        logger.warning(f"{folder} {why}: passed over")
     return None
 
 
@@ -80,6 +102,9 @@ def resume_point(output_dir: str, asked: str | None) -> Path | None:
     folder = Path(asked)
     if not folder.is_dir():
         raise ArgumentError(f"--resume_from_checkpoint {asked}: no such folder")
+    if not (folder / MARK).is_file():
+        with suppress(FileNotFoundError):  # not left behind, or another process was first
+            os.replace(folder / LEFT, folder / MARK)
     if not is_whole(folder):
         raise ArgumentError(
             f"--resume_from_checkpoint {asked}: this checkpoint is not whole (no valid {MARK}); "

@@ -33,7 +33,7 @@ from stagewise.callbacks import (
     Preemption,
     WholeCheckpoints,
 )
-from stagewise.checkpoint import check_resumable, resume_point
+from stagewise.checkpoint import check_resumable, leave_later, resume_point
 from stagewise.command_line import parse
 from stagewise.curves import write_pictures
 from stagewise.dry_run import dry_run
@@ -311,6 +311,8 @@ class Run:
         resume = resume_point(args.output_dir, args.resume_from_checkpoint)
         if resume:
             check_resumable(resume)
+            if is_main():
+                leave_later(args.output_dir, resume)
         if args.overwrite_output_dir and resume is None and is_main():
             remove_earlier_run(args.output_dir)
         self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"), **({"resumed_from": resume.name} if resume else {}))

@@ -6,7 +6,18 @@ from conftest import adapter_weights
 from transformers import Trainer
 
 from stagewise.arguments import ArgumentError
-from stagewise.checkpoint import MARK, checkpoints, is_whole, last_whole, mark_whole, resume_point, rotate
+from stagewise.checkpoint import (
+    LEFT,
+    MARK,
+    checkpoints,
+    is_whole,
+    last_whole,
+    leave_later,
+    mark_whole,
+    resume_point,
+    rotate,
+    unmark,
+)
 
 
 def make(folder, step, whole=True):
@@ -63,6 +74,23 @@ def test_resume_point(tmp_path):
         resume_point(str(tmp_path), str(broken))
     with pytest.raises(ArgumentError, match="no such folder"):
         resume_point(str(tmp_path), str(tmp_path / "nothing"))
+
+
+def test_those_behind_the_one_that_is_gone_on_from_count_by_name_alone(tmp_path):
+    first, second, third = (make(tmp_path, step) for step in (1, 2, 3))
+    (first / "trainer_state.json").write_text('{"global_step": 1}')
+    mark_whole(first)
+    leave_later(tmp_path, first)
+    assert last_whole(tmp_path) == first
+    rotate(tmp_path, 1)
+    assert checkpoints(tmp_path) == [first, second, third], "nothing is removed for a run that was left"
+    make(tmp_path, 4)
+    assert last_whole(tmp_path).name == "checkpoint-4"
+    assert resume_point(str(tmp_path), str(third)) == third
+    assert is_whole(third)
+    unmark(second)
+    with pytest.raises(ArgumentError, match="not whole"):
+        resume_point(str(tmp_path), str(second))
 
 
 def test_rotate_keeps_the_newest_the_best_and_what_is_broken(tmp_path):
@@ -125,5 +153,5 @@ def test_a_checkpoint_that_is_written_over_does_not_count_meanwhile(stage, words
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", killed)
     with pytest.raises(SystemExit, match="130"):
         stage(script, *flags, "--seed", 7, "--overwrite_output_dir", "--resume_from_checkpoint", first)
-    assert not (second / MARK).exists()  # sizes alone may be the same
+    assert not {MARK, LEFT} & {path.name for path in second.iterdir()}  # sizes alone may be the same
     assert last_whole(out) == first
