@@ -39,8 +39,8 @@ def test_shares_that_are_drawn_from(given, kept):
     numbers = (torch.arange(2000) + 0.5) / 2000
     drawn = torch.zeros(4)
     for number in numbers[::4]:
-        choice = RowChoice([[0]], 1, number.view(1, 1), settings(**given))
-        one = choice(torch.tensor([[0]]), scores.clone())
+        choice = RowChoice([[0, 0]], 1, number.view(1, 1), settings(**given))
+        one = choice(torch.tensor([[0, 0]]), scores.clone())
         assert (one > -torch.inf).sum() == 1
         drawn[one.argmax()] += 1 / 500
     expected = torch.tensor([kept.get(token, 0.0) for token in range(4)])
