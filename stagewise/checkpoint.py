@@ -45,7 +45,7 @@ def leave_later(output_dir: str | Path, resume: Path) -> None:
     """
     step = json.loads((resume / "trainer_state.json").read_text())["global_step"]
     for folder in checkpoints(output_dir):
-        if _step(folder) > step and (folder / MARK).is_file():
+        if step_of(folder) > step and (folder / MARK).is_file():
             os.replace(folder / MARK, folder / LEFT)
             logger.info(f"{folder} is behind step {step}, from which this run goes on: it counts by its name alone")
 
@@ -62,11 +62,12 @@ def is_whole(folder: str | Path) -> bool:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders checkpoint-N of a run, by rising N, whole or not."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.split("-")[1])
+def step_of(folder: str | Path) -> int:
+    """N of a folder checkpoint-N."""
+    return int(Path(folder).name.split("-")[1])
 
 
 def last_whole(output_dir: str | Path) -> Path | None:

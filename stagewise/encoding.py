@@ -33,7 +33,18 @@ def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[i
 
 
 @dataclass
-class ConversationEncoder:
+class _ByPieces:
+    """An encoder of records: what is encoded goes through `_encoder`, a piece of text at a time."""
+
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        self._encoder = PieceEncoder(self.tokenizer)
+        self.in_thread = self._encoder.in_thread  # to be called first in each thread that encodes
+
+
+@dataclass
+class ConversationEncoder(_ByPieces):
     """Conversations → examples of at most `max_length` tokens; `many` at once are encoded fastest.
 
     Args:
@@ -48,7 +59,6 @@ class ConversationEncoder:
         ArgumentError: for settings that contradict each other.
     """
 
-    tokenizer: Any
     template: AnyTemplate
     max_length: int
     train_on_inputs: bool = False
@@ -60,8 +70,7 @@ class ConversationEncoder:
             raise ArgumentError(f"--truncation_side: expected right or left, found {self.truncation_side!r}")
         if self.train_on_inputs and self.mask_history:
             raise ArgumentError("--train_on_inputs learns everything, --mask_history the last turn alone: give one")
-        self._encoder = PieceEncoder(self.tokenizer)
-        self.in_thread = self._encoder.in_thread  # to be called first in each thread that encodes
+        super().__post_init__()
         self._letters = 3.0  # a token, of what was encoded last: only how much is encoded at a time hangs on it
 
     def __call__(self, conversation: Conversation) -> tuple[Example, bool]:
@@ -172,16 +181,11 @@ def encode_conversation(
 
 
 @dataclass
-class PromptEncoder:
+class PromptEncoder(_ByPieces):
     """Conversations → their ids up to where the assistant is to speak, at most `max_length`: see encode_prompt."""
 
-    tokenizer: Any
     template: AnyTemplate
     max_length: int
-
-    def __post_init__(self) -> None:
-        self._encoder = PieceEncoder(self.tokenizer)
-        self.in_thread = self._encoder.in_thread
 
     def letters(self, conversation: Conversation) -> int:
         return _letters(conversation.messages)
@@ -197,17 +201,12 @@ class PromptEncoder:
 
 
 @dataclass
-class PreferenceEncoder:
+class PreferenceEncoder(_ByPieces):
     """Preferences → both answers after the same prompt: see encode_preference."""
 
-    tokenizer: Any
     template: AnyTemplate
     max_source_length: int
     max_target_length: int
-
-    def __post_init__(self) -> None:
-        self._encoder = PieceEncoder(self.tokenizer)
-        self.in_thread = self._encoder.in_thread
 
     def letters(self, preference: Preference) -> int:
         return sum(map(_letters, (preference.prompt.messages, preference.chosen, preference.rejected)))
@@ -218,7 +217,7 @@ class PreferenceEncoder:
 
 
 @dataclass
-class TextEncoder:
+class TextEncoder(_ByPieces):
     """Documents, (text, where), as blocks of at most `block_size` tokens, all learned, the eos token at their end.
 
     They begin with a bos where the tokenizer adds one. A long document is cut; each block begins with the last token
@@ -228,7 +227,6 @@ class TextEncoder:
         ArgumentError: where the tokenizer has no eos token, or a block would hold nothing that is learned.
     """
 
-    tokenizer: Any
     block_size: int
 
     def __post_init__(self) -> None:
@@ -240,8 +238,7 @@ class TextEncoder:
             raise ArgumentError(f"--block_size: a block needs at least 2 tokens, found {self.block_size}")
         self._start = array("i", [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else [])
         self._end = array("i", [self.tokenizer.eos_token_id])
-        self._encoder = PieceEncoder(self.tokenizer)
-        self.in_thread = self._encoder.in_thread
+        super().__post_init__()
 
     def letters(self, document: tuple[str, str]) -> int:
         return len(document[0])

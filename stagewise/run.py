@@ -33,7 +33,7 @@ from stagewise.callbacks import (
     Preemption,
     WholeCheckpoints,
 )
-from stagewise.checkpoint import check_resumable, leave_later, resume_point
+from stagewise.checkpoint import check_resumable, leave_later, resume_point, step_of
 from stagewise.command_line import parse
 from stagewise.curves import write_pictures
 from stagewise.dry_run import dry_run
@@ -369,7 +369,7 @@ class Run:
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         if best is None and self.evaluated != state.global_step:
             return None
-        step = int(best.rsplit("-", 1)[1]) if best else state.global_step
+        step = step_of(best) if best else state.global_step
         found = [log for log in state.log_history if "eval_runtime" in log and log["step"] == step]
         return {name: value for name, value in found[-1].items() if name != "step"} if found else None
 
