@@ -19,7 +19,6 @@ from peft.tuners.adalora import AdaLoraConfig
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from stagewise.arguments import AdapterArguments
-from stagewise.checkpoint import resume_point
 from stagewise.methods import check_schedule
 
 STATE = "rank_importance.pt"  # in a checkpoint: the running averages by which ranks are chosen
@@ -90,7 +89,7 @@ class AdaptiveRanks(TrainerCallback):
         check_schedule(self.adapter, state.max_steps)
         if not self.adapter.peft_path:
             self.config.total_step = state.max_steps
-        folder = resume_point(args.output_dir, args.resume_from_checkpoint) if state.global_step else None
+        folder = args.resume_from_checkpoint if state.global_step else None  # the run has put its folder there
         if folder is not None and (Path(folder) / STATE).is_file():
             saved = torch.load(Path(folder) / STATE, map_location=args.device, weights_only=True)
             self.kept = saved.pop("kept")

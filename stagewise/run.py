@@ -309,6 +309,7 @@ class Run:
             return
         self._watch(trainer, stop)
         resume = resume_point(args.output_dir, args.resume_from_checkpoint)
+        args.resume_from_checkpoint = str(resume) if resume else None  # for those who read more from it
         if resume:
             check_resumable(resume)
             if is_main():

@@ -14,7 +14,6 @@ from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig,
 from transformers import PreTrainedModel, TrainerCallback
 
 from stagewise.arguments import AdapterArguments
-from stagewise.checkpoint import resume_point
 from stagewise.targets import AdapterError
 
 STATE = "prompt_encoder.pt"  # in a checkpoint: the network, of which the adapter keeps only the outcome
@@ -99,7 +98,7 @@ class EncoderState(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
-            self._restore(resume_point(args.output_dir, args.resume_from_checkpoint))
+            self._restore(args.resume_from_checkpoint)  # the run has put the checkpoint's folder there
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.load_best_model_at_end:

@@ -156,6 +156,17 @@ def smollm() -> Path:
 
 
 @pytest.fixture
+def logged():
+    """The lines that are logged while a test runs, as they come."""
+    from loguru import logger
+
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    yield lines
+    logger.remove(sink)
+
+
+@pytest.fixture
 def stage(monkeypatch):
     """Runs a script's `main` in this process: stage("pretraining", "--max_steps", 2); returns its output_dir.
 

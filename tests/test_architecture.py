@@ -17,6 +17,8 @@ LAYERS = [
         "page_texts",
         "shown_text",
         "whole_directory",
+        "json_files",
+        "file_hashes",
     },
     {
         "json_values",

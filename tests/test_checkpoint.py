@@ -1,9 +1,13 @@
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import adapter_weights
 from transformers import Trainer
+from xxhash import xxh3_128_hexdigest
 
 from stagewise.arguments import ArgumentError
 from stagewise.checkpoint import (
@@ -17,7 +21,9 @@ from stagewise.checkpoint import (
     resume_point,
     rotate,
     unmark,
+    why_not_whole,
 )
+from stagewise.file_hashes import hash_files
 
 
 def make(folder, step, whole=True):
@@ -30,9 +36,15 @@ def make(folder, step, whole=True):
     return path
 
 
-def test_the_mark_lists_every_file_with_its_size(tmp_path):
+MARKED = {
+    "adapter.bin": {"size": 5, "xxh3_128": xxh3_128_hexdigest(b"12345")},
+    "sub/rng.pth": {"size": 1, "xxh3_128": xxh3_128_hexdigest(b"1")},
+}
+
+
+def test_the_mark_lists_every_file_with_its_size_and_hash(tmp_path):
     path = make(tmp_path, 5)
-    assert json.loads((path / MARK).read_text()) == {"adapter.bin": 5, "sub/rng.pth": 1}
+    assert json.loads((path / MARK).read_text()) == MARKED
     assert is_whole(path)
 
 
@@ -40,7 +52,7 @@ def test_a_mark_that_a_killed_run_left_unfinished_is_written_anew(tmp_path):
     path = make(tmp_path, 5, whole=False)
     (path / (MARK + ".tmp")).write_text("{")
     mark_whole(path)
-    assert json.loads((path / MARK).read_text()) == {"adapter.bin": 5, "sub/rng.pth": 1}
+    assert json.loads((path / MARK).read_text()) == MARKED
     assert is_whole(path)
 
 
@@ -52,6 +64,106 @@ def test_a_missing_or_short_file_is_noticed(tmp_path):
     (path / "sub" / "rng.pth").unlink()
     assert not is_whole(path)
     assert not is_whole(make(tmp_path, 7, whole=False))
+
+
+@pytest.mark.parametrize("content", [b"12345"[::-1], bytes(5), b"1234\xb5"])
+def test_a_changed_byte_is_noticed_although_the_size_is_right(tmp_path, content):
+    path, whole = make(tmp_path, 5), make(tmp_path, 4)
+    (path / "adapter.bin").write_bytes(content)
+    assert why_not_whole(path) == "is damaged: adapter.bin is not what was saved (its hash differs)"
+    assert is_whole(path, contents=False)
+    assert resume_point(str(tmp_path), "True") == whole
+    with pytest.raises(ArgumentError, match=r"checkpoint-5: this checkpoint is damaged: adapter\.bin"):
+        resume_point(str(tmp_path), str(path))
+
+
+def test_the_log_says_which_checkpoint_is_passed_over_and_why(tmp_path, logged):
+    make(tmp_path, 1)
+    (make(tmp_path, 2) / "adapter.bin").write_bytes(bytes(5))
+    (make(tmp_path, 3) / "adapter.bin").unlink()
+    make(tmp_path, 4, whole=False)
+    assert last_whole(tmp_path).name == "checkpoint-1"
+    assert "checkpoint-2 is damaged: adapter.bin is not what was saved (its hash differs): passed over" in logged[2]
+    assert "checkpoint-3 is not whole: adapter.bin is missing: passed over" in logged[1]
+    assert "checkpoint-4 is not whole: it has no whole.json (the run ended while it was written)" in logged[0]
+
+
+BROKEN_MARKS = {
+    "half": b'{"adapter.bin": {"si',
+    "empty": b"",
+    "list": b"[]",
+    "null": b"null",
+    "not UTF-8": b'{"adapter.bin\xff": 5}',
+    "deep": b'{"a":' * 100_000,
+    "no files": b"{}",
+    "size as text": b'{"adapter.bin": "5"}',
+    "hash as number": b'{"adapter.bin": {"size": 5, "xxh3_128": 1}}',
+    "outside": b'{"../../etc/passwd": 5}',
+    "absolute": b'{"/etc/hostname": 5}',
+}
+
+
+@pytest.mark.parametrize("mark", BROKEN_MARKS.values(), ids=BROKEN_MARKS)
+def test_a_broken_mark_stops_neither_a_save_nor_a_resume(tmp_path, logged, mark):
+    """Of an older checkpoint at the next save, which removes old ones; of the newest on resuming."""
+    _, second, third, broken = (make(tmp_path, step) for step in (1, 2, 3, 9))
+    (broken / MARK).write_bytes(mark)
+    rotate(tmp_path, 2)
+    assert checkpoints(tmp_path) == [second, third, broken]
+    assert resume_point(str(tmp_path), "True") == third
+    assert f"{broken} is damaged: {broken}/whole.json: " in logged[0]
+    with pytest.raises(ArgumentError, match="this checkpoint is damaged: .*whole.json: "):
+        resume_point(str(tmp_path), str(broken))
+
+
+def test_a_mark_of_an_earlier_version_counts_by_sizes(tmp_path, logged):
+    path = make(tmp_path, 3)
+    (path / MARK).write_text('{"adapter.bin": 5, "sub/rng.pth": 1}')
+    assert resume_point(str(tmp_path), "True") == path
+    assert "its whole.json has no hashes, as an earlier version wrote it" in logged[0]
+    (path / MARK).write_text('{"adapter.bin": 4, "sub/rng.pth": 1}')
+    assert why_not_whole(path) == "is not whole: adapter.bin has 5 bytes, not 4"
+
+
+def test_a_file_that_cannot_be_read_makes_a_checkpoint_not_whole(tmp_path, monkeypatch):
+    path, whole = make(tmp_path, 3), make(tmp_path, 2)
+
+    def broken_disk(paths, durable=False):
+        for path in paths:
+            if path.parent.parent.name == "checkpoint-3":
+                raise OSError(errno.EIO, "Input/output error", str(path))
+        return hash_files(paths, durable)
+
+    monkeypatch.setattr("stagewise.checkpoint.hash_files", broken_disk)
+    assert why_not_whole(path) == f"cannot be read: {path}/sub/rng.pth: Input/output error"
+    assert last_whole(tmp_path) == whole
+
+
+@pytest.mark.parametrize("state", ["", "[]", '{"global_step": "3"}', '{"epoch": 1}'])
+def test_a_trainer_state_that_says_no_step_makes_a_checkpoint_not_whole(tmp_path, state):
+    path = make(tmp_path, 3, whole=False)
+    (path / "trainer_state.json").write_text(state)
+    mark_whole(path)
+    assert "is damaged: " in why_not_whole(path) and "trainer_state.json: " in why_not_whole(path)
+
+
+def test_files_and_folders_are_on_disk_before_the_mark_is(tmp_path, monkeypatch):
+    path = make(tmp_path, 3, whole=False)
+    synced, real = [], os.fsync
+
+    def fsync(handle):
+        synced.append((Path(f"/proc/self/fd/{handle}").resolve(), (path / MARK).is_file()))
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    mark_whole(path)
+    before = {name for name, marked in synced if not marked}
+    assert before == {
+        *(path / name for name in ("adapter.bin", "sub/rng.pth", "whole.json.tmp", "sub")),
+        path,
+        tmp_path,
+    }
+    assert synced[-1] == (path, True), "the mark's name in its folder"
 
 
 def test_last_whole_passes_over_broken_ones_and_counts_steps_as_numbers(tmp_path):

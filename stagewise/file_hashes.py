@@ -1,0 +1,41 @@
+"""Hashes of files, by which damage is noticed: bits that flipped, blocks of zeros, a half copy.
+
+XXH3-128 (https://xxhash.com) reads 8 GB a second on one core, where SHA-256 reads 1.4. It tells accidents, not
+attackers, who would change the hash beside the file as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+ALGORITHM = "xxh3_128"
+BLOCK = 1 << 23  # bytes that are read at once
+THREADS = 4  # more gain nothing on a disk, and training may be using the other cores
+
+
+def hash_file(path: str | Path, durable: bool = False) -> str:
+    """The XXH3-128 of a file in hexadecimal; with `durable` the file is on disk when this returns.
+
+    Raises:
+        OSError: it cannot be read, or not be made durable.
+    """
+    digest, buffer = xxhash.xxh3_128(), bytearray(BLOCK)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+        if durable:  # now, since the system has been writing it out meanwhile
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[Path], durable: bool = False) -> dict[Path, str]:
+    """`hash_file` of several files at a time, in the order given."""
+    paths = list(paths)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(paths, pool.map(lambda path: hash_file(path, durable), paths), strict=True))
