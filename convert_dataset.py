@@ -10,7 +10,6 @@ counted and written to <out_file>.rejected.jsonl. Fields that no stage reads are
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -32,9 +31,11 @@ from stagewise.conversation import (
     parse_preference,
     parse_text,
 )
+from stagewise.json_lines import json_bytes
 from stagewise.json_values import CutError, Line
 from stagewise.readers import READERS, read_file
 from stagewise.records import Account, write_rejected
+from stagewise.terminal_text import visible
 
 QUESTION = ("question", "query", "prompt", "input", "instruction")
 ANSWER = ("answer", "response", "output", "completion")
@@ -174,7 +175,7 @@ def convert(
     out_file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_file.name}.", dir=out_file.parent) as folder:
         part, refused = Path(folder, "out"), Path(folder, "rejected")
-        with part.open("w", encoding="utf-8") as out, _progress(in_file) as bar:
+        with part.open("wb") as out, _progress(in_file) as bar:
             lines: Iterable[Line] = read_file(in_file, in_file.name, bar.update, kind)
             for line in _whole_records(lines, account, _cut_row(in_file, kind)) if recover else lines:
                 account.read += 1
@@ -186,7 +187,7 @@ def convert(
                     account.leave_out(error.reason)
                     write_rejected(refused, error, line.as_read())
                     continue
-                out.write(json.dumps(converted, ensure_ascii=False) + "\n")
+                out.write(json_bytes(converted))
                 account.kept += 1
         if refused.exists():
             os.replace(refused, rejected)
@@ -294,9 +295,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     except CutError as error:
         way_out = "" if args.file_type == "parquet" else "; --recover takes the whole records before"
-        sys.exit(f"convert_dataset.py: {error}{way_out}")
+        sys.exit(visible(f"convert_dataset.py: {error}{way_out}"))
     except ValueError as error:
-        sys.exit(f"convert_dataset.py: {error}")
+        sys.exit(visible(f"convert_dataset.py: {error}"))
     left_out = f", {account.read - account.kept} left out: {account.reasons()}" if account.left_out else ""
     logger.info(f"{account.read} records read, {account.kept} written to {args.out_file}{left_out}")
     if account.left_out:

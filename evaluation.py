@@ -17,7 +17,6 @@ every answer as a line of jsonl, and examples.html, a page of the best and the w
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -46,6 +45,7 @@ from stagewise.evaluation_page import (
 )
 from stagewise.evaluation_pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
 from stagewise.evaluation_text import PACKAGES, check_packages
+from stagewise.json_lines import json_bytes, write_json_lines
 from stagewise.manifest import given_flags, read_manifest, versions
 from stagewise.processes import everywhere
 from stagewise.readers import RECORD_FILES
@@ -54,6 +54,7 @@ from stagewise.reward import load_scorer
 from stagewise.run import is_main, leave_processes, say_error, set_up_logging
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device, for_loading, local_adapter, with_base
+from stagewise.terminal_text import visible
 from template import TEMPLATES
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
@@ -96,12 +97,6 @@ def prepared(
     return found
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-
-
 # ── what is measured ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -131,13 +126,13 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
     if not is_main():
         return {}, ""
     rows = answer_rows(speaker, questions, answers, losses, rewards)
-    write_rows(job.work / PARTS["sft"][0], rows)
+    write_json_lines(job.work / PARTS["sft"][0], rows)
     parts = {"all": measure(rows, SFT_METRICS)}
     languages = sorted({row["language"] for row in rows})
     if len(languages) > 1:
         parts |= {name: measure([row for row in rows if row["language"] == name], SFT_METRICS) for name in languages}
     numbers = metric_table(parts, SFT_METRICS, f"{len(rows)} conversations")
-    print(as_text(numbers) + "\n")
+    print(visible(as_text(numbers)) + "\n")
     sampling = {name: value for name, value in job.sampling.settled(speaker.defaults).items() if value is not None}
     return {"records": account.as_dict(), "sampling": sampling, **parts}, answer_section(rows, numbers)
 
@@ -154,14 +149,14 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
     if not is_main():
         return {}, ""
     rows = pair_rows(pairs, scores)
-    write_rows(job.work / PARTS["rm"][0], rows)
+    write_json_lines(job.work / PARTS["rm"][0], rows)
     found, lengths = measure(rows, RM_METRICS), by_length(rows)
     numbers = metric_table({"all": found}, RM_METRICS, f"{len(rows)} pairs")
     by_lengths = [["tokens", "pairs", "accuracy", "margin"]]
     for name, part in lengths.items():
         cells = (shown(part[metric.name], metric) for metric in RM_METRICS[:2])
         by_lengths.append([name, str(part["correct"]["records"]), *cells])
-    print(f"{as_text(numbers)}\n\n{as_text(by_lengths)}\n")
+    print(visible(f"{as_text(numbers)}\n\n{as_text(by_lengths)}\n"))
     return {"records": account.as_dict(), "all": found, "by_length": lengths}, pair_section(rows, numbers, by_lengths)
 
 
@@ -170,7 +165,7 @@ def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tu
     found, rows = benchmarks.run(speaker, job.args.batch_size, job.args.apply_chat_template)
     if not is_main():
         return {}, []
-    write_rows(job.work / PARTS["benchmarks"][0], rows)
+    write_json_lines(job.work / PARTS["benchmarks"][0], rows)
     sections, metric = [], BENCHMARK_METRICS[0]
     for name, numbers in found.items():
         parts = {f"  {each}": part for each, part in numbers["subjects"].items()}
@@ -181,7 +176,7 @@ def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tu
                 table.append([each, str(part[metric.name]["records"]), shown(part[metric.name], metric)])
         if numbers["mean_of_subjects"] is not None:
             table.append(["mean of the subjects", "", f"{numbers['mean_of_subjects']:.4f}"])
-        print(as_text(table) + "\n")
+        print(visible(as_text(table)) + "\n")
         sections.append(benchmark_section(name, [row for row in rows if row["benchmark"] == name], table))
     return found, sections
 
@@ -266,8 +261,7 @@ def evaluate(job: Job) -> None:
     title = f"Evaluation of {model.lora_model or model.base_model}"
     about = {name: str(value) for name, value in found["model"].items()} | {"intervals": f"{LEVEL:.0%}"}
     (job.work / PAGE).write_text(page(title, about, sections), encoding="utf-8")
-    text = json.dumps(found, indent=2, ensure_ascii=False, default=str)
-    (job.work / METRICS).write_text(text + "\n", encoding="utf-8")
+    (job.work / METRICS).write_bytes(json_bytes(found, indent=2))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -282,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         with output_folder(job):
             if job.args.compare:
                 table, sentences = write_comparison(job.args.compare, job.work)
-                print("\n".join([as_text(table), "", *sentences]))
+                print(visible("\n".join([as_text(table), "", *sentences])))
             else:
                 evaluate(job)
         written = COMPARISON if job.args.compare else (METRICS, PAGE)

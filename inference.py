@@ -36,7 +36,8 @@ from stagewise.run import leave_processes, say_error, set_up_logging
 from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device
 from stagewise.talk import HELP, Talk
-from stagewise.terminal_input import Lines, open_input, shown
+from stagewise.terminal_input import Lines, open_input
+from stagewise.terminal_text import visible
 from template import TEMPLATES
 
 DEFAULT_SYSTEM = "the template's own, or none"
@@ -139,7 +140,7 @@ def converse(talk: Talk, lines: Lines) -> None:
             if not do(talk, text):
                 return
         except ValueError as error:  # the question cannot be asked, or the command not be done; the talk goes on
-            print(f"error: {error}")
+            print(f"error: {visible(str(error))}")
         except torch.OutOfMemoryError:
             print("error: the GPU's memory is full; what was said before is kept. Lower --max_new_tokens, ask less, "
                   "or /clear")  # fmt: skip
@@ -163,17 +164,18 @@ def do(talk: Talk, text: str) -> bool:
     elif name == "/system":
         if rest:
             talk.system = None if rest == "-" else rest
-        print(f"system prompt: {shown(talk.system or DEFAULT_SYSTEM)}")
+        print(f"system prompt: {visible(talk.system or DEFAULT_SYSTEM)}")
     elif name == "/regen":
         if talk.messages and talk.always_the_same:
             print("(the most probable answer, the same every time: --do_sample or --temperature draws others)")
         tell(talk, talk.again)
     elif name == "/save":
-        print(f"{talk.save(rest or 'conversation.jsonl')} messages appended to {rest or 'conversation.jsonl'}")
+        file = rest or "conversation.jsonl"
+        print(f"{talk.save(file)} messages appended to {visible(file)}")
     elif name == "/help":
         print(HELP)
     else:
-        print(f"{name}: no such command\n{HELP}")
+        print(f"{visible(name)}: no such command\n{HELP}")
     return True
 
 
@@ -194,7 +196,7 @@ def printed(pieces: Generator[str, None, Answer]) -> Answer:
     print("model: ", end="", flush=True)
     try:
         while True:
-            print(shown(next(pieces)), end="", flush=True)
+            print(visible(next(pieces)), end="", flush=True)
     except StopIteration as end:
         return end.value
     finally:

@@ -33,6 +33,7 @@ from transformers import (
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.command_line import parse
+from stagewise.json_lines import json_bytes
 from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
 from stagewise.manifest import read_manifest
 from stagewise.merge_check import check_merged
@@ -44,6 +45,7 @@ from stagewise.rope import write_rope
 from stagewise.run import set_up_logging
 from stagewise.scalar_head import reward_config
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
+from stagewise.terminal_text import print_error
 from stagewise.whole_directory import check_place, whole_directory
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
@@ -215,7 +217,7 @@ def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: d
         logger.info(f"licence of the base: {licence['id']} ({licence['source']})")
     manifest = {**step, "lineage": [*lineage, step], "template": before.get("template"), **result}
     manifest |= {"status": "finished", "in_memory": plan if isinstance(plan, str) else None, "licence": licence}
-    (folder / "run.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "run.json").write_bytes(json_bytes(manifest, indent=2))
     write_card(folder, name, manifest, job.tokenizer, licence, job.scores)
 
 
@@ -250,4 +252,5 @@ if __name__ == "__main__":
     try:
         main()
     except ArgumentError as error:
-        sys.exit(f"error: {error}")
+        print_error(error)
+        sys.exit(1)

@@ -29,6 +29,7 @@ from stagewise.page_texts import CHINESE, ENGLISH, said
 from stagewise.run import set_up_logging
 from stagewise.speaker import Speaker
 from stagewise.speaker_arguments import DRAWING, SamplingArguments, SpeakerError
+from stagewise.terminal_text import print_error
 from stagewise.web_server import FLAGS, WebArguments, check_web, serve
 from template import TEMPLATES
 
@@ -393,7 +394,7 @@ if __name__ == "__main__":
     try:
         main()
     except ArgumentError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from stagewise.eval_samples import Sample, Text, chosen
 from stagewise.generation import EVALUATION, repetition
+from stagewise.json_lines import write_json_lines
 from stagewise.metrics import perplexity, standard_error
 
 COLUMNS = ("score", "kl", "length", "nll", "ended", "repetition")
@@ -62,9 +62,7 @@ class EvaluatesAnswers:
         metrics = super().evaluate(*args, **kwargs)
         if self.args.save_eval_records and self.args.should_save:
             path = Path(self.args.output_dir) / "eval_records" / f"answers-step-{self.state.global_step}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
-            path.write_text("".join(lines), encoding="utf-8")
+            write_json_lines(path, self.answers)
         return metrics
 
     def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:

@@ -12,10 +12,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from stagewise.blocks import suffixes_of
 from stagewise.conversation import Conversation, RecordError, form_of, parse_prompt
+from stagewise.json_lines import json_bytes
 from stagewise.readers import RECORD_FILES, read_file
 from stagewise.speaker import SpeakerError
 
@@ -126,7 +127,7 @@ class AnswerFile:
     ):
         self.path, self.part = Path(path), Path(f"{path}.part")
         self.settings, self.records, self.field = settings, records, field
-        self.file: TextIO | None = None
+        self.file: BinaryIO | None = None
         if self.path.is_dir():
             raise SpeakerError(f"--output_file {path}: is a folder; give a file")
         if overwrite:
@@ -143,7 +144,7 @@ class AnswerFile:
         if kept:
             with self.part.open("r+b") as file:
                 file.truncate(kept)
-        self.file = self.part.open("a" if kept else "w", encoding="utf-8", newline="\n")
+        self.file = self.part.open("ab" if kept else "wb")
         if not kept:
             self._line({"settings": self.settings})
         return done
@@ -200,7 +201,7 @@ class AnswerFile:
             self.file.close()
 
     def _line(self, value: dict[str, Any]) -> None:
-        self.file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+        self.file.write(json_bytes(value))
 
 
 def _settings_in(line: bytes) -> dict[str, Any] | None:

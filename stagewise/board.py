@@ -18,6 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
 
 from stagewise.eval_samples import read_samples
+from stagewise.only_shown import only_shown
+from stagewise.terminal_text import visible
 
 OPTIMISER = ("learning_rate", "grad_norm", "epoch", "kl_coef", "clip_fraction")
 SPEED = ("tokens_per_second", "memory_gib")
@@ -52,8 +54,12 @@ def as_text(sample: dict[str, Any]) -> str:
         score = "" if text.get("score") is None else f" ({text['score']:.4g})"
         parts.append((f"{text['label']}{score}", text["text"]))
     # Indented lines are code in Markdown: what looks like HTML or a heading in them stays what it is.
-    blocks = [f"**{name}**\n\n" + "\n".join(f"    {line}" for line in text.split("\n")) for name, text in parts]
-    return "\n\n".join([f"`{sample['where']}`", *blocks])
+    blocks = [f"**{name}**\n\n{_as_code(visible(text))}" for name, text in parts]
+    return "\n\n".join([f"`{visible(sample['where'])}`", *blocks])
+
+
+def _as_code(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 class Board(TrainerCallback):
@@ -64,19 +70,21 @@ class Board(TrainerCallback):
         self.writer: SummaryWriter | None = None
         self.resumed_at = 0
 
+    @only_shown("TensorBoard")
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
             return
         self.resumed_at = state.global_step
         writer = self._open(args)
-        writer.add_text("run/command", "    " + " ".join(self.manifest["command"]))
-        writer.add_text("run/arguments", "    " + args.to_json_string().replace("\n", "\n    "))
+        writer.add_text("run/command", _as_code(visible(" ".join(self.manifest["command"]))))
+        writer.add_text("run/arguments", _as_code(args.to_json_string()))
         if getattr(model, "config", None) is not None:
-            writer.add_text("run/model_config", "    " + model.config.to_json_string().replace("\n", "\n    "))
+            writer.add_text("run/model_config", _as_code(model.config.to_json_string()))
         names = [tag_of(f"{EVALUATION}{name}") for name in COMPARED] + [tag_of("loss"), "speed/tokens_per_second"]
         for part in hparams(self._hyperparameters(args), dict.fromkeys(names, 0.0)):
             self._write(part)
 
+    @only_shown("TensorBoard")
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
@@ -87,6 +95,7 @@ class Board(TrainerCallback):
                 writer.add_scalar(tag, value, state.global_step)
         writer.flush()
 
+    @only_shown("TensorBoard")
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
@@ -95,6 +104,7 @@ class Board(TrainerCallback):
             writer.add_text(f"samples/{number}", as_text(sample), state.global_step)
         writer.flush()  # an evaluation alone ends here
 
+    @only_shown("TensorBoard")
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer is not None:
             self.writer.flush()
@@ -119,6 +129,11 @@ class Board(TrainerCallback):
         """The stage, the flags that were given, and the settings that every run has."""
         found = {"stage": self.manifest["stage"], **{name: getattr(args, name) for name in ALWAYS}}
         found |= {name: value for name, value in self.manifest["flags"].items() if not name.endswith("_dir")}
-        found = {name: value if isinstance(value, int | float | str | bool) else json.dumps(value, default=str)
-                 for name, value in found.items()}  # fmt: skip
-        return {name: str(value) if value == math.inf else value for name, value in found.items()}
+        return {name: _as_hyperparameter(value) for name, value in found.items()}
+
+
+def _as_hyperparameter(value: Any) -> int | float | str | bool:
+    """A setting as TensorBoard takes it."""
+    if isinstance(value, int | float) and value != math.inf:  # bool, too
+        return value
+    return visible(value) if isinstance(value, str) else json.dumps(value, default=str)

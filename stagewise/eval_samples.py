@@ -6,7 +6,6 @@ differ by what the model has learned alone. No random number is drawn: training 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallb
 from stagewise.attention import attention_for_generation
 from stagewise.encoding import IGNORE_INDEX, Example, PreferenceExample
 from stagewise.generation import left_padded, ready_to_speak
+from stagewise.json_lines import read_json_lines, write_json_lines
+from stagewise.only_shown import only_shown
 from stagewise.rope import context_of
 
 FOLDER = "eval_samples"
@@ -185,8 +186,7 @@ def sample_path(output_dir: str | Path, step: int) -> Path:
 
 def read_samples(output_dir: str | Path, step: int) -> list[dict[str, Any]]:
     """What an evaluation left; nothing where it left nothing."""
-    path = sample_path(output_dir, step)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return read_json_lines(sample_path(output_dir, step))
 
 
 def sampled_steps(output_dir: str | Path) -> list[int]:
@@ -211,7 +211,5 @@ class EvaluationSamples(TrainerCallback):
             logger.warning(f"--eval_samples: none at step {state.global_step}: {type(error).__name__}: {error}")
             return
         if state.is_world_process_zero and samples:
-            path = sample_path(args.output_dir, state.global_step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
-            path.write_text("".join(lines), encoding="utf-8")
+            with only_shown("--eval_samples"):
+                write_json_lines(sample_path(args.output_dir, state.global_step), map(asdict, samples))

@@ -24,6 +24,7 @@ from stagewise.evaluation_numbers import (
     differences,
 )
 from stagewise.evaluation_page import as_markdown, shown
+from stagewise.json_lines import json_bytes
 
 METRICS = "metrics.json"
 # Part of metrics.json -> its rows, and what is measured of them.
@@ -243,7 +244,7 @@ def write_comparison(folders: Sequence[str], output: Path) -> tuple[list[list[st
         "differences": found,
         "level": LEVEL,
     }
-    (output / "comparison.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "comparison.json").write_bytes(json_bytes(result, indent=2))
     words = "".join(f"- {line}\n" for line in sentences)
     (output / "comparison.md").write_text(f"{as_markdown(rows)}\n{words}", encoding="utf-8")
     draw_comparison(evaluations, output / "comparison.png")

@@ -237,4 +237,5 @@ def write_card(
     scores: bool,
 ) -> None:
     """Writes the card into a model's directory."""
-    (folder / CARD).write_text(card_text(name, manifest, tokenizer, licence, scores), encoding="utf-8")
+    text = card_text(name, manifest, tokenizer, licence, scores)
+    (folder / CARD).write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8

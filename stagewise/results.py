@@ -12,6 +12,7 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.encoding import IGNORE_INDEX, Example
+from stagewise.terminal_text import visible
 
 
 def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
@@ -43,6 +44,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, colour: bool
         if longest and len(piece) > longest + 40:  # what stands in for the middle takes some room as well
             half = longest // 2
             piece = f"{piece[:half]} [… {len(piece) - 2 * half:,} characters …] {piece[-half:]}"
+        piece = visible(piece)
         pieces.append(f"{on}{piece}{off}" if learned[start] else f"{grey}{piece}{off if colour else ''}")
         start, before = end, whole
     return "".join(pieces)
@@ -51,4 +53,6 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, colour: bool
 def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     """Logs one training example as `marked` makes it."""
     text = marked(tokenizer, example, colour=has_colour(sys.stderr))
-    logger.opt(raw=True).info(f"one training sample ({example.where}), learned tokens marked:\n{text}\n\n")
+    where = visible(example.where)
+    colored = logger.bind(colored=True)  # the text has been made visible, and its colors must pass
+    colored.opt(raw=True).info(f"one training sample ({where}), learned tokens marked:\n{text}\n\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import resource
 import sys
@@ -41,6 +40,7 @@ from stagewise.encoding import Example, PreferenceExample
 from stagewise.eval_samples import EvaluationSamples
 from stagewise.flag_checks import check_shared
 from stagewise.generation_config import finish_generation_config
+from stagewise.json_lines import json_bytes
 from stagewise.lineage import begin_step, earlier_steps, finished_step
 from stagewise.manifest import MANIFEST, device_name, given_flags, parameters_of, versions, without_tokens
 from stagewise.methods import check_methods
@@ -57,6 +57,7 @@ from stagewise.settings import (
     settle_what_to_do,
 )
 from stagewise.terminal import Progress, quieten, say
+from stagewise.terminal_text import log_visible_text, print_error
 from stagewise.trainer_flags import check_trainer_flags
 from stagewise.validation import EvaluationTable
 
@@ -72,6 +73,7 @@ def is_main() -> bool:
 def set_up_logging() -> None:
     """The log on stderr: of the first process all, of the others errors."""
     logger.remove()
+    log_visible_text()
     level = "INFO" if is_main() else "ERROR"
     colour = has_colour(sys.stderr)
     logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=colour)
@@ -93,7 +95,7 @@ def say_error(text: str) -> None:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(ALONE)
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print_error(text)
 
 
 def leave_processes(status: int) -> None:
@@ -159,7 +161,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
         check_output_dir(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(2) from error
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         # transformers would use DataParallel, which cannot split a packed row.
@@ -209,9 +211,7 @@ class Run:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         temporary = self.output_dir / (MANIFEST + ".tmp")
-        temporary.write_text(
-            json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-        )
+        temporary.write_bytes(json_bytes(self.manifest, indent=2))
         os.replace(temporary, self.output_dir / MANIFEST)
 
     def __enter__(self) -> Run:
@@ -235,7 +235,10 @@ class Run:
             self.show(pictures=True)
         expected = isinstance(error, (ValueError, NonFiniteError)) and type(error).__module__.startswith("stagewise")
         if advice or expected:
-            print(f"error: {advice or error}" if kind is not KeyboardInterrupt else advice, file=sys.stderr)
+            if kind is KeyboardInterrupt:
+                print(advice, file=sys.stderr)
+            else:
+                print_error(advice or error)
             raise SystemExit(INTERRUPTED if kind is KeyboardInterrupt else 1) from error
         return False
 

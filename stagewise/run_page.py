@@ -44,7 +44,8 @@ def write_page(output_dir: Path, manifest: dict[str, Any], history: History) -> 
     samples = [(step, read_samples(output_dir, step)) for step in sampled_steps(output_dir) if step in evaluated]
     output_dir.mkdir(parents=True, exist_ok=True)
     temporary = output_dir / (PAGE + ".tmp")
-    temporary.write_text(page_of(output_dir.resolve().name, manifest, history, samples), encoding="utf-8")
+    page = page_of(output_dir.resolve().name, manifest, history, samples)
+    temporary.write_bytes(page.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8
     os.replace(temporary, output_dir / PAGE)
 
 

@@ -76,6 +76,8 @@ class StageArguments(TrainingArguments):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         # transformers 5 takes the folder of TensorBoard's files from the environment alone.
         self.logging_dir = self.logging_dir or USER_LOGGING_DIR or os.path.join(self.output_dir, "logs")
+        if os.path.isfile(self.logging_dir):
+            raise ArgumentError(f"--logging_dir {self.logging_dir}: is a file; give a folder")
         os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         super().__post_init__()
 

@@ -69,7 +69,7 @@ def read_words(path: str | Path) -> list[str]:
     if not file.is_file():
         raise VocabularyError(f"--word_list {path}: no such file; give a text file with one word a line")
     try:
-        words = dict.fromkeys(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines())
+        words = dict.fromkeys(line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n"))
     except UnicodeDecodeError as error:
         raise VocabularyError(f"--word_list {path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
     words.pop("", None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
 from stagewise.conversation import Conversation, Message
+from stagewise.json_lines import json_bytes
 from stagewise.speaker import Answer, SamplingArguments, Speaker
 
 COMMANDS = {
@@ -95,8 +95,8 @@ class Talk:
         record: dict[str, object] = {} if self.system is None else {"system": self.system}
         record["conversations"] = [{"from": names[m.role], "value": m.content} for m in said]
         try:
-            with Path(path).expanduser().open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            with Path(path).expanduser().open("ab") as file:
+                file.write(json_bytes(record))
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
         return len(said)

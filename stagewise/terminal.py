@@ -18,6 +18,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from stagewise.only_shown import only_shown
+
 WIDEST_BAR = 30
 # What an evaluation's line leaves out: it is the same every time, or says nothing of the model.
 UNSAID = ("epoch", "total_flos", "eval_samples_per_second", "eval_steps_per_second")
@@ -94,21 +96,26 @@ class Progress(TrainerCallback):
         self.began: tuple[float, int] | None = None  # when steps began, and how many were done then
         self.training = False
 
+    @only_shown("progress")
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
         self._show("train", state.global_step, state)
 
+    @only_shown("progress")
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Behind --eval_on_start, and before the first batch is made: PPO's is a whole rollout."""
         self.began = self.began or (time.time(), state.global_step)
 
+    @only_shown("progress")
     def on_step_end(self, args, state, control, **kwargs):
         self._show("train", state.global_step, state)
 
+    @only_shown("progress")
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self.evaluated += 1
         self._show("evaluate", self.evaluated, state, total=len(eval_dataloader))
 
+    @only_shown("progress")
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated = 0
         if self.training:
@@ -116,6 +123,7 @@ class Progress(TrainerCallback):
         else:
             self.close(leave=False)
 
+    @only_shown("progress")
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
@@ -130,6 +138,7 @@ class Progress(TrainerCallback):
         left = self._left(state)
         logger.info(f"step {state.global_step}/{state.max_steps}{f' ({left})' if left else ''} {words}")
 
+    @only_shown("progress")
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False
         self.close()

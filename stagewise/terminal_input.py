@@ -68,13 +68,3 @@ class EditedLines:
 def open_input() -> Lines:
     """An editor where a person types, plain lines elsewhere."""
     return EditedLines() if sys.stdin.isatty() and sys.stdout.isatty() else PipedLines()
-
-
-# What moves the cursor, rings or speaks to the terminal, shown as a picture of itself; new lines and tabs stay.
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
-
-
-def shown(text: str) -> str:
-    """A model's text that cannot command the terminal."""
-    return text.translate(_PICTURES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
 from stagewise.encoding import Example, PreferenceExample
+from stagewise.json_lines import write_json_lines
 
 
 def padded_length(example: Example | PreferenceExample) -> int:
@@ -80,8 +80,6 @@ class EvaluationTable:
 
     def write(self, path: Path) -> None:
         """The rows of the last evaluation as jsonl, one record a line."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for index, row in zip(self.order, self.rows, strict=True):
-                record = {"where": self.wheres[index], **dict(zip(self.columns, map(float, row), strict=True))}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        rows = zip(self.order, self.rows, strict=True)
+        numbers = ((self.wheres[index], zip(self.columns, map(float, row), strict=True)) for index, row in rows)
+        write_json_lines(path, ({"where": where, **dict(columns)} for where, columns in numbers))

@@ -19,6 +19,9 @@ LAYERS = [
         "whole_directory",
         "json_files",
         "file_hashes",
+        "terminal_text",
+        "json_lines",
+        "only_shown",
     },
     {
         "json_values",

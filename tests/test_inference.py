@@ -22,7 +22,7 @@ from stagewise.answer_file import AnswerFile, read_prompts
 from stagewise.conversation import Conversation, Message
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.talk import Talk
-from stagewise.terminal_input import shown
+from stagewise.terminal_text import visible
 from template import TEMPLATES
 
 RECORDS = [
@@ -81,7 +81,7 @@ def test_beams_and_stop_strings_from_the_command_line(tiny_checkpoint, tmp_path)
     command = python("inference", "--base_model", base, "--interactive", "--max_new_tokens", 6, *beams)
     done = subprocess.run(command, input=typed, text=True, capture_output=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"model: {shown(whole[0]['response'])}\n" in done.stdout
+    assert f"model: {visible(whole[0]['response'])}\n" in done.stdout
 
 
 def test_what_each_record_asks(tmp_path):
@@ -418,10 +418,6 @@ def test_a_talk_over_a_pipe_has_history_and_a_seed(tiny_checkpoint, tmp_path):
     assert [turn["value"] for turn in first["conversations"][::2]] == ["hello", "and \nmore"]
     assert second["conversations"][:4] == first["conversations"]
     assert second["conversations"][4]["value"] == "/slash"
-
-
-def test_a_models_text_cannot_command_the_terminal():
-    assert shown("a\x1b[2Jb\tc\nd\x07\x9b") == "a␛[2Jb\tc\nd␇\ufffd"
 
 
 def test_the_next_answer_sees_what_was_said(tiny_checkpoint):

@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from stagewise.arguments import ArgumentError
 from stagewise.subwords import SPACE, VocabularyError, read_texts
+from stagewise.terminal_text import print_error
 from stagewise.whole_directory import check_place, whole_directory
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -250,7 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         built = build(args)
     except ArgumentError as error:
-        sys.exit(f"error: {error}")
+        print_error(error)
+        sys.exit(1)
     per_thousand = 1000 * built["tokens"] / built["letters"]
     print(
         f"{args.output_dir}: {args.kind} of {built['pieces']:,} pieces with {built['library']}, {per_thousand:.0f} "

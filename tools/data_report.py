@@ -33,6 +33,7 @@ from stagewise.packing import pack
 from stagewise.results import marked
 from stagewise.settings import StageArguments
 from stagewise.splits import Splits
+from stagewise.terminal_text import visible
 
 CAPACITY = {"pt": "block_size", "sft": "model_max_length"}  # the flag that says how many tokens a packed row holds
 REJECTED = 10  # records that were left out for what is wrong with them, of which is said what that is
@@ -160,7 +161,7 @@ def sample_lines(shown: Shown, items: Sequence[Any], count: int, colour: bool) -
         if isinstance(item, PreferenceExample):
             sides = {", chosen": item.chosen, ", rejected": item.rejected}
         for side, example in sides.items():
-            lines += [f"{number} of {len(samples)}: {item.where}{side}, {about(example)}", ""]
+            lines += [f"{number} of {len(samples)}: {visible(item.where)}{side}, {about(example)}", ""]
             lines += [marked(shown.tokenizer, example, colour=colour, longest=STRETCH), ""]
     return lines
 
@@ -187,6 +188,7 @@ def report(shown: Shown, processes: int, samples: int, colour: bool) -> str:
     if shown.rejected:
         first = shown.rejected[:REJECTED]
         lines += [f"── left out: {len(first)} of {len(shown.rejected)} ──", *first, ""]
+    lines = [visible(line) for line in lines]
     split = "train" if len(shown.splits.train) else "validation"
     how = "what is learned is green" if colour else "what is learned stands between « and »"
     if samples:

@@ -25,6 +25,8 @@ from pathlib import Path
 from gguf import GGUFReader
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from stagewise.terminal_text import print_error
+
 PACKAGE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 CONVERTER_DIR = "models/llama.cpp"
@@ -214,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         export(args.model_name_or_path, args.output_file, args.outtype, args.converter_dir, args.overwrite)
     except ExportError as error:
-        sys.exit(f"error: {error}")
+        print_error(error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

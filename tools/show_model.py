@@ -32,6 +32,7 @@ from stagewise.forward import takes_kept_logits
 from stagewise.methods import check_methods
 from stagewise.model_config import DTYPES, load_config
 from stagewise.settings import settle_long_context, settle_precision
+from stagewise.terminal_text import log_visible_text, print_error, visible
 from tools.document_flags import STAGES, dataclasses_of
 
 NAMES = {script: title.lower() for script, title in STAGES.items()}
@@ -270,16 +271,17 @@ def main(argv: list[str] | None = None) -> None:
     # renamings inside transformers, which a user can do nothing about
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logger.remove()
+    log_visible_text()
     logger.add(lambda message: sys.stderr.write(message), level="INFO", format="{message}")
     if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\nstages: {', '.join(NAMES)}")
         return
     try:
-        print(report(describe(words[0], words[1:])))
+        print(visible(report(describe(words[0], words[1:]))))
     except ValueError as error:
         if not isinstance(error, ArgumentError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(2) from error
 
 
