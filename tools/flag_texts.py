@@ -417,6 +417,9 @@ CHINESE: dict[str, str] = {
     # WebArguments
     "Address to listen on; 0.0.0.0: every address of this machine.": "监听的地址;0.0.0.0:本机的所有地址。",
     "Port to listen on.": "监听的端口。",
+    "Host names that requests may carry beside this machine's own, such as a proxy's.": (
+        "除本机名称外,请求还可以使用的主机名,例如前置代理的域名。"
+    ),
     "Ask for a login: NAME:PASSWORD, or a file with one on each line.": "要求登录:NAME:PASSWORD,或每行一个的文件。",
     "Also open a public address through gradio's servers; needs --auth.": (
         "同时通过 gradio 的服务器打开一个公开地址;需要 --auth。"
