@@ -55,6 +55,24 @@ def test_rouge_of_chinese(answer, reference, one, two, longest):
     assert found == pytest.approx({"rouge1": one, "rouge2": two, "rougeL": longest}, abs=1e-6)
 
 
+def test_rouge_is_that_of_the_packages_called_directly():
+    from rouge_chinese import Rouge
+    from rouge_score.rouge_scorer import RougeScorer
+
+    random, names = np.random.default_rng(7), ["rouge1", "rouge2", "rougeL"]
+    english, chinese = ["the", "cat", "sat", "on", "mat", "red"], ["猫", "坐", "在", "红色", "垫子", "上面"]
+    for _ in range(20):
+        answer, reference = (" ".join(random.choice(english, random.integers(3, 9))) for _ in range(2))
+        expected = RougeScorer(names).score(reference, answer)
+        found = evaluation_text.rouge(answer, reference, "other")
+        assert found == pytest.approx({name: expected[name].fmeasure for name in names})
+        answer, reference = ("，".join(random.choice(chinese, random.integers(3, 9))) for _ in range(2))
+        (expected,) = Rouge().get_scores(answer.replace("，", " "), reference.replace("，", " "))
+        found = evaluation_text.rouge(answer, reference, "chinese")
+        parts = zip(names, ("rouge-1", "rouge-2", "rouge-l"), strict=True)
+        assert found == pytest.approx({name: expected[part]["f"] for name, part in parts}, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("text", "language"),
     [

@@ -126,6 +126,67 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(stage, words, tmp_
     assert all(torch.equal(value, expected[name]) for name, value in adapter_weights(parts).items())
 
 
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+def loss_and_gradients(checkpoint, records):
+    """The mean loss over all answer tokens of these records, and its gradients, in float64, each record alone.
+
+    Written out from the vicuna form: "SYSTEM USER: q ASSISTANT: a</s>USER: …", labels on answers and end markers.
+    """
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(checkpoint).double(),
+        AutoTokenizer.from_pretrained(checkpoint),
+    )
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    total, count = 0.0, 0
+    for record in records:
+        tokens, answered, context = [], [], VICUNA
+        for turn in record["conversations"]:
+            if turn["from"] == "human":
+                context += f"USER: {turn['value']} ASSISTANT:"
+                continue
+            asked, answer = ids(context), [*ids(f" {turn['value']}"), 2]
+            tokens, answered = tokens + asked + answer, answered + [False] * len(asked) + [True] * len(answer)
+            context = ""
+        logits = model(input_ids=torch.tensor([tokens])).logits[0]
+        for position in range(1, len(tokens)):
+            if answered[position]:
+                total = total - torch.log_softmax(logits[position - 1], -1)[tokens[position]]
+                count += 1
+    loss = total / count
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_loss_and_gradients_are_those_of_a_loop_in_float64(stage, words, tmp_path, tiny_checkpoint, packing):
+    """One step of gradient descent over all records: the logged loss and norm, and each weight's change."""
+    checkpoint = tiny_checkpoint("llama")
+    records = [json.loads(line) for line in (write_records(tmp_path / "all" / "a.jsonl", 6) / "a.jsonl").open()]
+    flags = {"train_file_dir": tmp_path / "all", "validation_file_dir": None, "max_steps": 1, "use_peft": False}
+    flags |= {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    flags |= {"template_name": "vicuna", "packing": packing}
+    # six records are three steps of backward; of packed rows there are as many as the length gives
+    flags |= {"per_device_train_batch_size": 6} if packing else {"gradient_accumulation_steps": 3}
+    out = stage("supervised_finetuning", *words(lora_dropout=None, **flags))
+    loss, gradients = loss_and_gradients(checkpoint, records)
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"][0]
+    norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+    assert log["loss"] == pytest.approx(loss, rel=1e-6)
+    assert log["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    before, after = adapter_weights(checkpoint), adapter_weights(out)
+    for name, gradient in gradients.items():
+        if name in before:  # tied weights are saved once
+            torch.testing.assert_close((before[name] - after[name]).double(), gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_rows_of_two_are_two_rows_accumulated(stage, words):
     one = stage("supervised_finetuning", *words(out="one", per_device_train_batch_size=2))
     flags = words(out="two", per_device_train_batch_size=1, gradient_accumulation_steps=2)
