@@ -1,16 +1,24 @@
-"""The curves of a run: which numbers of its log belong into one picture, as PNG files and as SVG for its page."""
+"""The curves of a run: which numbers of its log belong into one picture, as PNG files and as SVG for its page.
+
+Numbers of single steps are noisy. Where a training line has enough points it is drawn faint, with its exponential
+moving average over it; validation, and what follows a schedule, is drawn as it is.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 History = Sequence[dict[str, Any]]
 Points = list[tuple[int, float]]
+
+FEWEST = 12  # points from which a line is smoothed; of fewer an average says little, and each can be read
+SPAN = 0.1  # share of a line's points that its average looks back over
+FAINT = 0.3  # how much of its color a line keeps behind its average
 
 
 @dataclass(frozen=True)
@@ -20,21 +28,38 @@ class Panel:
     title: str
     lines: tuple[tuple[str, str], ...]
     from_zero: bool = False  # an amount, whose axis begins at 0
+    noisy: bool = True  # False: a schedule or a level, which an average would only delay
 
 
-def _both(title: str, name: str, from_zero: bool = False) -> Panel:
+@dataclass(frozen=True)
+class Line:
+    """A line of a picture: its points by step and, where it has enough of them, their moving average over `span`."""
+
+    label: str
+    points: Points
+    span: int = 0
+    average: Points = field(default_factory=list)
+
+    @property
+    def best(self) -> Points:
+        """The points that are drawn boldly."""
+        return self.average or self.points
+
+
+def both(title: str, name: str, from_zero: bool = False) -> Panel:
+    """One number in training and on the validation records."""
     return Panel(title, ((name, "training"), (f"eval_{name}", "validation")), from_zero)
 
 
-def _one(title: str, name: str, from_zero: bool = False) -> Panel:
-    return Panel(title, ((name, "last"),), from_zero)
+def _one(title: str, name: str, from_zero: bool = False, noisy: bool = True) -> Panel:
+    return Panel(title, ((name, "last"),), from_zero, noisy)
 
 
-LOSS = _both("loss", "loss")
+LOSS = both("loss", "loss")
 # Of RM and DPO, then of PPO; a panel without points is left out.
 LEARNING = (
-    _both("accuracy: share of pairs in the right order", "accuracy", True),
-    _both("margin: chosen less rejected", "margin"),
+    both("accuracy: share of pairs in the right order", "accuracy", True),
+    both("margin: chosen less rejected", "margin"),
     Panel(
         "rewards",
         (
@@ -44,20 +69,20 @@ LEARNING = (
             ("eval_rejected_reward", "rejected, validation"),
         ),
     ),
-    _both("reward: mean score of the answers", "reward"),
-    _both("KL to the reference, nats an answer", "kl"),
-    _both("length of the answers, tokens", "length"),
-    _both("share of answers that end", "ended", True),
-    _both("repetition: share of repeated 4-grams", "repetition", True),
+    both("reward: mean score of the answers", "reward"),
+    both("KL to the reference, nats an answer", "kl"),
+    both("length of the answers, tokens", "length"),
+    both("share of answers that end", "ended", True),
+    both("repetition: share of repeated 4-grams", "repetition", True),
     _one("policy loss", "policy_loss"),
     _one("value loss", "value_loss"),
     _one("share of ratios that are clipped", "clip_fraction", True),
-    _one("KL coefficient", "kl_coef"),
+    _one("KL coefficient", "kl_coef", noisy=False),
     _one("routers' loss, unweighted", "router_loss"),
     Panel("perplexity", (("eval_perplexity", "validation"), ("eval_reference_perplexity", "under the reference"))),
 )
-STEPS = (_one("learning rate", "learning_rate"), _one("gradient norm", "grad_norm"))
-COSTS = (_one("tokens a second", "tokens_per_second", True), _one("memory, GiB", "memory_gib", True))
+STEPS = (_one("learning rate", "learning_rate", noisy=False), _one("gradient norm", "grad_norm"))
+COSTS = (_one("tokens per second", "tokens_per_second", True), _one("memory, GiB", "memory_gib", True, noisy=False))
 
 
 def points_of(history: History, name: str) -> Points:
@@ -66,11 +91,35 @@ def points_of(history: History, name: str) -> Points:
     return sorted((step, float(value)) for step, value in found.items() if math.isfinite(value))
 
 
-def drawn(history: History, panels: Sequence[Panel]) -> list[tuple[Panel, list[tuple[str, Points]]]]:
+def span_of(points: Points) -> int:
+    """Over how many points a line is averaged; 0 where it has too few."""
+    return max(3, round(SPAN * len(points))) if len(points) >= FEWEST else 0
+
+
+def smoothed(points: Points, span: int) -> Points:
+    """The exponential moving average of the values, without the bias towards its start.
+
+    With a = 2 / (span + 1), point t is the mean of the values up to t, weighted by (1 - a)^age; as TensorBoard's.
+    """
+    kept, total, weight, found = 1 - 2 / (span + 1), 0.0, 0.0, []
+    for step, value in points:
+        total, weight = kept * total + value, kept * weight + 1
+        found.append((step, total / weight))
+    return found
+
+
+def line_of(history: History, name: str, label: str, noisy: bool = True) -> Line:
+    """One number of the log as a line; of validation nothing is averaged."""
+    points = points_of(history, name)
+    span = span_of(points) if noisy and not name.startswith("eval_") else 0
+    return Line(label, points, span, smoothed(points, span) if span else [])
+
+
+def drawn(history: History, panels: Sequence[Panel]) -> list[tuple[Panel, list[Line]]]:
     """The panels that the log has points for, each with the lines that have."""
     found = []
     for panel in panels:
-        lines = [(label, points) for name, label in panel.lines if (points := points_of(history, name))]
+        lines = [line for name, label in panel.lines if (line := line_of(history, name, label, panel.noisy)).points]
         if lines:
             found.append((panel, lines))
     return found
@@ -91,7 +140,18 @@ def write_pictures(history: History, folder: Path) -> list[Path]:
     return written
 
 
-def _picture(found: list[tuple[Panel, list[tuple[str, Points]]]], path: Path) -> None:
+def plot(axis: Any, line: Line, color: str) -> None:
+    """A line on matplotlib's axes: with dots where they can be told apart, faint behind its average."""
+    dots = {"marker": "o", "markersize": 3} if len(line.points) <= MOST_DOTS // 2 else {}
+    if line.average:
+        axis.plot(*zip(*line.points, strict=True), color=color, alpha=FAINT, linewidth=1)
+        label = f"{line.label}, EMA over {line.span} points"
+        axis.plot(*zip(*line.average, strict=True), color=color, linewidth=1.8, label=label)
+    else:
+        axis.plot(*zip(*line.points, strict=True), color=color, label=line.label, **dots)
+
+
+def _picture(found: list[tuple[Panel, list[Line]]], path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a window for it
     from matplotlib.ticker import MaxNLocator
 
@@ -101,14 +161,14 @@ def _picture(found: list[tuple[Panel, list[tuple[str, Points]]]], path: Path) ->
     figure = Figure(figsize=size)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (panel, lines) in zip(axes.flat, found, strict=False):
-        for label, points in lines:
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        for place, line in enumerate(lines):
+            plot(axis, line, f"C{place}")
         axis.set(xlabel="step", ylabel="loss" if panel is LOSS else "", title="" if panel is LOSS else panel.title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.from_zero:
-            axis.set_ylim(bottom=min(0.0, *(value for _, points in lines for _, value in points)))
-        if len(lines) > 1:
-            axis.legend()
+            axis.set_ylim(bottom=min(0.0, *(value for line in lines for _, value in line.points)))
+        if len(lines) > 1 or lines[0].average:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(found) :]:
         axis.set_visible(False)
@@ -143,10 +203,10 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def svg(title: str, lines: Sequence[tuple[str, Points]], from_zero: bool = False) -> str:
-    """A picture of lines by step, in the page's own colours (`.line0`, `.line1` …); its text is the page's."""
-    steps = [step for _, points in lines for step, _ in points]
-    values = [value for _, points in lines for _, value in points]
+def svg(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
+    """A picture of lines by step, in the page's own colors (`.line0`, `.line1` …); its text is the page's."""
+    steps = [step for line in lines for step, _ in line.points]
+    values = [value for line in lines for _, value in line.points]
     x_low, x_high = min(steps), max(steps)
     y_low, y_high = min(values), max(values)
     if x_low == x_high:
@@ -168,24 +228,27 @@ def svg(title: str, lines: Sequence[tuple[str, Points]], from_zero: bool = False
     whole = [step for step in ticks(x_low, x_high) if step == round(step)] or [x_low]
     parts += [f'<text x="{x(s):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{s:,.0f}</text>' for s in whole]
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>')
-    for place, (label, points) in enumerate(lines):
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        parts.append(f'<polyline class="line{place}" points="{path}"/>')
-        if len(points) <= MOST_DOTS:
+    for place, line in enumerate(lines):
+        for points, faint in ((line.points, " faint"), (line.average, "")) if line.average else ((line.points, ""),):
+            path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+            parts.append(f'<polyline class="line{place}{faint}" points="{path}"/>')
+        if len(line.points) <= MOST_DOTS:
+            faint, radius = (" faint", 1.8) if line.average else ("", 2.6)
             parts += [
-                f'<circle class="dot{place}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.6">'
-                f"<title>{escape(label)}, step {step}: {value:.6g}</title></circle>"
-                for step, value in points
+                f'<circle class="dot{place}{faint}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="{radius}">'
+                f"<title>{escape(line.label)}, step {step}: {value:.6g}</title></circle>"
+                for step, value in line.points
             ]
     body = "".join(parts)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
 
 
-def figure(panel: Panel, lines: Sequence[tuple[str, Points]]) -> str:
-    """A panel as a piece of HTML: title, legend and picture; the legend gives each line's last number."""
+def figure(panel: Panel, lines: Sequence[Line]) -> str:
+    """A panel as a piece of HTML: title, legend and picture; the legend gives the last number of the bold line."""
     legend = "".join(
-        f'<span class="key{place}">{escape(label)} <b>{number(points[-1][1])}</b></span>'
-        for place, (label, points) in enumerate(lines)
+        f'<span class="key{place}">{escape(line.label)}'
+        f"{f', EMA over {line.span} points' if line.average else ''} <b>{number(line.best[-1][1])}</b></span>"
+        for place, line in enumerate(lines)
     )
     return (
         f'<figure><figcaption>{escape(panel.title)}<span class="legend">{legend}</span></figcaption>'

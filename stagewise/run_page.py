@@ -132,7 +132,9 @@ def _curves(history: History) -> str:
     found = drawn(history, (LOSS, *LEARNING, *STEPS, *COSTS))
     if not found:
         return '<p class="soft">Nothing was logged before the run ended.</p>'
-    return f'<div class="curves">{"".join(figure(panel, lines) for panel, lines in found)}</div>'
+    averaged = any(line.average for _, lines in found for line in lines)
+    note = '<p class="soft">Faint: as logged. Bold: exponential moving average (EMA).</p>' if averaged else ""
+    return f'{note}<div class="curves">{"".join(figure(panel, lines) for panel, lines in found)}</div>'
 
 
 def _samples(samples: Samples) -> str:
@@ -264,7 +266,7 @@ def _cost(manifest: dict[str, Any], history: History) -> str:
     speeds = [log["tokens_per_second"] for log in history if "tokens_per_second" in log]
     if speeds:
         median = sorted(speeds)[len(speeds) // 2]
-        rows.append(("tokens a second of training, all processes, median", f"{median:,.0f}"))
+        rows.append(("tokens per second of training, all processes, median", f"{median:,.0f}"))
     for log in reversed(history):
         if "train_runtime" in log:
             rows.append(("time of training, evaluations included", duration(log["train_runtime"])))

@@ -4,7 +4,22 @@ import re
 
 import pytest
 
-from stagewise.curves import LEARNING, LOSS, STEPS, drawn, figure, number, points_of, svg, ticks, write_pictures
+from stagewise.curves import (
+    LEARNING,
+    LOSS,
+    STEPS,
+    Line,
+    drawn,
+    figure,
+    line_of,
+    number,
+    points_of,
+    smoothed,
+    span_of,
+    svg,
+    ticks,
+    write_pictures,
+)
 
 HISTORY = [
     {"step": 0, "eval_loss": 3.0, "eval_accuracy": 0.5},
@@ -64,7 +79,7 @@ def test_numbers_are_short(value, expected):
 
 
 def test_a_picture_has_its_points_where_they_belong():
-    picture = svg("t", [("a", [(0, 0.0), (5, 1.0), (10, 0.5)])])
+    picture = svg("t", [Line("a", [(0, 0.0), (5, 1.0), (10, 0.5)])])
     (line,) = re.findall(r'<polyline class="line0" points="([^"]+)"', picture)
     points = [tuple(map(float, point.split(","))) for point in line.split()]
     # 460 wide with 58 and 14 beside; 250 high with 14 above, 34 below and 6% of the values' range around them
@@ -75,19 +90,59 @@ def test_a_picture_has_its_points_where_they_belong():
     assert "<title>a, step 5: 1</title>" in picture
 
 
+def test_the_average_is_exponential_and_without_bias_at_its_start():
+    # span 3: a weight of 1/2 for each point of age; (4·1/2 + 8) / 1.5 and (4·1/4 + 8·1/2 + 1) / 1.75
+    assert smoothed([(1, 4.0), (2, 8.0), (9, 1.0)], 3) == [(1, 4.0), (2, pytest.approx(20 / 3)), (9, 6 / 1.75)]
+    assert smoothed([(1, 2.0), (2, 2.0)], 5) == [(1, 2.0), (2, 2.0)]
+
+
+def test_the_average_is_tensorboards():
+    """Oracle: pandas' adjusted exponential mean, the same formula written elsewhere."""
+    pandas = pytest.importorskip("pandas")
+    values = [3.0, 2.0, 2.5, 1.0, 1.5, 0.5]
+    expected = pandas.Series(values).ewm(span=4, adjust=True).mean().tolist()
+    assert [value for _, value in smoothed(list(enumerate(values)), 4)] == pytest.approx(expected)
+
+
+def test_few_points_and_validation_are_drawn_as_they_are():
+    assert [span_of([(0, 0.0)] * count) for count in (1, 11, 12, 40, 200)] == [0, 0, 3, 4, 20]
+    history = [{"step": step, "loss": float(step % 2), "eval_loss": float(step % 2)} for step in range(40)]
+    assert line_of(history, "loss", "training").span == 4
+    assert line_of(history, "eval_loss", "validation").average == []
+    assert line_of(history[:11], "loss", "training").average == []
+    schedule = [{"step": step, "learning_rate": 1.0 - step / 40} for step in range(40)]
+    ((_, (line,)),) = drawn(schedule, STEPS)
+    assert line.average == []
+
+
+def test_a_noisy_line_is_faint_behind_its_average():
+    history = [{"step": step, "loss": float(step % 2)} for step in range(40)]
+    ((panel, lines),) = drawn(history, (LOSS,))
+    page = figure(panel, lines)
+    assert re.findall(r'<polyline class="([^"]+)"', page) == ["line0 faint", "line0"]
+    bold = re.findall(r'<polyline class="line0" points="([^"]+)"', page)[0].split()
+    faint = re.findall(r'<polyline class="line0 faint" points="([^"]+)"', page)[0].split()
+    swing = [max(ys) - min(ys) for ys in ([float(p.split(",")[1]) for p in ps[20:]] for ps in (faint, bold))]
+    assert swing[1] < swing[0] / 2
+    # alternating 0 and 1 with weights (3/5)^age: 1 / (1 + 3/5) at the ones
+    assert "training, EMA over 4 points <b>0.625</b>" in page
+
+
 def test_an_amount_begins_at_zero():
-    assert ">0</text>" in svg("GiB", [("last", [(1, 5.0), (2, 5.1)])], from_zero=True)
-    assert ">0</text>" not in re.sub(r'text-anchor="middle">[^<]*', "", svg("GiB", [("last", [(1, 5.0), (2, 5.1)])]))
+    assert ">0</text>" in svg("GiB", [Line("last", [(1, 5.0), (2, 5.1)])], from_zero=True)
+    assert ">0</text>" not in re.sub(
+        r'text-anchor="middle">[^<]*', "", svg("GiB", [Line("last", [(1, 5.0), (2, 5.1)])])
+    )
 
 
 def test_one_point_and_a_flat_line_are_drawn():
-    for lines in ([("a", [(3, 2.0)])], [("a", [(1, 0.0), (2, 0.0)])]):
+    for lines in ([Line("a", [(3, 2.0)])], [Line("a", [(1, 0.0), (2, 0.0)])]):
         assert "nan" not in svg("t", lines) and "<polyline" in svg("t", lines)
 
 
 def test_words_in_a_figure_are_text():
     panel = LOSS.__class__("<b>", (("loss", "<i>"),))
-    shown = figure(panel, [("<i>", [(1, 2.0)])])
+    shown = figure(panel, [Line("<i>", [(1, 2.0)])])
     assert "<b>" not in re.sub(r"<b>2</b>", "", shown) and "<i>" not in shown and "&lt;i&gt;" in shown
 
 

@@ -231,7 +231,7 @@ def test_every_stage_has_its_page_and_curves(stage, tiny_checkpoint, tmp_path, s
     words = words_of(script, tmp_path, tiny_checkpoint("llama"), tiny_checkpoint("llama", task="score"))
     out = stage(script, *words, "--eval_on_start")
     found = page(out)
-    assert "finished" in found.text and TITLES[script] in found.text and "tokens a second" in found.text
+    assert "finished" in found.text and TITLES[script] in found.text and "tokens per second" in found.text
     assert found.tags.count("svg") >= 4
     (first, *_) = [json.loads(x) for x in sorted((out / "eval_samples").glob("*"))[-1].read_text().splitlines()]
     assert first["where"] in found.text and first["prompt"].strip() in found.text

@@ -22,6 +22,7 @@ from typing import Any
 from loguru import logger
 
 from stagewise.conversation import Conversation, parse_conversation, parse_preference
+from stagewise.curves import both, drawn, plot
 from stagewise.json_lines import read_json_lines
 from stagewise.records import find_files, load_records
 from stagewise.terminal_text import print_error
@@ -269,10 +270,9 @@ def draw(stages: dict[str, Stage], path: Path) -> None:
     axes.flat[-1].axis("off")
     for axis, (name, stage) in zip(axes.flat, stages.items(), strict=False):
         key = CURVES.get(name, "loss")
-        for log_key, label, style in ((key, "training", "-"), (f"eval_{key}", "validation", "o")):
-            points = [(log["step"], log[log_key]) for log in stage.history if log_key in log]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=label)
+        for _, lines in drawn(stage.history, [both("", key)]):
+            for line in lines:
+                plot(axis, line, "C0" if line.label == "training" else "C1")
         axis.set(title=TITLES[name], xlabel="step", ylabel=key)
         axis.grid(alpha=0.3)
         if axis.lines:
