@@ -6,6 +6,7 @@ is escaped, and the page forbids a browser to run or load anything.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import unicodedata
@@ -14,27 +15,10 @@ from html import escape
 from typing import Any
 
 from stagewise.evaluation_numbers import Metric, Row
-from stagewise.html_pieces import table
+from stagewise.html_pieces import anchor, document, pairs, table
 
 SHOWN = 10  # records on either side
 LONGEST = 4000  # characters of a text on the page
-
-STYLE = """
-:root { color-scheme: light dark; --edge: #8884; --good: #2e7d32; --bad: #c62828; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--edge); text-align: left; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-article { border: 1px solid var(--edge); border-radius: .5rem; padding: .5rem 1rem; margin: 1rem 0; }
-article.best { border-left: .35rem solid var(--good); } article.worst { border-left: .35rem solid var(--bad); }
-h3 { margin: .25rem 0; font-size: 1rem; } .numbers { opacity: .75; font-size: .85rem; }
-dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
-HEAD = (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-)
 
 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,13 +84,13 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def page(title: str, about: Mapping[str, str], sections: Sequence[str]) -> str:
     """The whole page; `sections` are HTML already, everything else is escaped here."""
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
-    head = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style></head>"
-    return f"{head}<body><h1>{escape(title)}</h1><dl>{facts}</dl>{''.join(sections)}</body></html>\n"
+    titles = [re.search(r'<h2 id="([^"]+)">([^<]+)', part) for part in sections]
+    links = "".join(f'<a href="#{found[1]}">{found[2]}</a>' for found in titles if found)
+    return document(title, f"{pairs(about.items())}<nav>{links}</nav>{''.join(sections)}")
 
 
 def section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+    return f'<section><h2 id="{anchor(escape(title))}">{escape(title)}</h2>{"".join(parts)}</section>'
 
 
 def _numbers(rows: Sequence[Sequence[str]]) -> str:
@@ -124,9 +108,13 @@ def _asked(question: Mapping[str, Any]) -> dict[str, str]:
 
 def card(title: str, numbers: str, texts: Mapping[str, str], kind: str) -> str:
     """One record; `kind` is best or worst."""
-    words = "".join(f"<dt>{escape(name)}</dt><dd>{escape(clipped(text))}</dd>" for name, text in texts.items() if text)
-    about = f'<h3>{escape(title)}</h3><div class="numbers">{escape(numbers)}</div>'
-    return f'<article class="{kind}">{about}<dl>{words}</dl></article>'
+    words = "".join(
+        f'<span class="label">{escape(name)}</span><pre>{escape(clipped(text))}</pre>'
+        for name, text in texts.items()
+        if text
+    )
+    about = f'<h3>{escape(title)}</h3><div class="label">{escape(numbers)}</div>'
+    return f'<article class="sample {kind}">{about}{words}</article>'
 
 
 def clipped(text: str) -> str:

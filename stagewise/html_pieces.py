@@ -1,12 +1,26 @@
-"""Pieces of HTML in which every value is text."""
+"""Pieces of HTML in which every value is text, and the frame and style of the pages that are made of them."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from stagewise.curves import number
+
+STYLE = Path(__file__).with_name("page.css")
+
+
+def document(title: str, body: str) -> str:
+    """A whole page in one file: no script, nothing from elsewhere, light and dark. `body` is HTML already."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{text(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<body><h1>{text(title)}</h1>{body}</body></html>\n"
+    )
 
 
 def text(value: Any) -> str:

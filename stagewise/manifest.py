@@ -50,6 +50,28 @@ def given_flags(parts: Sequence[Any], names: set[str]) -> dict[str, Any]:
     return flags
 
 
+def effective_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """A command line without the flags that a later one replaces, and the values that were replaced, by flag."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    last = {group[0]: group for group in groups}
+    replaced: dict[str, list[str]] = {}
+    for group in groups:
+        if last[group[0]] is not group and not group[0].endswith("token"):
+            replaced.setdefault(group[0][2:], []).append(" ".join(group[1:]) or "True")
+    kept = [word for group in groups if last[group[0]] is group for word in group]
+    return without_tokens(kept), replaced
+
+
+def settled_flags(given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """What was given for the flags whose value another flag changed."""
+    return {name: value for name, value in given.items() if name in flags and flags[name] != value}
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:

@@ -42,7 +42,16 @@ from stagewise.flag_checks import check_shared
 from stagewise.generation_config import finish_generation_config
 from stagewise.json_lines import json_bytes
 from stagewise.lineage import begin_step, earlier_steps, finished_step
-from stagewise.manifest import MANIFEST, device_name, given_flags, parameters_of, versions, without_tokens
+from stagewise.manifest import (
+    MANIFEST,
+    device_name,
+    effective_words,
+    given_flags,
+    parameters_of,
+    settled_flags,
+    versions,
+    without_tokens,
+)
 from stagewise.methods import check_methods
 from stagewise.output_dir import check_output_dir, remove_earlier_run
 from stagewise.results import has_colour, show_sample, write_results
@@ -146,6 +155,8 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
 
     try:
         args, *parts = parse([StageArguments, *dataclass_types], argv, before=before)
+        names = {word[2:] for word in given if word.startswith("--")}
+        said = given_flags([args, *parts], names)
         for part in parts:
             if isinstance(part, AdapterArguments):
                 part.given = frozenset(word[2:] for word in given if word.startswith("--"))
@@ -170,8 +181,11 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
     if args.quiet:
         quieten()
     set_seed(args.seed)
-    flags = given_flags([args, *parts], {word[2:] for word in given if word.startswith("--")})
-    return Run(stage, args, parts, flags), *parts
+    flags = given_flags([args, *parts], names)
+    effective, replaced = effective_words(given)
+    run = Run(stage, args, parts, flags)
+    run.note(effective=effective, replaced=replaced, settled=settled_flags(said, flags))
+    return run, *parts
 
 
 class Run:
@@ -201,6 +215,7 @@ class Run:
             "versions": versions(),
             "device": device_name(args),
             "processes": args.world_size,
+            "nodes": args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)),
         }
 
     def note(self, **entries: Any) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 
 from stagewise.curves import COSTS, LEARNING, LOSS, STEPS, History, drawn, figure, number
 from stagewise.eval_samples import read_samples, sampled_steps
-from stagewise.html_pieces import anchor, bare, duration, pairs, shown, table, text
+from stagewise.html_pieces import anchor, bare, document, duration, pairs, shown, table, text
 from stagewise.lineage import first_model, plain
 from stagewise.model_card import STAGES
 
 PAGE = "report.html"
-STYLE = Path(__file__).with_name("run_page.css")
 WORDS = {
     "finished": "finished",
     "failed": "failed",
@@ -66,17 +65,12 @@ def page_of(name: str, manifest: dict[str, Any], history: History, samples: Samp
     parts = "".join(f'<h2 id="{anchor(section)}">{section.capitalize()}</h2>{body}' for section, body in sections)
     status = manifest.get("status", "running")
     error = f'<p class="error">{text(manifest["error"])}</p>' if manifest.get("error") else ""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{text(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>"
-        f"<h1>{text(title)}</h1>"
+    body = (
         f'<p><span class="status {text(status)}">{text(WORDS.get(status, status))}</span>'
         f'<span class="soft"> · began {text(manifest.get("began", "?"))} · this page: '
         f"{time.strftime('%Y-%m-%d %H:%M:%S')}</span></p>{error}{_tiles(manifest, history)}<nav>{links}</nav>{parts}"
-        "</body></html>\n"
     )
+    return document(title, body)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -248,15 +242,44 @@ def _what_ran(manifest: dict[str, Any]) -> str:
         share = parameters["trained"] / max(parameters["all"], 1)
         words = f"{parameters['trained']:,} of {parameters['all']:,} parameters ({share:.2%})"
         about.append(("trained", words))
-    flags = [(f"--{name}", value) for name, value in (manifest.get("flags") or {}).items()]
-    words = map(shlex.quote, ["python", *manifest.get("command", [])])
-    command = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
+    typed = manifest.get("command", [])
+    used = [*typed[:1], *manifest["effective"]] if "effective" in manifest else typed
+    command = f"<pre>{text(_as_command(used, manifest))}</pre>"
+    if used != typed:
+        command += (
+            "<details><summary>As it was typed: with a file of flags, earlier names, or flags that a later one "
+            f"replaces</summary><pre>{text(_as_command(typed, manifest))}</pre></details>"
+        )
     whole = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
     return (
-        f"<pre>{text(command)}</pre>{pairs(about)}<h3>Flags that were given</h3>{pairs(flags)}"
+        f"{command}{pairs(about)}<h3>Flags that were given</h3>{_flags(manifest)}"
         f"<details><summary>Versions</summary>{pairs((manifest.get('versions') or {}).items())}</details>"
         f"<details><summary>run.json</summary><pre>{text(whole)}</pre></details>"
     )
+
+
+def _as_command(words: Sequence[str], manifest: dict[str, Any]) -> str:
+    """A command line to paste into a shell, a flag a line; of several processes as each machine starts it."""
+    processes, nodes = manifest.get("processes", 1), manifest.get("nodes", 1)
+    start = ["python"]
+    if processes > 1:
+        start = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else [])]
+        start += ["--nproc_per_node", str(processes // nodes)]
+    quoted = [f"\\\n    {word}" if word.startswith("--") else word for word in map(shlex.quote, words)]
+    return " ".join([*start, *quoted])
+
+
+def _flags(manifest: dict[str, Any]) -> str:
+    """The flags with the values that held, and what was given in vain: before a later flag, or against another one."""
+    replaced, settled = manifest.get("replaced") or {}, manifest.get("settled") or {}
+    notes = {name: [f"replaces {', '.join(values)}"] for name, values in replaced.items()}
+    for name, value in settled.items():
+        notes.setdefault(name, []).append(f"given as {shown(value)}")
+    flags = manifest.get("flags") or {}
+    if not notes:
+        return pairs((f"--{name}", value) for name, value in flags.items())
+    rows = [(f"--{name}", shown(value), "; ".join(notes.get(name, ()))) for name, value in flags.items()]
+    return table(["flag", "value", ""], rows)
 
 
 def _cost(manifest: dict[str, Any], history: History) -> str:

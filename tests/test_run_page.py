@@ -14,6 +14,7 @@ from conftest import build_tiny_model, build_tiny_tokenizer
 from launching import ROOT, environment, python, run, torchrun
 from pair_runs import flags_of
 
+from stagewise.manifest import effective_words
 from stagewise.run_page import page_of
 
 SCRIPT = "<script>alert('&')</script>"
@@ -116,6 +117,50 @@ def test_it_says_what_ran_on_what_and_to_what_end():
     places = [page.text.index(words) for words in order]
     assert places == sorted(places)
     assert page.text.count("as it stands there") == 1
+
+
+def test_the_command_is_the_one_that_took_effect():
+    typed = ["supervised_finetuning.py", "--max_steps", "100", "--evaluation_strategy", "no", "--max_steps", "8"]
+    given = ["--max_steps", "100", "--eval_strategy", "no", "--max_steps", "8"]
+    effective, replaced = effective_words(given)
+    assert effective == ["--eval_strategy", "no", "--max_steps", "8"] and replaced == {"max_steps": ["100"]}
+    changed = manifest(
+        command=typed,
+        effective=effective,
+        replaced=replaced,
+        settled={"torch_dtype": "float16"},
+        flags={"max_steps": 8, "eval_strategy": "no", "torch_dtype": "bfloat16"},
+    )
+    found = Reader(page_of("mine", changed, HISTORY, [])).text
+    assert "python supervised_finetuning.py \\\n    --eval_strategy no \\\n    --max_steps 8" in found
+    assert found.count("--max_steps 100") == 1 and found.index("As it was typed") < found.index("--max_steps 100")
+    assert "replaces 100" in found and "given as float16" in found
+    one = Reader(page_of("mine", manifest(effective=["--output_dir", "out dir"]), HISTORY, [])).text
+    assert "As it was typed" not in one and "replaces" not in one
+
+
+@pytest.mark.parametrize(
+    ("processes", "nodes", "start"),
+    [(1, 1, "python s.py"), (2, 1, "torchrun --nproc_per_node 2 s.py"),
+     (16, 2, "torchrun --nnodes 2 --nproc_per_node 8 s.py")],
+)  # fmt: skip
+def test_the_command_starts_as_many_processes(processes, nodes, start):
+    found = page_of("mine", manifest(command=["s.py"], processes=processes, nodes=nodes), HISTORY, [])
+    assert f"<pre>{start}</pre>" in found
+
+
+@pytest.mark.parametrize(
+    ("words", "effective", "replaced"),
+    [
+        ([], [], {}),
+        (["--a", "1", "2", "--b", "--a", "3"], ["--b", "--a", "3"], {"a": ["1 2"]}),
+        (["--b", "--b", "False", "--b"], ["--b"], {"b": ["True", "False"]}),
+        (["--hub_token", "secret", "--hub_token", "other"], ["--hub_token", "…"], {}),
+        (["--rate", "-1"], ["--rate", "-1"], {}),
+    ],
+)
+def test_of_a_flag_the_last_one_counts(words, effective, replaced):
+    assert effective_words(words) == (effective, replaced)
 
 
 def test_blocks_of_one_text_are_kept_apart():
@@ -231,6 +276,7 @@ def test_every_stage_has_its_page_and_curves(stage, tiny_checkpoint, tmp_path, s
     words = words_of(script, tmp_path, tiny_checkpoint("llama"), tiny_checkpoint("llama", task="score"))
     out = stage(script, *words, "--eval_on_start")
     found = page(out)
+    assert "replaces" not in found.text and "given as" not in found.text
     assert "finished" in found.text and TITLES[script] in found.text and "tokens per second" in found.text
     assert found.tags.count("svg") >= 4
     (first, *_) = [json.loads(x) for x in sorted((out / "eval_samples").glob("*"))[-1].read_text().splitlines()]
@@ -239,6 +285,21 @@ def test_every_stage_has_its_page_and_curves(stage, tiny_checkpoint, tmp_path, s
     assert (out / "curves.png").is_file() == (script not in ("pretraining", "supervised_finetuning"))
     step = json.loads((out / "run.json").read_text())["lineage"][-1]
     assert step["data"]["train"]["kept"] and step["metrics"]["eval"] and step["output_dir"] == str(out)
+
+
+def test_what_replaces_what_is_told_from_a_file_and_a_command_line(stage, tiny_checkpoint, tmp_path):
+    words = flags(tmp_path, tiny_checkpoint("llama"))
+    file = tmp_path / "flags.yaml"
+    file.write_text("max_steps: 77\nbf16: true\n")
+    out = stage("supervised_finetuning", file, *words, "--torch_dtype", "float16", "--evaluation_strategy", "no")
+    found = page(out).text
+    told = json.loads((out / "run.json").read_text())
+    assert told["replaced"] == {"max_steps": ["77"]} and told["settled"] == {"torch_dtype": "float16"}
+    assert told["flags"]["torch_dtype"] == "bfloat16"
+    assert "replaces 77" in found and "given as float16" in found
+    command = found[found.index("python supervised_finetuning.py") :].split("As it was typed")[0]
+    assert "--bf16" in command and "--eval_strategy no" in command and "77" not in command
+    assert "evaluation_strategy" not in command and str(file) not in command
 
 
 def test_a_run_that_fails_leaves_its_page(stage, tiny_checkpoint, tmp_path, monkeypatch):
