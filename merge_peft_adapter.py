@@ -26,26 +26,27 @@ from peft import load_peft_weights
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
 from stagewise.arguments import ArgumentError, ModelArguments
 from stagewise.command_line import parse
-from stagewise.json_lines import json_bytes
+from stagewise.json_files import read_object
 from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
-from stagewise.manifest import read_manifest
+from stagewise.manifest import read_manifest, write_manifest
 from stagewise.merge_check import check_merged
 from stagewise.merging import Job, MergeError, merge_in_memory
 from stagewise.model_card import called, write_card
 from stagewise.model_config import load_config
 from stagewise.model_source import find_source, hub_options
+from stagewise.model_tokenizer import open_tokenizer
 from stagewise.rope import write_rope
 from stagewise.run import set_up_logging
 from stagewise.scalar_head import reward_config
 from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 from stagewise.terminal_text import print_error
+from stagewise.weight_files import AGAIN, check_hashes
 from stagewise.whole_directory import check_place, whole_directory
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
@@ -89,6 +90,7 @@ def prepare(args: MergeArguments) -> Job:
     model_args.kept_rope = (read_manifest(adapter) or {}).get("rope")
     base_config = load_config(model_args)
     tokenizer = read_tokenizer(args, adapter, model_args)
+    check_hashes(Path(base))
     weights = {k.removeprefix(PREFIX): v for k, v in load_peft_weights(str(adapter), device="cpu").items()}
     auto = AutoModelForCausalLM
     if config.task_type == "SEQ_CLS":
@@ -143,10 +145,7 @@ def read_tokenizer(args: MergeArguments, adapter: Path, base: ModelArguments) ->
     """--tokenizer_path, else the adapter's own, else the base's; its chat template comes along."""
     own = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base.model_name_or_path
     source = find_source(args.tokenizer_path or own, base, "tokenizer_path")
-    try:
-        return AutoTokenizer.from_pretrained(source, **hub_options(source, base))
-    except (OSError, ValueError) as error:
-        raise MergeError(f"--tokenizer_path {source}: no tokenizer could be loaded: {error}") from error
+    return open_tokenizer(source, "tokenizer_path", hub_options(source, base))
 
 
 def grown(rows: int, tokenizer: PreTrainedTokenizerBase, resize: bool) -> int:
@@ -177,7 +176,7 @@ def choose_plan(job: Job) -> Plan | str:
 
 def write_config(job: Job, plan: Plan, folder: Path) -> None:
     """The base's config.json as it is, but for what the merge changes."""
-    raw = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
+    raw = read_object(job.base / "config.json", AGAIN)
     if raw.get("model_type") != job.base_config.model_type:  # the text part of a model with images or sound
         raw = job.base_config.to_diff_dict()
     if (read_manifest(job.adapter) or {}).get("rope"):
@@ -196,7 +195,8 @@ def write_alongside(job: Job, folder: Path) -> None:
     """Tokenizer with its chat template, generation config, licence, and the files of a base with its own code."""
     for pattern in ALONGSIDE:
         for path in job.base.glob(pattern):
-            shutil.copy(path, folder)
+            if path.is_file():
+                shutil.copy(path, folder)
     job.tokenizer.save_pretrained(folder)
     sources = [job.adapter / "generation_config.json", job.base / "generation_config.json"]
     for source in [path for path in sources if path.is_file() and not job.scores][:1]:
@@ -217,7 +217,7 @@ def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: d
         logger.info(f"licence of the base: {licence['id']} ({licence['source']})")
     manifest = {**step, "lineage": [*lineage, step], "template": before.get("template"), **result}
     manifest |= {"status": "finished", "in_memory": plan if isinstance(plan, str) else None, "licence": licence}
-    (folder / "run.json").write_bytes(json_bytes(manifest, indent=2))
+    write_manifest(folder, manifest, weights=True)
     write_card(folder, name, manifest, job.tokenizer, licence, job.scores)
 
 

@@ -145,7 +145,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
                 wrapped = load_whole(base, folder, config)
             else:
                 wrapped = PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=is_trainable)
-    except (RuntimeError, ValueError, UserWarning) as error:
+    except (RuntimeError, ValueError, TypeError, UserWarning) as error:
         raise AdapterError(f"{folder}: the adapter does not fit {type(base).__name__}: {error}") from error
     # PEFT drops weights for which it finds no module without a word.
     modules = {name for name, _ in wrapped.named_modules()}

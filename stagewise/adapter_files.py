@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import torch
 from peft import PeftConfig
 from safetensors import safe_open
 
+from stagewise.json_files import FileError, read_object
 from stagewise.targets import AdapterError
+from stagewise.weight_files import ADAPTER, AGAIN, check_hashes, check_header
 
 # What adapter_config.json calls a method -> --fine_tuning_type.
 METHOD_OF = {
@@ -26,17 +27,27 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     """Reads adapter_config.json of a local directory.
 
     Raises:
-        AdapterError: if there is none, or its weights are missing.
+        AdapterError: if there is none, its weights are missing, or a file is broken or is not what was saved.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder}: expected an adapter, found no adapter_config.json")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+    if not any((folder / name).is_file() for name in ADAPTER):
         raise AdapterError(f"{folder}: the adapter has no adapter_model.safetensors (or .bin)")
     try:
+        kind = read_object(folder / "adapter_config.json", AGAIN).get("peft_type")
+        if not isinstance(kind, str):
+            raise FileError(f"{folder}/adapter_config.json: expected a text at peft_type, found {kind!r:.80}; {AGAIN}")
+        for name in ADAPTER:
+            if (folder / name).is_file():
+                check_header(folder / name)
+        check_hashes(folder)
+    except FileError as error:
+        raise AdapterError(str(error)) from error
+    try:
         return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{folder}/adapter_config.json: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{folder}/adapter_config.json: not a config that PEFT reads ({error}); {AGAIN}") from error
 
 
 def task_of(config: PeftConfig) -> str:

@@ -7,7 +7,6 @@ mark, a disk or a copy that went wrong one whose files differ from it; the run g
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from loguru import logger
 from stagewise.arguments import ArgumentError
 from stagewise.file_hashes import ALGORITHM, hash_files
 from stagewise.json_files import FileError, inside, read_object, sync_folder, write_durably
+from stagewise.json_lines import json_bytes
 from stagewise.processes import from_first
 
 MARK = "whole.json"
@@ -43,7 +43,7 @@ def mark_whole(folder: str | Path) -> None:
     }
     for place in (*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent):
         sync_folder(place)
-    write_durably(folder / MARK, json.dumps(about, indent=1))
+    write_durably(folder / MARK, json_bytes(about, indent=1))
 
 
 def unmark(folder: str | Path) -> None:

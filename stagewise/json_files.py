@@ -78,16 +78,16 @@ def inside(folder: str | Path, name: Any, named_by: str | Path) -> Path:
     return Path(folder) / name
 
 
-def write_durably(path: str | Path, text: str) -> None:
-    """Writes a text file that is there as a whole or not at all, also after a power failure.
+def write_durably(path: str | Path, content: bytes) -> None:
+    """Writes a file that is there as a whole or not at all, also after a power failure.
 
     Raises:
         OSError: it could not be written; what stood there before is still there.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -117,7 +117,8 @@ def find_licence(base: Path, called: str | None = None) -> dict[str, str]:
     """
     called = called or str(base)
     earlier = (read_manifest(base) or {}).get("licence")
-    if earlier and earlier.get("id") != UNKNOWN:
+    earlier = earlier if isinstance(earlier, dict) and isinstance(earlier.get("id"), str) else None
+    if earlier and earlier["id"] != UNKNOWN:
         return dict(earlier)
     card = front_matter(base / "README.md")
     if isinstance(card.get("license"), str) and card["license"] not in ("", UNKNOWN):
@@ -143,7 +144,8 @@ def carry_licence(base: Path, folder: Path, called: str | None = None) -> dict[s
     """Copies the licence's text beside what was made from a model's directory; returns what `find_licence` finds."""
     for pattern in LICENCE_FILES:
         for path in base.glob(pattern):
-            shutil.copy(path, folder)
+            if path.is_file():
+                shutil.copy(path, folder)
     return find_licence(base, called)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -16,14 +15,36 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from stagewise.json_files import FileError, read_object, write_durably
+from stagewise.json_lines import json_bytes
+from stagewise.weight_files import weight_hashes
+
 MANIFEST = "run.json"
+ELSEWHERE = "put a sound copy in its place, or move it away: the directory then counts as one that was made elsewhere"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "deepspeed", "stagewise")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The run.json of a directory, or None where there is none."""
+    """The run.json of a directory, or None where there is none.
+
+    Raises:
+        FileError: it cannot be read, or is not what a run writes.
+    """
     path = Path(folder) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    manifest = read_object(path, ELSEWHERE)
+    lineage = manifest.get("lineage", [])
+    if not isinstance(lineage, list) or not all(isinstance(step, dict) and "stage" in step for step in lineage):
+        raise FileError(f"{path}: expected a list of steps with a stage each at lineage, found others; {ELSEWHERE}")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], *, weights: bool = False) -> None:
+    """Writes run.json; with `weights` it gets the hashes of the weights in the directory, which are finished then."""
+    if weights:
+        manifest = {**manifest, "files": weight_hashes(folder)}
+    write_durably(folder / MANIFEST, json_bytes(manifest, indent=2))
 
 
 def without_tokens(words: Sequence[str]) -> list[str]:

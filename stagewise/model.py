@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from stagewise.model_source import ModelError, find_source, hub_options
 from stagewise.model_tokenizer import check_vocabulary
 from stagewise.quantisation import guard_4bit, guard_8bit, quantisation_options
 from stagewise.scalar_head import Float32Linear, reward_config, whole_weights
+from stagewise.weight_files import check_hashes
 
 
 def load_causal_lm(
@@ -110,6 +112,8 @@ def _load(
     attention = attention or choose_attention(config, args)
     dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
     options = {**quantisation_options(args, config), **hub_options(source, args)}
+    if os.path.isdir(source):
+        check_hashes(Path(source))
     with _report() as told:
         try:
             model, info = auto.from_pretrained(

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 import stagewise.row_quantisation  # noqa: F401  (from_pretrained then knows models saved in that form)
 from stagewise.arguments import ModelArguments
+from stagewise.json_files import read_object
 from stagewise.model_source import ModelError, find_source, hub_options, refuse_adapter
 from stagewise.rope import scale_rope
 from stagewise.router import check_router
+from stagewise.weight_files import AGAIN, check_weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,12 +41,18 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
     Raises:
         ModelError: for an adapter directory, an architecture that transformers does not know, code that would have
             to be trusted, or another --model_type.
+        FileError: a file of a local directory is broken, or names files elsewhere.
     """
     source = find_source(args.model_name_or_path, args)
     refuse_adapter(source)
+    if Path(source).is_dir():
+        for name in ("config.json", "generation_config.json"):
+            if Path(source, name).exists():
+                read_object(Path(source, name), AGAIN)
+        check_weight_files(Path(source))
     try:
         config = AutoConfig.from_pretrained(source, **hub_options(source, args))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
         options = hub_options(source, args)
         # What config.json says, which is there unless reading it was the error.
         kind = None if isinstance(error, OSError) else PretrainedConfig.get_config_dict(source, **options)[0]
@@ -61,7 +70,7 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
             hint = (
                 "no usable config.json" if Path(source).is_dir() else "no such directory, and no hub model was found"
             )
-        raise ModelError(f"--model_name_or_path {source}: {hint} ({error})") from error
+        raise ModelError(f"--model_name_or_path {source}: {hint} ({' '.join(str(error).split())})") from error
     check_model_type(args, config)
     check_router(args, config)
     scale_rope(config, args)

@@ -4,7 +4,6 @@ The choice is written into the tokenizer, text and name, and travels with it thr
 There another form would leave the model with two, so it is refused, unless --force_template asks for it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from stagewise import thinking
 from stagewise.arguments import ArgumentError, ChatArguments
 from stagewise.conversation import Conversation, Message
 from stagewise.cutting import WAY_OUT, InexactCut, TokenizerTemplate, knows_thinking
+from stagewise.json_files import read_object
 from stagewise.pieces import quoted
 from stagewise.rendering import Template
 
@@ -73,7 +73,7 @@ def _take_over(tokenizer: Any, folder: Path) -> None:
     config, text = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     if not config.is_file():  # an adapter made elsewhere, without its tokenizer
         return
-    known = json.loads(config.read_text(encoding="utf-8"))
+    known = read_object(config, "copy the adapter's directory again")
     own = text.read_text(encoding="utf-8") if text.is_file() else known.get("chat_template")
     if own:
         tokenizer.chat_template = own

@@ -31,6 +31,7 @@ from stagewise.own_template import choose_template
 from stagewise.rendering import Template
 from stagewise.rope import context_of
 from stagewise.scalar_head import Float32Linear
+from stagewise.weight_files import check_hashes
 
 FLAG = "--reward_model_name_or_path"
 ROWS = 16  # answers scored at a time
@@ -209,6 +210,8 @@ def _classifier(args: ModelArguments, label: int | None) -> tuple[nn.Module, Pre
         raise RewardError(f"{FLAG} {name}: a language model, expected a sequence classifier (reward_modeling.py)")
     label = _label(config.num_labels, label, config.id2label)
     tokenizer, source = load_tokenizer(args), find_source(name, args)
+    if Path(source).is_dir():
+        check_hashes(Path(source))
     model, info = AutoModelForSequenceClassification.from_pretrained(
         source,
         config=config,

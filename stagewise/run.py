@@ -40,7 +40,6 @@ from stagewise.encoding import Example, PreferenceExample
 from stagewise.eval_samples import EvaluationSamples
 from stagewise.flag_checks import check_shared
 from stagewise.generation_config import finish_generation_config
-from stagewise.json_lines import json_bytes
 from stagewise.lineage import begin_step, earlier_steps, finished_step
 from stagewise.manifest import (
     MANIFEST,
@@ -51,6 +50,7 @@ from stagewise.manifest import (
     settled_flags,
     versions,
     without_tokens,
+    write_manifest,
 )
 from stagewise.methods import check_methods
 from stagewise.output_dir import check_output_dir, remove_earlier_run
@@ -225,9 +225,7 @@ class Run:
         if self.args.dry_run or not is_main():
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = self.output_dir / (MANIFEST + ".tmp")
-        temporary.write_bytes(json_bytes(self.manifest, indent=2))
-        os.replace(temporary, self.output_dir / MANIFEST)
+        write_manifest(self.output_dir, self.manifest, weights=self.manifest["status"] == "finished")
 
     def __enter__(self) -> Run:
         return self

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stagewise.arguments import ArgumentError
-
-INDEX = "model.safetensors.index.json"
+from stagewise.weight_files import INDEX, check_header, shard_names
 
 
 @dataclass
@@ -42,13 +41,10 @@ class Plan:
 
 def shards_of(folder: Path) -> dict[str, list[str]]:
     """Each safetensors file of a model directory with the names in it; empty where the weights are in another form."""
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
+    names = shard_names(folder) or [name for name in ("model.safetensors",) if (folder / name).is_file()]
     files = {}
     for name in names:
+        check_header(folder / name)
         with safe_open(folder / name, framework="pt") as shard:
             files[name] = list(shard.keys())
     return files
@@ -69,6 +65,7 @@ def plan_shards(
         the plan, or the reason why this base and adapter have to be merged in memory.
 
     Raises:
+        FileError: if the base's index names files elsewhere, or a file is cut.
         ArgumentError: if the adapter has weights for layers that the model does not have.
     """
     head, embedding = tied_names(skeleton)
@@ -182,6 +179,7 @@ def merge_shards(base: Path, plan: Plan, folder: Path) -> torch.dtype:
                     dtype = shard[name].dtype
         if file == list(plan.files)[-1]:
             shard |= {name: tensor.contiguous() for name, tensor in plan.new.items()}
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         size += sum(tensor.nbytes for tensor in shard.values())

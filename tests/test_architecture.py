@@ -83,6 +83,7 @@ LAYERS = [
         "stream_account",
         "streaming",
         "shards",
+        "weight_files",
     },
     {
         "model_source",

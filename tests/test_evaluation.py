@@ -14,6 +14,7 @@ import pytest
 import torch
 from launching import environment, torchrun
 from launching import run as launched
+from safetensors.torch import save_file
 
 import evaluation
 from stagewise import evaluation_benchmarks, evaluation_csv, evaluation_page
@@ -509,7 +510,7 @@ def test_the_model_is_named_by_the_flag_that_was_given(tmp_path, tiny_checkpoint
 def test_a_base_that_an_adapter_names_and_that_is_gone(tmp_path, tiny_checkpoint, capsys, task):
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": "./outputs/gone", "r": 1}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    (tmp_path / "adapter_model.safetensors").touch()
+    save_file({}, tmp_path / "adapter_model.safetensors")
     file = write_lines(tmp_path / "test.jsonl", CONVERSATIONS if task == "CAUSAL_LM" else PAIRS)
     flags = ["--lora_model", tmp_path, "--test_file", file, "--output_dir", tmp_path / "out"]
     told = f"--lora_model {tmp_path} names this base, which may have moved: give --base_model"

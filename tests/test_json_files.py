@@ -1,4 +1,3 @@
-import json
 import os
 
 import pytest
@@ -77,7 +76,7 @@ def test_a_file_elsewhere_is_refused_by_name(tmp_path, name):
 
 def test_a_text_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    write_durably(path, json.dumps({"a": "é"}, ensure_ascii=False))
+    write_durably(path, '{"a": "é"}'.encode())
     assert path.read_bytes() == '{"a": "é"}'.encode()
 
     def full(handle):
@@ -85,7 +84,7 @@ def test_a_text_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_durably(path, "other")
+        write_durably(path, b"other")
     assert path.read_bytes() == '{"a": "é"}'.encode()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, build_tiny_tokenizer
+from safetensors.torch import save_file
 
 from stagewise.conversation import Conversation, Message
 from stagewise.decoding import settled_rotations
@@ -295,7 +296,7 @@ def test_what_cannot_speak_is_refused_by_its_flag(tiny_checkpoint, tmp_path):
         load("./nowhere")
     named = tmp_path / "named"
     named.mkdir()
-    (named / "adapter_model.safetensors").touch()
+    save_file({}, named / "adapter_model.safetensors")
     text = json.loads((adapter / "adapter_config.json").read_text())
     (named / "adapter_config.json").write_text(json.dumps({**text, "base_model_name_or_path": "./gone"}))
     with pytest.raises(SpeakerError, match="./gone: no such directory; --lora_model .*named names this base"):

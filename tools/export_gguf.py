@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -23,9 +22,13 @@ import tempfile
 from pathlib import Path
 
 from gguf import GGUFReader
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from stagewise.arguments import ArgumentError
+from stagewise.json_files import read_object
+from stagewise.model_tokenizer import open_tokenizer
 from stagewise.terminal_text import print_error
+from stagewise.weight_files import AGAIN, check_hashes, check_weight_files
 
 PACKAGE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -53,7 +56,7 @@ def check_model(folder: Path) -> dict:
         )
     if not (folder / "config.json").is_file():
         raise ExportError(f"{flag}: expected a directory with config.json; download a hub model first")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json", AGAIN)
     if any("SequenceClassification" in name for name in config.get("architectures") or []):
         raise ExportError(f"{flag}: a reward model; a GGUF file here holds a language model")
     if config.get("quantization_config"):
@@ -131,7 +134,7 @@ def end_of(model: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """
     ends = None
     if (model / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(model).eos_token_id
+        ends = read_object(model / "generation_config.json", AGAIN).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     end = tokenizer.eos_token_id if ends[0] is None else ends[0]
     if end is None:
@@ -181,7 +184,9 @@ def export(model: Path, output: Path, outtype: str, converter_dir: Path, overwri
     check_model(model)
     if output.exists() and not overwrite:
         raise ExportError(f"--output_file {output}: is there already; add --overwrite, or give another name")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    check_weight_files(model)
+    check_hashes(model)
+    tokenizer = open_tokenizer(str(model), "model_name_or_path", {"local_files_only": True})
     end = end_of(model, tokenizer)
     script = fetch_converter(converter_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"llama.cpp's script: {fetch_converter(args.converter_dir)}", file=sys.stderr)
             return
         export(args.model_name_or_path, args.output_file, args.outtype, args.converter_dir, args.overwrite)
-    except ExportError as error:
+    except (ExportError, ArgumentError) as error:
         print_error(error)
         sys.exit(1)
 

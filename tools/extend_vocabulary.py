@@ -29,13 +29,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from stagewise.arguments import ArgumentError, ModelArguments
-from stagewise.json_lines import json_bytes
 from stagewise.lineage import carry_licence
-from stagewise.manifest import MANIFEST, read_manifest
+from stagewise.manifest import read_manifest, write_manifest
 from stagewise.model import load_causal_lm
 from stagewise.model_card import called
 from stagewise.model_config import load_config
 from stagewise.model_source import find_source, hub_options, refuse_adapter
+from stagewise.model_tokenizer import open_tokenizer
 from stagewise.subwords import VocabularyError, read_pieces, read_texts, read_words
 from stagewise.terminal_text import log_visible_text, print_error, visible
 from stagewise.vocabulary import Extension, extend
@@ -56,14 +56,12 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """The model's tokenizer as it is.
 
     Raises:
-        VocabularyError: if there is none, or one that has no tokenizer.json.
+        ModelError: if there is none that can be loaded.
+        VocabularyError: if it has no tokenizer.json.
     """
     source = find_source(args.model_name_or_path, args)
     refuse_adapter(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(source, args))
-    except (OSError, ValueError) as error:
-        raise VocabularyError(f"--model_name_or_path {source}: no tokenizer could be loaded: {error}") from error
+    tokenizer = open_tokenizer(source, "model_name_or_path", hub_options(source, args))
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise VocabularyError(
             f"--model_name_or_path {source}: {type(tokenizer).__name__} has no tokenizer.json form, and only that can "
@@ -281,7 +279,7 @@ def write(
         manifest |= {"template": base.get("template"), "vocabulary": found}
         if (source := Path(args.model_name_or_path)).is_dir():  # of a hub's model only what loads is here
             manifest["licence"] = carry_licence(source, folder, called(args.model_name_or_path))
-        (folder / MANIFEST).write_bytes(json_bytes(manifest, indent=2))
+        write_manifest(folder, manifest, weights=True)
 
 
 def told_left_out(extension: Extension) -> str:

@@ -36,7 +36,7 @@ from stagewise.command_line import parse
 from stagewise.flag_checks import check_choice
 from stagewise.json_lines import json_bytes
 from stagewise.lineage import LICENCE_FILES, carry_licence
-from stagewise.manifest import read_manifest, versions
+from stagewise.manifest import read_manifest, versions, write_manifest
 from stagewise.metrics import perplexity
 from stagewise.model import load_causal_lm
 from stagewise.model_card import called
@@ -293,7 +293,7 @@ def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]
         lineage = [*earlier.get("lineage", []), {**step, "bits": account["quantization_bit"]}]
         manifest = {"stage": "quantize", "status": "finished", "lineage": lineage, "versions": account["versions"]}
         manifest |= {"licence": licence}
-        (folder / "run.json").write_bytes(json_bytes(manifest, indent=2))
+        write_manifest(folder, manifest, weights=True)
 
 
 def as_table(account: dict[str, Any]) -> str:

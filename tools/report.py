@@ -11,7 +11,6 @@ report could not be made.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,9 +22,11 @@ from loguru import logger
 
 from stagewise.conversation import Conversation, parse_conversation, parse_preference
 from stagewise.curves import both, drawn, plot
+from stagewise.json_files import read_object
 from stagewise.json_lines import read_json_lines
 from stagewise.records import find_files, load_records
 from stagewise.terminal_text import print_error
+from stagewise.weight_files import AGAIN
 from tools import judging
 from tools.judging import Line, Rows, in_language
 
@@ -74,14 +75,14 @@ def read_stage(outputs: Path, name: str) -> Stage:
     manifest = folder / "run.json"
     if not manifest.is_file():
         raise ReportError(f"{manifest}: no such file; run the stage first: bash run_{name}.sh")
-    run = json.loads(manifest.read_text(encoding="utf-8"))
+    run = read_object(manifest, AGAIN)
     if run.get("status") != "finished":
         raise ReportError(f"{manifest}: the stage's status is {run.get('status')!r}, expected 'finished'")
     evaluations = [folder / "eval_records" / f"step-{step}.jsonl" for step in (0, run["steps"])]
     for path in evaluations:
         if not path.is_file():
             raise ReportError(f"{path}: no such file; run the stage with --eval_on_start --save_eval_records")
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    history = read_object(folder / "trainer_state.json", AGAIN).get("log_history", [])
     return Stage(name, run, *map(read_rows, evaluations), history)
 
 
