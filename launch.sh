@@ -93,12 +93,13 @@ choose_model() {
     if [ "$MODEL" = "$SMALL_MODEL" ] && [ -z "${LAUNCH_DRY:-}" ]; then "$PYTHON" -m tools.fetch_small_model; fi
 }
 
-# Starts a stage script with its flags: plain Python for one process, torchrun for several.
+# Starts a stage script with its flags: plain Python for one process, torchrun for several. Ends with 143 where a signal
+# stopped the run after a whole checkpoint, so that a scheduler can start the same command again.
 launch() {
     local command=("$PYTHON")
     # DeepSpeed asks for the variables that torchrun sets, also for one process.
     if [ "$NNODES" -gt 1 ] || [ "$NPROC" -gt 1 ] || [[ " $* " == *" --deepspeed"* ]]; then
-        command+=(-m torch.distributed.run --nproc_per_node "$NPROC")
+        command+=(-m tools.launcher --nproc_per_node "$NPROC")
         if [ "$NNODES" -gt 1 ]; then
             [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES: MASTER_ADDR, the address of machine 0, is missing"
             command+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")

@@ -1,8 +1,7 @@
-"""What happens around the steps: whole checkpoints, stopping on a signal, stopping on NaN."""
+"""What happens around the steps: whole checkpoints, stopping on NaN."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from stagewise.checkpoint import mark_whole, rotate, unmark
+from stagewise.processes import several_processes
 from stagewise.validation import EvaluationTable
 
 
 class NonFiniteError(RuntimeError):
     """The loss is NaN or infinite; no step was taken with it."""
-
-
-def several_processes() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -72,29 +68,6 @@ class WholeCheckpoints(TrainerCallback):
         if args.should_save:
             mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             rotate(args.output_dir, self.keep, state.best_model_checkpoint)
-
-
-class Preemption(TrainerCallback):
-    """On SIGTERM: finish the step, save a checkpoint, stop. Processes agree on it at the end of each step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.stopped = False
-        signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number, frame) -> None:
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        asked = self.asked
-        if several_processes():
-            flag = torch.tensor(float(asked), device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            asked = bool(flag.item())
-        if asked:
-            self.stopped = True
-            control.should_save = True
-            control.should_training_stop = True
 
 
 class Resumes:

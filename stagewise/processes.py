@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
@@ -17,6 +18,10 @@ from tqdm.auto import tqdm
 from stagewise.arguments import ArgumentError
 
 T = TypeVar("T")
+
+
+def several_processes() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def from_first(work: Callable[[], T]) -> T:

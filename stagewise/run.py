@@ -29,7 +29,6 @@ from stagewise.callbacks import (
     IntervalsOfNow,
     NonFiniteError,
     NonFiniteGuard,
-    Preemption,
     WholeCheckpoints,
 )
 from stagewise.checkpoint import check_resumable, leave_later, resume_point, step_of
@@ -54,6 +53,7 @@ from stagewise.manifest import (
 )
 from stagewise.methods import check_methods
 from stagewise.output_dir import check_output_dir, remove_earlier_run
+from stagewise.preemption import PREEMPTED, Preemption
 from stagewise.results import has_colour, show_sample, write_results
 from stagewise.rope import kept_rope
 from stagewise.run_page import PAGE, write_page
@@ -70,7 +70,6 @@ from stagewise.terminal_text import log_visible_text, print_error
 from stagewise.trainer_flags import check_trainer_flags
 from stagewise.validation import EvaluationTable
 
-PREEMPTED = 143  # exit code of a run that was stopped by SIGTERM after a whole checkpoint
 INTERRUPTED = 130  # of one that Ctrl-C ended
 ALONE = 10  # seconds after which a process that failed, and was not ended by its launcher, is the only one that did
 
@@ -147,6 +146,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         be honoured, before any weights are read.
     """
     set_up_logging()
+    preemption = Preemption()
     given: list[str] = []
 
     def before(words: list[str]) -> list[str]:
@@ -183,7 +183,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
     set_seed(args.seed)
     flags = given_flags([args, *parts], names)
     effective, replaced = effective_words(given)
-    run = Run(stage, args, parts, flags)
+    run = Run(stage, args, parts, flags, preemption)
     run.note(effective=effective, replaced=replaced, settled=settled_flags(said, flags))
     return run, *parts
 
@@ -194,11 +194,18 @@ class Run:
     `note(key=value)` adds to the manifest; it is written at the start, at the end, and when the run fails.
     """
 
-    def __init__(self, stage: str, args: StageArguments, parts: Sequence[Any], flags: dict[str, Any]):
+    def __init__(
+        self,
+        stage: str,
+        args: StageArguments,
+        parts: Sequence[Any],
+        flags: dict[str, Any],
+        preemption: Preemption,
+    ):
         self.stage, self.args = stage, args
         self.output_dir = Path(args.output_dir)
         self.started = time.time()
-        self.preemption: Preemption | None = None
+        self.preemption = preemption
         self.progress = Progress(args.quiet)
         self.trainer: Trainer | None = None
         self.evaluated: int | None = None  # the step of the last evaluation
@@ -232,8 +239,11 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> bool:
         self.progress.close()
-        if error is None or (isinstance(error, SystemExit) and error.code == PREEMPTED):
+        preempted = isinstance(error, SystemExit) and error.code == PREEMPTED
+        if error is None or (preempted and self.preemption.stopped):
             leave_processes(PREEMPTED if error else 0)
+        elif preempted and dist.is_initialized():
+            _leave_with.append(PREEMPTED)  # the others may not have had the signal yet: this one waits for none
         if error is None or isinstance(error, SystemExit):
             return False
         advice = advice_on(error, self.output_dir)
@@ -292,7 +302,6 @@ class Run:
         """Puts the callbacks of every stage onto a trainer."""
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
-        self.preemption = Preemption()
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.trainer = trainer
         own: list[TrainerCallback] = [IntervalsOfNow(), self.progress, guard, self.preemption]
@@ -335,12 +344,15 @@ class Run:
         self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"), **({"resumed_from": resume.name} if resume else {}))
         self.write()
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if self.preemption and self.preemption.stopped:
-            self.note(status="stopped", steps=trainer.state.global_step, **self._costs())
+        if self.preemption.stopped:
+            self.note(
+                status="stopped", stopped_by=self.preemption.asked, steps=trainer.state.global_step, **self._costs()
+            )
             self.write()
             self.show(pictures=True)
             logger.warning(
-                "stopped by SIGTERM after a whole checkpoint; --resume_from_checkpoint True goes on from it"
+                f"stopped by {self.preemption.asked} after a whole checkpoint; --resume_from_checkpoint True goes on "
+                "from it"
             )
             raise SystemExit(PREEMPTED)
         metrics = {"train": result.metrics}

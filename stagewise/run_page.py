@@ -23,7 +23,7 @@ PAGE = "report.html"
 WORDS = {
     "finished": "finished",
     "failed": "failed",
-    "stopped": "stopped by SIGTERM after a whole checkpoint; --resume_from_checkpoint True goes on from it",
+    "stopped": "stopped by a signal after a whole checkpoint; --resume_from_checkpoint True goes on from it",
     "running": "had not ended when this page was written",
 }
 SECTIONS = ("result", "curves", "samples", "data", "lineage", "what ran", "cost")

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from stagewise.data_summary import Step, StepSize, measure, packed_step, padded_step
 from stagewise.packing import PackedRows
+from stagewise.preemption import SIGNALS
 from stagewise.validation import padded_length
 
 
@@ -39,10 +40,11 @@ class LengthGroups(Sampler[int]):
 
 
 def outlive_termination(worker: int, before: Callable[[int], None] | None = None) -> None:
-    """Lets a worker live on when SIGTERM is sent to all: the process that trains still ends its step and saves."""
+    """Lets a worker live on when a signal is sent to all: the process that trains still ends its step and saves."""
     if before is not None:
         before(worker)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class GroupsByLength:

@@ -73,6 +73,7 @@ LAYERS = [
         "terminal_input",
         "results",
         "processes",
+        "preemption",
         "speed",
         "curves",
         "eval_samples",

@@ -69,7 +69,7 @@ def test_one_process_without_a_gpu(stage, tmp_path):
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_every_visible_gpu_through_torchrun(stage, tmp_path):
     words, _ = dry(stage, OUTPUTS=str(tmp_path), GPUS="4")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", SCRIPTS[stage]]
+    launcher = ["-m", "tools.launcher", "--nproc_per_node", "4", "--standalone", SCRIPTS[stage]]
     assert words[1:7] == launcher
     assert "--bf16" in words
 
@@ -89,7 +89,7 @@ def test_nproc_counts_in_place_of_the_gpus():
 def test_several_machines():
     words, _ = dry("sft", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", NPROC="8")
     launcher = ["--nproc_per_node", "8", "--nnodes", "2", "--node_rank", "1"]
-    assert words[1:3] == ["-m", "torch.distributed.run"]
+    assert words[1:3] == ["-m", "tools.launcher"]
     assert words[3:14] == [*launcher, "--master_addr", "10.0.0.1", "--master_port", "29500", SCRIPTS["sft"]]
     words, _ = dry("sft", NNODES="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234")
     launcher = ["--nproc_per_node", "1", "--nnodes", "2", "--node_rank", "0"]
@@ -126,7 +126,7 @@ def test_a_port_of_one_machine():
 
 def test_deepspeed_starts_through_torchrun_also_for_one_process():
     words, _ = dry("sft", "--deepspeed", "zero2.json")
-    assert words[1:6] == ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--standalone"]
+    assert words[1:6] == ["-m", "tools.launcher", "--nproc_per_node", "1", "--standalone"]
 
 
 def test_gpus_are_counted_by_torch():

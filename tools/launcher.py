@@ -1,0 +1,38 @@
+"""torchrun for jobs that a scheduler may stop: where a signal ended the run, the exit code is 143.
+
+    python -m tools.launcher --nproc_per_node 2 supervised_finetuning.py --model_name_or_path …
+
+It takes torchrun's flags and is torchrun, but for three things. SIGUSR1 and SIGUSR2 are passed on to the processes as
+SIGTERM and SIGHUP are, and a SIGHUP that nohup has it ignore stays ignored. The processes get 10 minutes to finish
+their step and save before they are killed, where torchrun gives 30 seconds. And what ends with 1 there ends with 143
+here, by which a scheduler knows that the same command goes on (Ctrl-C: 130).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+SECONDS = "600"
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not any(word.startswith("--signals") for word in words):
+        handled = [name for name in PASSED_ON if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+        words = ["--signals_to_handle", ",".join(handled), *words]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS)
+    try:
+        run.main(words)
+    except SignalException as ended:
+        print(f"ended by {ended.sigval.name}", file=sys.stderr)
+        sys.exit(130 if ended.sigval == signal.SIGINT else 143)
+
+
+if __name__ == "__main__":
+    main()
