@@ -30,7 +30,6 @@ from stagewise.arguments import (
     ModelArguments,
     PairArguments,
 )
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.encoding import AnyTemplate
 from stagewise.eval_samples import chosen, continued
 from stagewise.forward import learned_logits, takes_kept_logits
@@ -100,8 +99,7 @@ class DPOTrainer(BalancesExperts, PairTrainer):
         losses, chosen, rejected = dpo_loss(*self.logps(model, inputs), *reference, self.beta)
         loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
         self.see(chosen, rejected)
-        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
-        return loss
+        return self.guard.watch(loss)
 
     def rewards(self, model, inputs):
         """Implicit rewards of validation pairs; what the reference says of them is computed once."""
@@ -196,7 +194,6 @@ def main() -> None:
         # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
         validation = ValidationSet(splits.validation)
         table = EvaluationTable(validation.wheres, ("chosen", "rejected"), pair_metrics)
-        guard = NonFiniteGuard()
         trainer = DPOTrainer(
             model=model,
             args=args,
@@ -205,13 +202,12 @@ def main() -> None:
             data_collator=WithIndex(PreferenceCollator(tokenizer.pad_token_id), rows=False),
             compute_metrics=table,
             processing_class=tokenizer,
-            guard=guard,
             beta=dpo_args.beta,
             reference=reference,
             router=router_loss(model, model_args),
         )
         run.note(template=template.name, data=splits.as_dict())
-        run.attach(trainer, table, guard)
+        run.attach(trainer, table)
         run.train(trainer, stop=template.stops)
 
 

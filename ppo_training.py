@@ -36,7 +36,6 @@ from stagewise.arguments import (
     ModelArguments,
     PairArguments,
 )
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import Conversation
 from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example
 from stagewise.generation import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
@@ -128,7 +127,6 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
     def __init__(
         self,
         *args: Any,
-        guard: NonFiniteGuard,
         ppo: PPOArguments,
         max_target_length: int,
         scorer: Scorer,
@@ -138,7 +136,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, kl_coef=ppo.init_kl_coef, **kwargs)
-        self.guard, self.ppo, self.scorer, self.policy, self.router = guard, ppo, scorer, policy, router
+        self.ppo, self.scorer, self.policy, self.router = ppo, scorer, policy, router
         self.max_target_length, self.conversations = max_target_length, conversations
         self.eval_answers = ppo.eval_answers
         self.moved = torch.zeros((), device=self.args.device)  # nats from the rollout's policy, of an update's answers
@@ -210,7 +208,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
             repetition=scores.new_tensor([repetition(answer) for answer in answers]),
             ended=self.ended(answers),
         )
-        if self.ppo.adap_kl_ctrl:
+        if self.ppo.adap_kl_ctrl and math.isfinite(total):  # else the coefficient would be lost with it
             self.kl_coef = adapted_kl_coef(self.kl_coef, total / count, self.ppo.target_kl)
 
     # ── update ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,10 +220,9 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         value = value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.cliprange_value)
         mean = self.accelerator.num_processes / num_items_in_batch
         loss = (policy.sum() + self.ppo.vf_coef * value.sum()) * mean + self.router_share()
-        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
         self.meter.add(policy_loss=policy, value_loss=value, clip_fraction=clipped)
         self.moved += kl_to_older(logps.detach(), inputs["old_logps"]).sum()
-        return loss
+        return self.guard.watch(loss)
 
     def end_update(self) -> None:
         """--early_stopping: leaves the rollout's other updates out once the policy has moved by --target_kl."""
@@ -339,7 +336,7 @@ def main() -> None:
         # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
         stop_ids = end_ids(tokenizer, template.stops)
         sampling = Sampling(ppo_args.temperature, ppo_args.top_p, ppo_args.top_k, stop_ids, tokenizer.pad_token_id)
-        validation, guard = ValidationSet(splits.validation), NonFiniteGuard()
+        validation = ValidationSet(splits.validation)
         table = EvaluationTable(validation.wheres, COLUMNS, answer_metrics)
         trainer = PPOTrainer(
             model=model,
@@ -349,7 +346,6 @@ def main() -> None:
             compute_metrics=table,
             processing_class=tokenizer,
             schedule=schedule,
-            guard=guard,
             ppo=ppo_args,
             sampling=sampling,
             max_target_length=pair_args.max_target_length,
@@ -359,7 +355,7 @@ def main() -> None:
             router=router_loss(model, model_args),
         )
         run.note(template=template.name, data=splits.as_dict())
-        run.attach(trainer, table, guard)
+        run.attach(trainer, table)
         trainer.add_callback(RolloutEnds(trainer))
         run.train(trainer, stop=template.stops)
 

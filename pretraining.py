@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import parse_text
 from stagewise.encoding import TextEncoder
 from stagewise.language_model import LanguageModelTrainer, training_rows
@@ -46,8 +45,7 @@ class PTTrainer(LanguageModelTrainer):
         """Mean negative log-likelihood of all tokens of the whole batch, over all processes."""
         nll, _ = self.token_losses(model, inputs)
         loss = nll.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
-        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
-        return loss
+        return self.guard.watch(loss)
 
 
 def read_data(
@@ -96,7 +94,6 @@ def main() -> None:
         # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
         validation = ValidationSet(splits.validation)
         table = EvaluationTable(validation.wheres, ("nll", "tokens"), language_model_metrics)
-        guard = NonFiniteGuard()
         trainer = PTTrainer(
             model=model,
             args=args,
@@ -105,12 +102,11 @@ def main() -> None:
             data_collator=collate,
             compute_metrics=table,
             processing_class=tokenizer,
-            guard=guard,
             neft_alpha=rows_args.neft_alpha,
             router=router_loss(model, model_args),
         )
         run.note(rows=how, data=splits.as_dict())
-        run.attach(trainer, table, guard)
+        run.attach(trainer, table)
         run.train(trainer, stop=None)
 
 

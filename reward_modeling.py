@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.encoding import AnyTemplate
 from stagewise.losses import pairwise_loss
 from stagewise.metrics import pair_metrics
@@ -46,8 +45,7 @@ class RewardTrainer(PairTrainer):
         chosen, rejected = self.rewards(model, inputs)
         loss = pairwise_loss(chosen, rejected).sum() / num_items_in_batch * self.accelerator.num_processes
         self.see(chosen, rejected)
-        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
-        return loss
+        return self.guard.watch(loss)
 
 
 def read_data(
@@ -87,7 +85,6 @@ def main() -> None:
         # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
         validation = ValidationSet(splits.validation)
         table = EvaluationTable(validation.wheres, ("chosen", "rejected"), pair_metrics)
-        guard = NonFiniteGuard()
         trainer = RewardTrainer(
             model=model,
             args=args,
@@ -96,10 +93,9 @@ def main() -> None:
             data_collator=WithIndex(PreferenceCollator(tokenizer.pad_token_id), rows=False),
             compute_metrics=table,
             processing_class=tokenizer,
-            guard=guard,
         )
         run.note(template=template.name, data=splits.as_dict())
-        run.attach(trainer, table, guard)
+        run.attach(trainer, table)
         run.train(trainer, stop=template.stops)
 
 

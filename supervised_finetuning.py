@@ -26,7 +26,6 @@ from stagewise.arguments import (
     LanguageModelArguments,
     ModelArguments,
 )
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.conversation import parse_conversation
 from stagewise.encoding import AnyTemplate, ConversationEncoder
 from stagewise.language_model import LanguageModelTrainer, training_rows
@@ -65,8 +64,7 @@ class SFTTrainer(LanguageModelTrainer):
         """Mean negative log-likelihood of the learned tokens of the whole batch, over all processes."""
         nll, _ = self.token_losses(model, inputs)
         loss = nll.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
-        self.guard.watch(loss, at_once=self.is_deepspeed_enabled)
-        return loss
+        return self.guard.watch(loss)
 
 
 def check_labels(sft: SFTArguments) -> None:
@@ -136,7 +134,6 @@ def main() -> None:
         # ── train ────────────────────────────────────────────────────────────────────────────────────────────────
         validation = ValidationSet(splits.validation)
         table = EvaluationTable(validation.wheres, ("nll", "tokens"), language_model_metrics)
-        guard = NonFiniteGuard()
         trainer = SFTTrainer(
             model=model,
             args=args,
@@ -145,12 +142,11 @@ def main() -> None:
             data_collator=collate,
             compute_metrics=table,
             processing_class=tokenizer,
-            guard=guard,
             neft_alpha=rows_args.neft_alpha,
             router=router_loss(model, model_args),
         )
         run.note(template=template.name, rows=how, data=splits.as_dict())
-        run.attach(trainer, table, guard)
+        run.attach(trainer, table)
         run.train(trainer, stop=template.stops)
 
 

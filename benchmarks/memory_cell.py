@@ -38,7 +38,6 @@ from stagewise import memory
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, ModelArguments
 from stagewise.attention import choose_attention
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.experts import hold, pack
 from stagewise.layers import skeleton
 from stagewise.quantisation import guard_4bit
@@ -228,7 +227,6 @@ def measured(cell: Cell, device: torch.device) -> dict[str, Any]:
             args=args,
             train_dataset=Rows(cell.tokens, SHAPES[cell.shape]["vocab_size"]),
             data_collator=collate,
-            guard=NonFiniteGuard(),
             neft_alpha=None,
         )
         trainer.add_callback(clock)

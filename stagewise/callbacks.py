@@ -1,59 +1,17 @@
-"""What happens around the steps: whole checkpoints, stopping on NaN."""
+"""What happens around the steps: whole checkpoints, resuming, rows of an evaluation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from loguru import logger
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from stagewise.checkpoint import mark_whole, rotate, unmark
-from stagewise.processes import several_processes
 from stagewise.validation import EvaluationTable
-
-
-class NonFiniteError(RuntimeError):
-    """The loss is NaN or infinite; no step was taken with it."""
-
-
-class NonFiniteGuard(TrainerCallback):
-    """Ends the run before a step is taken with a NaN or infinite loss.
-
-    On a GPU the check waits for the optimizer step, so that micro-batches do not wait for the device one by one; with
-    DeepSpeed, which steps inside the backward pass, and in one process on a CPU it is made at once. Several processes
-    agree on it, so that none waits for one that has ended.
-    """
-
-    def __init__(self) -> None:
-        self.finite: torch.Tensor | None = None
-        self.step = 0
-
-    def watch(self, loss: torch.Tensor, at_once: bool) -> None:
-        finite = torch.isfinite(loss.detach())
-        self.finite = finite if self.finite is None else self.finite & finite
-        if at_once or (loss.device.type == "cpu" and not several_processes()):
-            self._check()
-
-    def _check(self) -> None:
-        finite, self.finite = self.finite, None
-        if finite is not None and several_processes():
-            finite = finite.float()
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if finite is not None and not bool(finite):
-            raise NonFiniteError(
-                f"the loss of step {self.step + 1} is NaN or infinite; the step was not taken. Lower --learning_rate, "
-                "set --max_grad_norm 1.0, or use --bf16 or --torch_dtype float32 in place of 16-bit floats (fp16)"
-            )
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._check()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.step = state.global_step
 
 
 class WholeCheckpoints(TrainerCallback):

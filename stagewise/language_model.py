@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from stagewise.attention import packs_exactly
-from stagewise.callbacks import NonFiniteGuard, Resumes
+from stagewise.callbacks import Resumes
 from stagewise.encoding import IGNORE_INDEX, Example
 from stagewise.eval_samples import Sample, chosen, continued
+from stagewise.finiteness import SkipsNonFinite
 from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
 from stagewise.losses import token_nll
 from stagewise.packing import PackedRows, PaddedCollator, collate_packed
@@ -67,7 +68,9 @@ def training_rows(
     return rows, collate, how
 
 
-class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Resumes, TellsSpeed, Trainer):
+class LanguageModelTrainer(
+    TakesStreams, GroupsByLength, BalancesExperts, SkipsNonFinite, Resumes, TellsSpeed, Trainer
+):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 
     loss_is_scaled_for_ga = True
@@ -75,7 +78,6 @@ class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Resume
     def __init__(
         self,
         *args: Any,
-        guard: NonFiniteGuard,
         neft_alpha: float | None,
         router: RouterLoss | None = None,
         **kwargs: Any,
@@ -83,7 +85,6 @@ class LanguageModelTrainer(TakesStreams, GroupsByLength, BalancesExperts, Resume
         super().__init__(*args, **kwargs)
         self.router = router
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the learned tokens of the whole batch
-        self.guard = guard
         self.noise = EmbeddingNoise(self.model, neft_alpha) if neft_alpha else None
         self.keep_logits = takes_kept_logits(self.model)
 

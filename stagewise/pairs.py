@@ -10,10 +10,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from stagewise.arguments import PairArguments
-from stagewise.callbacks import NonFiniteGuard, Resumes
+from stagewise.callbacks import Resumes
 from stagewise.conversation import parse_preference
 from stagewise.encoding import AnyTemplate, PreferenceEncoder
 from stagewise.eval_samples import Sample, chosen, scored_pairs
+from stagewise.finiteness import SkipsNonFinite
 from stagewise.sampling import GroupsByLength
 from stagewise.speed import TellsSpeed
 from stagewise.splits import SplitReader, Splits
@@ -35,7 +36,7 @@ def read_pairs(
     )
 
 
-class PairTrainer(GroupsByLength, Resumes, TellsSpeed, Trainer):
+class PairTrainer(GroupsByLength, SkipsNonFinite, Resumes, TellsSpeed, Trainer):
     """Batches are (2B, T), the B chosen rows first. The stage's subclass holds `rewards` and `compute_loss`.
 
     `compute_loss` is given the pairs of the whole batch, over all micro-batches and processes, as
@@ -44,9 +45,8 @@ class PairTrainer(GroupsByLength, Resumes, TellsSpeed, Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, guard: NonFiniteGuard, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.guard = guard
         # Since the last log: pairs, chosen rewards, rejected rewards, pairs in the right order (a tie counts half).
         self.seen = torch.zeros(4, device=self.args.device)
 

@@ -103,10 +103,10 @@ class AdaptiveRanks(TrainerCallback):
             scale = scaler.get_scale() if scaler is not None else 1.0
             add_orthogonality(self.wrapped, self.config.orth_reg_weight * scale)
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_optimizer_step(self, args, state, control, **kwargs):
         """After the weights moved, while their gradients are still there."""
         step = state.global_step + 1
-        if getattr(optimizer, "step_was_skipped", False):  # float16 overflow: the gradients are infinite
+        if self.trainer.guard.is_skipped():  # the gradients, by which ranks are judged, are not finite
             return
         if self.adapter.peft_path or step > self.config.total_step - self.config.tfinal:
             if self.kept:

@@ -26,6 +26,7 @@ from stagewise.callbacks import Resumes
 from stagewise.conversation import Conversation, parse_prompt
 from stagewise.data_summary import Step, measure, rollout_contents
 from stagewise.encoding import AnyTemplate, Example, PromptEncoder
+from stagewise.finiteness import SkipsNonFinite, check_weights
 from stagewise.generation import PROMPTS, UPDATES, Sampling
 from stagewise.policy import Batch, answer_batch
 from stagewise.schedule import Schedule
@@ -64,7 +65,7 @@ def read_prompts(
     return splits, {"train": first, "validation": last}
 
 
-class RolloutTrainer(EvaluatesAnswers, Resumes, TellsSpeed, Trainer):
+class RolloutTrainer(EvaluatesAnswers, SkipsNonFinite, Resumes, TellsSpeed, Trainer):
     """A Trainer whose training batches come from the model as it is when they are asked for.
 
     The stage's subclass holds `rollout`, which returns a rollout's minibatches, and `compute_loss`. The model has a
@@ -121,7 +122,10 @@ class RolloutTrainer(EvaluatesAnswers, Resumes, TellsSpeed, Trainer):
         ids, size = [prompt.input_ids for prompt in prompts], self.schedule.mini_batch_size
         spans = [slice(first, first + size) for first in range(0, len(ids), size)]
         batches = [answer_batch(ids[span], answers[span], self.sampling.pad_id) for span in spans]
-        return [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
+        on_device = [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
+        return [
+            {**batch, "where": [p.where for p in prompts[span]]} for batch, span in zip(on_device, spans, strict=True)
+        ]
 
     def ended(self, answers: Sequence[list[int]]) -> torch.Tensor:
         """Which answers ended by themselves: (B,) bool."""
@@ -179,6 +183,7 @@ class RolloutBatches:
         for _ in range(trainer.schedule.an_epoch - trainer.rollouts % trainer.schedule.an_epoch):
             started = time.time()
             trainer.start_clock()
+            check_weights(trainer.model, trainer.state.global_step)  # others give no answers
             trainer.queue[:] = trainer.rollout()
             if trainer.rollouts == 1:
                 logger.info(f"first rollout: {time.time() - started:.1f} s before its updates")

@@ -24,19 +24,14 @@ from transformers.utils import logging as transformers_logging
 from stagewise.adapter import method_callbacks
 from stagewise.advice import advice_on
 from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments
-from stagewise.callbacks import (
-    EvaluationRows,
-    IntervalsOfNow,
-    NonFiniteError,
-    NonFiniteGuard,
-    WholeCheckpoints,
-)
+from stagewise.callbacks import EvaluationRows, IntervalsOfNow, WholeCheckpoints
 from stagewise.checkpoint import check_resumable, leave_later, resume_point, step_of
 from stagewise.command_line import parse
 from stagewise.curves import write_pictures
 from stagewise.dry_run import dry_run
 from stagewise.encoding import Example, PreferenceExample
 from stagewise.eval_samples import EvaluationSamples
+from stagewise.finiteness import SKIPPED, NonFiniteError
 from stagewise.flag_checks import check_shared
 from stagewise.generation_config import finish_generation_config
 from stagewise.lineage import begin_step, earlier_steps, finished_step
@@ -250,7 +245,7 @@ class Run:
         # What an earlier, finished run left is not written over by a run that failed before it trained.
         if self.manifest.get("began"):
             message = ": ".join(filter(None, (kind.__name__, advice or str(error))))
-            self.note(status="failed", error=message, **self._costs())
+            self.note(status="failed", error=message, **self._steps(), **self._costs())
             try:
                 self.write()
             except OSError as full:  # the disk, most likely; what is said below is what ended the run
@@ -280,6 +275,12 @@ class Run:
         except Exception as error:
             logger.warning(f"{PAGE} and the pictures were not written: {type(error).__name__}: {error}")
 
+    def _steps(self) -> dict[str, int]:
+        """Optimizer steps since the run began, and how many of them were skipped because they were not finite."""
+        if self.trainer is None:
+            return {}
+        return {"steps": self.trainer.state.global_step, SKIPPED: self.trainer.guard.skipped}
+
     def _costs(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         costs = {"seconds": round(time.time() - self.started, 1), "peak_memory_gib": round(peak, 2)}
@@ -298,13 +299,13 @@ class Run:
             first = examples[0]
             show_sample(tokenizer, first.chosen if isinstance(first, PreferenceExample) else first)
 
-    def attach(self, trainer: Trainer, table: EvaluationTable | None, guard: NonFiniteGuard) -> None:
+    def attach(self, trainer: Trainer, table: EvaluationTable | None) -> None:
         """Puts the callbacks of every stage onto a trainer."""
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.trainer = trainer
-        own: list[TrainerCallback] = [IntervalsOfNow(), self.progress, guard, self.preemption]
+        own: list[TrainerCallback] = [IntervalsOfNow(), self.progress, self.preemption]
         own += [*method_callbacks(trainer, self.adapter), WholeCheckpoints(keep)]
         if table is not None and self.args.save_eval_records:
             own.append(EvaluationRows(table))
@@ -345,9 +346,7 @@ class Run:
         self.write()
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if self.preemption.stopped:
-            self.note(
-                status="stopped", stopped_by=self.preemption.asked, steps=trainer.state.global_step, **self._costs()
-            )
+            self.note(status="stopped", stopped_by=self.preemption.asked, **self._steps(), **self._costs())
             self.write()
             self.show(pictures=True)
             logger.warning(
@@ -367,7 +366,7 @@ class Run:
             for split in ("train", "eval"):
                 if split in metrics:
                     write_results(self.output_dir, split, metrics[split])
-        self.note(status="finished", metrics=metrics, steps=trainer.state.global_step, **self._costs())
+        self.note(status="finished", metrics=metrics, **self._steps(), **self._costs())
         self.manifest["lineage"][-1] = finished_step(self.manifest, self.output_dir)
         self.write()
         self.show(pictures=True)

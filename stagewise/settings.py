@@ -52,7 +52,10 @@ class StageArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN from the log (the run stops anyway)."}
+        default=False,
+        metadata={
+            "help": "Leave losses that are NaN or infinite out of the log's mean; their steps are skipped either way."
+        },
     )
     save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept; 0: all."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})

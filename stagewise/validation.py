@@ -40,7 +40,10 @@ class ValidationSet(Dataset):
 
 
 class WithIndex:
-    """A collator that takes training items as they are and validation items with their index: batch["index"] (B,)."""
+    """A collator of training items and of validation items with their index.
+
+    A validation batch has `index` (B,), a training batch `where`: each record's file and line.
+    """
 
     def __init__(self, collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]], rows: bool):
         """`rows`: a training item is a list of examples, so a validation example goes in as a row of its own."""
@@ -48,7 +51,8 @@ class WithIndex:
 
     def __call__(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
         if not isinstance(items[0], tuple):
-            return self.collate(items)
+            examples = [example for row in items for example in row] if self.rows else items
+            return {**self.collate(items), "where": [example.where for example in examples]}
         examples = [[example] if self.rows else example for _, example in items]
         return {**self.collate(examples), "index": torch.tensor([index for index, _ in items])}
 

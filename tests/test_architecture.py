@@ -77,6 +77,7 @@ LAYERS = [
         "speed",
         "curves",
         "eval_samples",
+        "finiteness",
         "html_pieces",
         "terminal",
         "scanning",

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_training import DPOTrainer
 from stagewise.adapter import attach_adapter, merge_in_memory
 from stagewise.arguments import AdapterArguments
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.packing import PreferenceCollator
 from stagewise.settings import StageArguments
 from template import TEMPLATES
@@ -32,7 +31,7 @@ def words(tmp_path, tiny_checkpoint):
 def trainer_of(model, tokenizer, folder, reference=None):
     args = StageArguments(str(folder / "ours"), use_cpu=True, report_to="none")
     collate = PreferenceCollator(tokenizer.pad_token_id)
-    options = {"guard": NonFiniteGuard(), "beta": BETA, "reference": reference}
+    options = {"beta": BETA, "reference": reference}
     return DPOTrainer(model=model, args=args, train_dataset=[], data_collator=collate, **options)
 
 

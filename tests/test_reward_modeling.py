@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from reward_modeling import RewardTrainer
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments
-from stagewise.callbacks import NonFiniteGuard
 from stagewise.packing import PreferenceCollator
 from stagewise.settings import StageArguments
 from template import TEMPLATES
@@ -30,7 +29,7 @@ def trainer_of(model, tokenizer, folder, **changes):
     args = StageArguments(str(folder / "ours"), use_cpu=True, report_to="none", **changes)
     collate = PreferenceCollator(tokenizer.pad_token_id)
     rows = preferences(tokenizer)
-    return RewardTrainer(model=model, args=args, train_dataset=rows, data_collator=collate, guard=NonFiniteGuard())
+    return RewardTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
 
 
 def gradients(model):

@@ -11,7 +11,7 @@ import torch
 from conftest import adapter_weights
 from launching import ROOT, environment, python
 
-from stagewise.callbacks import NonFiniteGuard
+from stagewise.finiteness import NonFiniteGuard
 
 
 @pytest.fixture

@@ -254,7 +254,7 @@ def test_a_bad_record_is_named_or_skipped_and_counted(stage, words, capsys):
     assert json.loads((out / "rejected.jsonl").read_text())["where"] == "a.jsonl:5"
 
 
-def test_a_nan_loss_ends_the_run_before_the_step(stage, words, capsys):
+def test_a_base_whose_loss_is_nan_ends_the_run_without_a_step(stage, words, capsys):
     flags = words()
     from safetensors.torch import save_file
 
@@ -264,7 +264,7 @@ def test_a_nan_loss_ends_the_run_before_the_step(stage, words, capsys):
     with pytest.raises(SystemExit) as ended:
         stage("supervised_finetuning", *flags)
     assert ended.value.code == 1
-    assert "the loss of step 1 is NaN or infinite; the step was not taken" in capsys.readouterr().err
+    assert "of every step (4) is NaN or infinite: no step was taken" in capsys.readouterr().err
     out = flags[flags.index("--output_dir") + 1]
     assert manifest(out)["status"] == "failed"
 

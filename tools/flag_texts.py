@@ -310,7 +310,9 @@ CHINESE: dict[str, str] = {
     "TensorBoard's files; default: logs/ in the output directory.": "TensorBoard 的文件;默认:输出目录中的 logs/。",
     "Log every so many steps.": "每隔多少步记一次日志。",
     "Log the first step too.": "第一步也记日志。",
-    "Hide NaN from the log (the run stops anyway).": "在日志中隐去 NaN(运行照样会停止)。",
+    "Leave losses that are NaN or infinite out of the log's mean; their steps are skipped either way.": (
+        "日志的平均损失不计入 NaN 和无穷大;无论如何,这样的步都会被跳过。"
+    ),
     "Whole checkpoints that are kept; 0: all.": "保留多少个完整的检查点;0 为全部。",
     "See torch's DDP.": "见 torch 的 DDP。",
     "Stays False: batches hold what is needed, nothing more.": "保持 False：批次里只有需要的内容，没有别的。",
