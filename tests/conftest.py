@@ -20,6 +20,16 @@ OTHER_FAMILIES = ("gemma3", "mistral", "qwen2", "phi3", "gpt2", "falcon_rotary")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 VOCAB_SIZE = 320  # a little above the tokenizer's 300, as most checkpoints are
 
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", type=int, default=1, help="tests/faults: random moments and damages of each kind")
+
+
+def pytest_generate_tests(metafunc):
+    if "fault" in metafunc.fixturenames:  # the number that a random fault follows from
+        metafunc.parametrize("fault", range(metafunc.config.getoption("--faults")))
+
+
 _NAMES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "falcon_rotary": "falcon"}
 _BASE = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
 _LLAMA_LIKE = {

@@ -56,18 +56,16 @@ def test_a_broken_step_changes_nothing(script, kind, broken, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("kind", "changes"),
     [
-        {"max_grad_norm": 0},
-        {"use_peft": False},
-        {"use_peft": False, "max_grad_norm": 0, "gradient_accumulation_steps": 2},
-        {"optim": "adamw_torch", "weight_decay": 0.5},
-        {"optim": "sgd", "optim_args": "momentum=0.9"},
-        {"optim": "adafactor"},
+        ("infinite", {}),
+        ("gradient", {"max_grad_norm": 0}),
+        ("infinite", {"use_peft": False, "max_grad_norm": 0, "gradient_accumulation_steps": 2}),
+        ("gradient", {"optim": "adamw_torch", "weight_decay": 0.5}),
+        ("gradient", {"optim": "adafactor", "use_peft": False}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["gradient", "infinite"])
 def test_whatever_clips_and_steps(kind, changes, broken):
     changes = {"use_peft": True, "num_train_epochs": 3, **changes}
     assert_only_step_3_is_missing(*broken("supervised_finetuning", kind, {3}, save_total_limit=0, **changes))
@@ -111,7 +109,7 @@ def test_a_sound_step_in_between_begins_the_count_anew(broken):
 
 
 @pytest.mark.parametrize("step", [3, 6])
-@pytest.mark.parametrize("script", ["pretraining", "reward_modeling", "ppo_training"])
+@pytest.mark.parametrize("script", ["reward_modeling", "ppo_training"])
 def test_weights_that_a_step_broke_are_never_saved(script, step, broken, capsys):
     out, code = broken(script, "rate", {step}, save_total_limit=1)
     assert code == 1
