@@ -79,7 +79,7 @@ def test_killed_at_a_random_moment(script, undisturbed, tmp_path, fault):
     goes_on_to_the_same_end(script, words, out, log, expected)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_a_signal_saves_and_the_run_goes_on(name, undisturbed, tmp_path, fault):
     script = "supervised_finetuning"
     words, *expected, seconds = undisturbed(script)
