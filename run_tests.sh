@@ -3,6 +3,7 @@
 #
 #   bash run_tests.sh                        all tests, about half an hour on two cores
 #   bash run_tests.sh -m "not real and not distributed"     the quick ones; arguments go to pytest
+#   bash run_tests.sh tests/faults --faults 50                  kills, damage and broken numbers, 50 of each kind
 #
 # The distributed tests start processes of their own and run one after another; all others run beside each other, a
 # process for each core and one thread in each.
