@@ -55,6 +55,7 @@ MADE |= {"stream-N.json", "rejected-N.jsonl", "quantization.json", "tokenizer.js
 MADE |= {"config.py", "main.py", "dataset_info.json"}
 OTHERS = {"--strict", "--num_gpus"}
 OTHERS |= {"--enable", "--continuous"}  # they begin --enable-lora and --continuous-batching
+OTHERS |= {"--faults"}  # of the tests
 
 
 def read(name: str) -> str:
