@@ -22,7 +22,7 @@ STAGES = {
     "quantize": "weights quantised",
 }
 TRAINED = ("pt", "sft", "rm", "dpo", "ppo")
-QUESTION = [{"role": "user", "content": "What helps against a cold?"}]
+QUESTION = [{"role": "user", "content": "What goes well with rice?"}]
 
 
 def card_text(
@@ -163,7 +163,7 @@ def _use(name: str, tokenizer: PreTrainedTokenizerBase, scores: bool) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         f'model = {auto}.from_pretrained("{name}")',
     ]
-    question = '{"role": "user", "content": "What helps against a cold?"}'
+    question = '{"role": "user", "content": "What goes well with rice?"}'
     if scores:
         answer = '{"role": "assistant", "content": "Rest and drink enough."}'
         lines += [

@@ -90,21 +90,23 @@ def test_no_two_records_share_a_run_of_words():
 
 
 def test_a_repeated_run_would_be_found():
-    english = "Drink water slowly, rest, and call the doctor tomorrow"
+    english = "Knead the dough slowly, rest, and bake the loaf tomorrow"
     pair = [
         ("a:1", {"text": f"So: {english.upper()}!"}),
         ("b:2", {"conversations": [{"from": "human", "value": english}], "chosen": "x", "rejected": "y"}),
-        ("c:3", {"text": "多喝温水，早点休息，如果发烧就去医院。"}),
-        ("d:4", {"text": "请多喝温水早点休息，如果发烧就去"}),
+        ("c:3", {"text": "先把面和好，醒半小时，如果太干就加水。"}),
+        ("d:4", {"text": "请先把面和好醒半小时，如果太干就加"}),
     ]
     assert repeated(pair) == {
-        "drink water slowly rest and call the doctor": {"a:1", "b:2"},
-        "water slowly rest and call the doctor tomorrow": {"a:1", "b:2"},
-        "多喝温水早点休息如果发烧": {"c:3", "d:4"},
-        "喝温水早点休息如果发烧就": {"c:3", "d:4"},
-        "温水早点休息如果发烧就去": {"c:3", "d:4"},
+        "knead the dough slowly rest and bake the": {"a:1", "b:2"},
+        "the dough slowly rest and bake the loaf": {"a:1", "b:2"},
+        "dough slowly rest and bake the loaf tomorrow": {"a:1", "b:2"},
+        "先把面和好醒半小时如果太": {"c:3", "d:4"},
+        "把面和好醒半小时如果太干": {"c:3", "d:4"},
+        "面和好醒半小时如果太干就": {"c:3", "d:4"},
+        "和好醒半小时如果太干就加": {"c:3", "d:4"},
     }
-    assert repeated([pair[0], ("b:2", {"text": "Drink water slowly, rest, and call the nurse tomorrow"})]) == {}
+    assert repeated([pair[0], ("b:2", {"text": "Knead the dough slowly, rest, and fold the loaf tomorrow"})]) == {}
 
 
 def test_validation_topics_are_the_thirty_listed():
@@ -116,7 +118,7 @@ def test_validation_topics_are_the_thirty_listed():
 @pytest.mark.parametrize("topic", VALIDATION_TOPICS)
 def test_validation_topics_do_not_occur_in_training(topic):
     words = VALIDATION_TOPICS[topic]
-    # An English word counts from its beginning: "lice" is in "head lice", not in "slice".
+    # An English word counts from its beginning: "bunk" is in "upper bunk", not in "debunk".
     pattern = re.compile("|".join(rf"\b{re.escape(w)}" if w.isascii() else w for w in words))
     training = [(where, record) for where, record in RECORDS if "/train/" in where]
     found = [where for where, record in training if any(pattern.search(text.lower()) for text in texts(record))]

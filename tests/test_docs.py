@@ -292,15 +292,15 @@ def test_example_records_are_read_as_the_page_says(name):
     blocks = [content for language, content in code_blocks(read(name)) if language == "json"]
     records = [json.loads(line) for content in blocks for line in content.splitlines()]
     text, sharegpt, openai, instruction, question, *preferences = records
-    assert parse_text(text, "example").startswith("The common cold")
+    assert parse_text(text, "example").startswith("A vinaigrette")
     assert [message.role for message in parse_conversation(sharegpt, "example").messages] == ["user", "assistant"] * 2
-    assert parse_conversation(openai, "example").system == "You are a calm nurse."
+    assert parse_conversation(openai, "example").system == "You are a patient cook."
     assert len(parse_conversation(instruction, "example").messages) == 4
-    assert parse_conversation(question, "example").system == "You are a calm nurse."
+    assert parse_conversation(question, "example").system == "You are a patient cook."
     assert len(preferences) == 4
     for preference in preferences:
         found = parse_preference(preference, "example")
-        assert [found.chosen[0].content, found.rejected[0].content] == ["Rest and drink.", "Who cares."]
+        assert [found.chosen[0].content, found.rejected[0].content] == ["Add water, then taste.", "Who cares."]
 
 
 @pytest.mark.parametrize("name", ["docs/data.md", "docs/data_zh.md"])

@@ -194,8 +194,8 @@ def ran() -> set[str]:
 def write_files(house: Path) -> None:
     """What the pages' commands read: files that a reader has."""
     lines = (ROOT / "data/finetune/train/english.jsonl").read_text(encoding="utf-8").splitlines()
-    (house / "data/medical").mkdir()
-    (house / "data/medical/a.jsonl").write_text("\n".join(lines[:20]) + "\n", encoding="utf-8")
+    (house / "data/cooking").mkdir()
+    (house / "data/cooking/a.jsonl").write_text("\n".join(lines[:20]) + "\n", encoding="utf-8")
     with gzip.open(house / "data/chat.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(lines[20:40]) + "\n")
     turns = [json.loads(line)["conversations"][:2] for line in lines[:30]]

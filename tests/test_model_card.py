@@ -109,7 +109,7 @@ def test_it_tells_stages_data_metrics_and_template():
         "| RM | train | 70 | 70 | none | `p.jsonl` |",
         "| SFT | loss | 2.5 | 1.25 |",
         "| PPO | reward |  | 0.5 ± 0.12 |",
-        "What helps against a cold? ```",
+        "What goes well with rice? ```",
     ):
         assert line in lines, line
     assert "tokens" not in "".join(line for line in lines if line.startswith("| SFT |"))

@@ -13,7 +13,7 @@ import pytest
 from launching import environment, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS = ("How do I treat a common cold?", "Say hello.", "感冒三天了，需不需要吃抗生素？")
+QUESTIONS = ("How do I keep pasta from sticking together?", "Say hello.", "煮面条老是粘成一团，有没有窍门？")
 TOKENS = 40
 
 pytestmark = pytest.mark.real
