@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
-from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.command_line import parse
 from stagewise.json_files import read_object
 from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
@@ -41,6 +41,14 @@ from stagewise.model_card import called, write_card
 from stagewise.model_config import load_config
 from stagewise.model_source import find_source, hub_options
 from stagewise.model_tokenizer import open_tokenizer
+from stagewise.own_template import choose_template
+from stagewise.reward_form import (
+    Reading,
+    carry_reward_form,
+    is_older_reward_model,
+    older_notice,
+    saved_reading,
+)
 from stagewise.rope import write_rope
 from stagewise.run import set_up_logging
 from stagewise.scalar_head import reward_config
@@ -48,6 +56,7 @@ from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
 from stagewise.terminal_text import print_error
 from stagewise.weight_files import AGAIN, check_hashes
 from stagewise.whole_directory import check_place, whole_directory
+from template import TEMPLATES
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
 ALONGSIDE = ("*.py", "preprocessor_config.json", "processor_config.json", "tokenizer.model", *LICENCE_FILES)
@@ -145,7 +154,17 @@ def read_tokenizer(args: MergeArguments, adapter: Path, base: ModelArguments) ->
     """--tokenizer_path, else the adapter's own, else the base's; its chat template comes along."""
     own = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base.model_name_or_path
     source = find_source(args.tokenizer_path or own, base, "tokenizer_path")
-    return open_tokenizer(source, "tokenizer_path", hub_options(source, base))
+    tokenizer = open_tokenizer(source, "tokenizer_path", hub_options(source, base))
+    if is_older_reward_model(adapter):
+        # a copy: what is saved stays as the model was trained
+        template = choose_template(copy.deepcopy(tokenizer), ChatArguments(), TEMPLATES)
+        logger.warning(older_notice(adapter, tokenizer, template))
+    if source != own and saved_reading(adapter) is Reading.MARKED:
+        trained = open_tokenizer(own, "lora_model", hub_options(own, base))
+        if not carry_reward_form(tokenizer, trained):
+            raise MergeError(f"--tokenizer_path {source}: has no token {trained.pad_token!r}, which the reward model "
+                             "was trained with as its padding; leave the flag out")  # fmt: skip
+    return tokenizer
 
 
 def grown(rows: int, tokenizer: PreTrainedTokenizerBase, resize: bool) -> int:
@@ -188,6 +207,8 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
         labels = {i: f"LABEL_{i}" for i in range(job.base_config.num_labels)}
         raw |= {"architectures": [type(job.skeleton).__name__], "num_labels": len(labels), "id2label": labels}
         raw |= {"label2id": {name: i for i, name in labels.items()}, "pad_token_id": job.tokenizer.pad_token_id}
+        if "text_config" in raw:  # of a model with images: transformers looks for the pad token there
+            raw["text_config"] |= {"pad_token_id": job.tokenizer.pad_token_id}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

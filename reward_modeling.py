@@ -7,12 +7,13 @@
     torchrun --nproc_per_node 8 reward_modeling.py --deepspeed zero2.json …   # with DeepSpeed
 
 A record is a prompt with a chosen and a rejected answer. Both are rendered by the chat template and scored at their
-last token; the loss is -log sigmoid(score of chosen - score of rejected). --per_device_train_batch_size counts pairs.
+end marker; the loss is -log sigmoid(score of chosen - score of rejected). --per_device_train_batch_size counts pairs.
 The score's head is trained in full and saved with the adapter; `merge_peft_adapter.py` folds both into the model.
 """
 
 from __future__ import annotations
 
+from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
@@ -27,6 +28,7 @@ from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.pairs import PairTrainer, read_pairs
 from stagewise.readers import RECORD_FILES
+from stagewise.reward_form import is_older_reward_model, older_notice, settle_reward_form
 from stagewise.run import start
 from stagewise.settings import StageArguments
 from stagewise.splits import SplitReader, Splits
@@ -36,7 +38,7 @@ from template import TEMPLATES
 
 class RewardTrainer(PairTrainer):
     def rewards(self, model, inputs):
-        """The scores at each row's last token that is not padding: (2B, T) -> (B,), (B,)."""
+        """The scores at each row's end marker, its last token that is not padding: (2B, T) -> (B,), (B,)."""
         output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return output.logits.squeeze(-1).float().chunk(2)
 
@@ -57,11 +59,16 @@ def read_data(
     adapter_args: AdapterArguments,
 ) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
     """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
-    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    config = load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before data is read
     tokenizer = load_tokenizer(model_args)
+    earlier = [path for path in (model_args.model_name_or_path, adapter_args.peft_path) if path]
+    older = [path for path in earlier if is_older_reward_model(path)]
     template = choose_template(tokenizer, chat_args, TEMPLATES, adapter_args.peft_path)
+    for path in older:
+        logger.warning(f"{older_notice(path, tokenizer, template)}; this run trains it at the end marker")
+    ending = settle_reward_form(tokenizer, template, config.get_text_config().vocab_size)
     reader = SplitReader(data_args, model_args, args, RECORD_FILES)
-    splits = read_pairs(reader, args, tokenizer, template, pair_args)
+    splits = read_pairs(reader, args, tokenizer, template, pair_args, ending)
     return splits, tokenizer, template
 
 

@@ -102,6 +102,16 @@ class TokenizerTemplate:
         """The end markers: one, since every answer must end alike."""
         return (self.stop,)
 
+    @property
+    def closing(self) -> str:
+        """What ends an answer: the end marker, and what the form writes before it."""
+        return self._tail[: len(self._tail) - len(self.tail)]
+
+    @property
+    def tail(self) -> str:
+        """What follows the end marker of a last answer."""
+        return self._tail.partition(self.stop)[2]
+
     def jinja(self) -> str:
         """The chat template that was cut, without {% generation %}."""
         return self._text

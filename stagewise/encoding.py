@@ -21,6 +21,7 @@ from stagewise.examples import IGNORE_INDEX as IGNORE_INDEX
 from stagewise.examples import Encoded, Example, PreferenceExample, Row
 from stagewise.own_template import AnyTemplate as AnyTemplate
 from stagewise.rendering import Segment, adds_bos
+from stagewise.reward_form import Ending
 from stagewise.tokenization import Piece, PieceEncoder, piece_encoder, pieces_of
 from stagewise.truncation import SIDES, Turns, drop_first_exchanges, turns_of, whole_turns, without_history
 
@@ -207,13 +208,14 @@ class PreferenceEncoder(_ByPieces):
     template: AnyTemplate
     max_source_length: int
     max_target_length: int
+    ending: Ending | None = None
 
     def letters(self, preference: Preference) -> int:
         return sum(map(_letters, (preference.prompt.messages, preference.chosen, preference.rejected)))
 
     def many(self, preferences: Sequence[Preference]) -> list[Encoded | RecordError]:
         limits = self.max_source_length, self.max_target_length, self._encoder.at_least
-        return _together([_pair(self.template, each, *limits) for each in preferences], self._encoder)
+        return _together([_pair(self.template, each, *limits, self.ending) for each in preferences], self._encoder)
 
 
 @dataclass
@@ -270,16 +272,24 @@ def encode_prompt(
 
 
 def encode_preference(
-    tokenizer: Any, template: AnyTemplate, preference: Preference, max_source_length: int, max_target_length: int
+    tokenizer: Any,
+    template: AnyTemplate,
+    preference: Preference,
+    max_source_length: int,
+    max_target_length: int,
+    ending: Ending | None = None,
 ) -> tuple[PreferenceExample, bool]:
     """Both answers after the same prompt, each answer (with its end marker) at most `max_target_length` tokens.
 
     An answer of several turns that is too long loses whole turns from its end; only its first turn may be cut.
+    With `ending` the rows are a reward model's: each is encoded as one text, as `apply_chat_template` encodes it, and
+    a cut answer is closed by the end marker too; labels show what is judged and may begin a token late.
     Returns whether an answer was cut or an exchange of the prompt dropped. Raises RecordError where both answers
     encode alike, one has nothing to learn, or the last question is too long.
     """
     encoder = piece_encoder(tokenizer)
-    found = _alone(_pair(template, preference, max_source_length, max_target_length, encoder.at_least), encoder)
+    limits = max_source_length, max_target_length, encoder.at_least
+    found = _alone(_pair(template, preference, *limits, ending), encoder)
     ((chosen, rejected),) = found.items
     return PreferenceExample(chosen.example(), rejected.example(), preference.where), found.cut
 
@@ -314,6 +324,7 @@ def _pair(
     max_source_length: int,
     max_target_length: int,
     at_least: Callable[[str], int],
+    ending: Ending | None = None,
 ) -> Asking:
     """The pair: see encode_preference."""
     where = preference.where
@@ -333,11 +344,37 @@ def _pair(
         row = _row(ids[: first + keep], learned, where, len(prompt_ids) + max_target_length)
         if not row.spans:
             raise RecordError(where, "nothing learned", "every turn of an answer has weight 0")
+        if ending is not None:
+            text = "".join(turns.texts[: first + keep])
+            row = yield from _as_one_text(row, text, ending, len(prompt_ids), max_target_length, length)
         rows.append(row)
     if rows[0].ids == rows[1].ids:
         raise RecordError(where, "answers alike", f"both answers are the same {max_target_length} or fewer tokens; "
                           "raise --max_target_length if they differ later")  # fmt: skip
     return Encoded("PreferenceExample", [tuple(rows)], cut)
+
+
+def _as_one_text(row: Row, text: str, ending: Ending, prompt: int, limit: int, length: int) -> Asking:
+    """A row of pieces as the row of a reward model.
+
+    Args:
+        row: the same from pieces encoded alone, its answer cut at `limit` tokens.
+        text: the whole, up to the end marker.
+        ending: what closes it.
+        prompt: tokens of the prompt.
+        length: tokens of the answer's pieces.
+    """
+    whole, closing = yield [text, ending.closing + ending.tail]
+    if length <= limit and len(whole) <= prompt + limit:
+        if not ending.tail and whole == row.ids:
+            return row
+        ids = whole
+        if ending.tail:
+            (ids,) = yield [text + ending.tail]
+    else:
+        ids = whole[: prompt + max(limit - len(closing), 0)] + closing
+    same = next((n for n, (own, other) in enumerate(zip(row.ids[:prompt], ids, strict=False)) if own != other), prompt)
+    return Row(ids, array("i", (min(same, len(ids) - 1), len(ids))), row.where)
 
 
 def _together(jobs: Sequence[Asking], encode: PieceEncoder) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from loguru import logger
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stagewise.adapter import load_adapter
 from stagewise.adapter_files import task_of
@@ -26,6 +26,15 @@ from stagewise.own_template import choose_template
 from stagewise.packing import PreferenceCollator
 from stagewise.processes import in_batches
 from stagewise.rendering import Template
+from stagewise.reward_form import (
+    Ending,
+    Reading,
+    older_notice,
+    reading_of,
+    saved_reading,
+    set_pad_token,
+    settle_reward_form,
+)
 from stagewise.speaker_loading import settle_factor
 from stagewise.validation import padded_length
 
@@ -37,6 +46,7 @@ class PairScorer:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: AnyTemplate
+    ending: Ending | None  # None: the rows of an older reward model
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[PreferenceExample], batch_size: int) -> list[tuple[float, float]]:
@@ -93,14 +103,36 @@ def load_pair_scorer(
     if labels != 1:
         raise ArgumentError(f"--model_name_or_path {args.model_name_or_path}: has {labels} labels, expected one score")
     tokenizer = load_tokenizer(args)
+    name, config = adapter or args.model_name_or_path, load_config(args)
+    reading = saved_reading(adapter) if adapter else reading_of(tokenizer, name)
     template = choose_template(tokenizer, chat, table, adapter)
+    ending = _settled(tokenizer, template, reading, config, name)
     model = load_reward_model(args, tokenizer)
     if not getattr(model, "hf_device_map", None):
         model = model.to(device)
     if adapter:
         model = load_adapter(model, adapter)
         logger.info(f"adapter: {adapter}, {next(iter(model.peft_config.values())).peft_type.value}")
-    return PairScorer(model.eval(), tokenizer, template)
+    return PairScorer(model.eval(), tokenizer, template, ending)
+
+
+def _settled(
+    tokenizer: PreTrainedTokenizerBase, template: AnyTemplate, reading: Reading, config: PretrainedConfig, name: str
+) -> Ending | None:
+    """How the rows of a reward model end; its tokenizer then pads with what the model takes for padding."""
+    if reading is Reading.OLDER:
+        logger.warning(older_notice(name, tokenizer, template))
+        return None
+    text = config.get_text_config()
+    if reading is Reading.MARKED:
+        return settle_reward_form(tokenizer, template, text.vocab_size)
+    ending = Ending(template.closing, template.tail)
+    if text.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_token_id)
+    else:  # alone a row's score is at its last token
+        last = tokenizer.encode(template.closing + template.tail, add_special_tokens=False)[-1]
+        set_pad_token(tokenizer, {last}, text.vocab_size)
+    return ending
 
 
 @dataclass(frozen=True)
@@ -114,7 +146,7 @@ class Pair:
 def encode_pair(scorer: PairScorer, preference: Preference, limits: PairArguments) -> tuple[Pair, bool]:
     """A pair within the length limits, and whether it was cut. Raises RecordError where it cannot be scored."""
     sizes = (limits.max_source_length, limits.max_target_length)
-    example, cut = encode_preference(scorer.tokenizer, scorer.template, preference, *sizes)
+    example, cut = encode_preference(scorer.tokenizer, scorer.template, preference, *sizes, scorer.ending)
     return Pair(preference, example), cut
 
 

@@ -18,8 +18,8 @@ from stagewise.cutting import WAY_OUT, InexactCut, TokenizerTemplate, knows_thin
 from stagewise.json_files import read_object
 from stagewise.pieces import quoted
 from stagewise.rendering import Template
+from stagewise.reward_form import SCORED_AT, TRAINED_IN, without_ending
 
-TRAINED_IN = "stagewise_template"  # in tokenizer_config.json: the name of the form that the model was trained in
 EXAMPLE = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
 
 AnyTemplate = Template | TokenizerTemplate
@@ -62,6 +62,7 @@ def choose_template(
         logger.info("template: vicuna, because the tokenizer has none (another: --template_name)")
     tokenizer.chat_template = template.jinja()
     tokenizer.init_kwargs[TRAINED_IN] = name
+    tokenizer.init_kwargs.pop(SCORED_AT, None)  # of a reward model, whose rows are settled behind this
     return template
 
 
@@ -87,7 +88,7 @@ def _own_text(tokenizer: Any) -> str | None:
         if "default" not in own:
             raise ArgumentError(f"the tokenizer's chat templates {sorted(own)} have no default; {WAY_OUT}")
         own = own["default"]
-    return own
+    return without_ending(own) if own else own
 
 
 def _bound(tokenizer: Any, chat: ChatArguments, table: Mapping[str, Template]) -> Template:

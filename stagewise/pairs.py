@@ -15,23 +15,30 @@ from stagewise.conversation import parse_preference
 from stagewise.encoding import AnyTemplate, PreferenceEncoder
 from stagewise.eval_samples import Sample, chosen, scored_pairs
 from stagewise.finiteness import SkipsNonFinite
+from stagewise.reward_form import Ending
 from stagewise.sampling import GroupsByLength
 from stagewise.speed import TellsSpeed
 from stagewise.splits import SplitReader, Splits
 
 
 def read_pairs(
-    reader: SplitReader, args: TrainingArguments, tokenizer: Any, template: AnyTemplate, pair_args: PairArguments
+    reader: SplitReader,
+    args: TrainingArguments,
+    tokenizer: Any,
+    template: AnyTemplate,
+    pair_args: PairArguments,
+    ending: Ending | None = None,
 ) -> Splits:
-    """Preferences as encoded pairs of answers within the length limits."""
+    """Preferences as encoded pairs of answers within the length limits; with `ending` as a reward model's rows."""
     limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
     return reader.read(
         parse_preference,
-        PreferenceEncoder(tokenizer, template, **limits),
+        PreferenceEncoder(tokenizer, template, **limits, ending=ending),
         train=args.do_train,
         validation=args.do_eval,
         tokenizer=tokenizer,
         template=template.jinja(),
+        ending=ending,
         limits=limits,
     )
 

@@ -73,6 +73,16 @@ class Template:
         own = self.tools.end if self.tools else None
         return (self.stop, own) if own else (self.stop,)
 
+    @property
+    def closing(self) -> str:
+        """What ends an answer: the end marker, and what the form writes before it."""
+        return self._filled(self.end)
+
+    @property
+    def tail(self) -> str:
+        """What follows the end marker of a last answer."""
+        return self._filled(self.after)
+
     def bind(self, tokenizer: Any) -> "Template":
         """The template with the tokenizer's own bos and eos.
 

@@ -1,16 +1,20 @@
 """The reward model of PPO: any sequence classifier, read through its own tokenizer and chat form.
 
-shares tokenizer and chat form with the policy     the policy's tokens, as they are
-has a chat form of its own                         the conversation with the answer, in that form
-has none                                           prompt and answer as a pair of texts
+has a chat template     the conversation with the answer, as `apply_chat_template` encodes it
+has none                prompt and answer as a pair of texts
+
+An answer's tokens become text first, also where both models have one tokenizer: a reward model is trained on encoded
+texts, and sampled tokens may spell a text in another way.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jinja2
 import torch
 from loguru import logger
 from torch import nn
@@ -21,6 +25,8 @@ from stagewise.adapter_files import read_adapter_config, task_of
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.attention import choose_attention
 from stagewise.conversation import Conversation, Message, RecordError
+from stagewise.cutting import InexactCut
+from stagewise.decoding import BROKEN
 from stagewise.encoding import AnyTemplate, encode_segments
 from stagewise.manifest import read_manifest
 from stagewise.model import load_reward_model
@@ -29,11 +35,14 @@ from stagewise.model_source import find_source, hub_options
 from stagewise.model_tokenizer import check_vocabulary, load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.rendering import Template
+from stagewise.reward_form import Reading, older_notice, reading_of
 from stagewise.rope import context_of
 from stagewise.scalar_head import Float32Linear
+from stagewise.tool_forms import openai_messages, openai_tools, turns
 from stagewise.weight_files import check_hashes
 
 FLAG = "--reward_model_name_or_path"
+PAIR = "prompt and answer as a pair"
 ROWS = 16  # answers scored at a time
 
 
@@ -47,11 +56,11 @@ class Scorer:
 
     Args:
         model: a sequence classifier in eval mode.
-        tokenizer: its own tokenizer.
-        template: its own chat form, or None: prompt and answer are a pair of texts.
+        tokenizer: its own tokenizer, whose chat template makes its rows.
+        template: the chat form of a reward model that an older version made; None elsewhere.
         policy_tokenizer: of the answers.
-        same_tokens: the reward model reads the policy's tokens as they are.
-        stop_id: the policy's end marker.
+        policy_template: the chat form of the prompts where it is the reward model's too, and so is the tokenizer.
+        ends: the ids that the policy's answers end with.
         label: the score is this label's logit.
     """
 
@@ -59,8 +68,8 @@ class Scorer:
     tokenizer: PreTrainedTokenizerBase
     template: AnyTemplate | None
     policy_tokenizer: PreTrainedTokenizerBase
-    same_tokens: bool
-    stop_id: int
+    policy_template: AnyTemplate | None
+    ends: frozenset[int]
     label: int = 0
 
     @torch.no_grad()
@@ -71,7 +80,7 @@ class Scorer:
 
         Args:
             prompts: conversations that end with what is answered.
-            prompt_ids: the same as the policy's tokens.
+            prompt_ids: the same as the policy's tokens, perhaps without their first exchanges.
             answers: the policy's tokens, with the end marker where the answer ended by itself.
         """
         rows = [self.encode(*row) for row in zip(prompts, prompt_ids, answers, strict=True)]
@@ -93,21 +102,18 @@ class Scorer:
 
     def encode(self, prompt: Conversation, prompt_ids: list[int], answer: list[int]) -> dict[str, list[int]]:
         """One answer as the reward model's input; an answer that was cut off is closed, as those it learned from."""
-        ends = (self.stop_id, self.policy_tokenizer.eos_token_id)
-        spoken = answer[:-1] if answer[-1] in ends else answer
-        if self.same_tokens:
-            return {"input_ids": [*prompt_ids, *spoken, self.stop_id]}
-        text = self.policy_tokenizer.decode(spoken, skip_special_tokens=True).strip()
+        ended = answer[-1] in self.ends
+        # Special tokens in the middle of an answer are seen where they mean the same to both models.
+        hidden = self.policy_template is None
+        text = self.policy_tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=hidden).strip()
+        text = text if ended else text.rstrip(BROKEN)
         limit = position_limit(self.model.config, self.tokenizer)
-        if self.template is None:
+        if not self.tokenizer.chat_template:
             question = "\n".join(message.content for message in prompt.messages)
             return self._pair(question, text, limit, prompt.where)
-        messages = prompt.messages
+        messages = self._asked(prompt, prompt_ids)
         while True:
-            whole = replace(prompt, messages=(*messages, Message("assistant", text)))
-            segments = self.template.segments(whole)
-            last = max(number for number, segment in enumerate(segments) if segment.learn)
-            ids, _ = encode_segments(self.tokenizer, segments[: last + 1])
+            ids = self._row(replace(prompt, messages=(*messages, Message("assistant", text))))
             later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
             if limit is None or len(ids) <= limit:
                 return {"input_ids": ids}
@@ -115,6 +121,32 @@ class Scorer:
                 raise RecordError(prompt.where, "too long for the reward model", f"the last question with its answer "
                                   f"has {len(ids)} tokens, {FLAG} takes {limit}")  # fmt: skip
             messages = messages[later[0] :]
+
+    def _asked(self, prompt: Conversation, prompt_ids: list[int]) -> tuple[Message, ...]:
+        """The messages that the policy was shown, where that can be told: its prompt may lack the first exchanges."""
+        messages = prompt.messages
+        while self.policy_template is not None:
+            later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
+            shown = self.policy_template.segments(replace(prompt, messages=messages), generation=True)
+            if not later or encode_segments(self.policy_tokenizer, shown)[0] == prompt_ids:
+                break
+            messages = messages[later[0] :]
+        return messages
+
+    def _row(self, whole: Conversation) -> list[int]:
+        """A conversation as the tokens that the model was trained on."""
+        if self.template is not None:
+            segments = self.template.segments(whole)
+            last = max(number for number, segment in enumerate(segments) if segment.learn)
+            return encode_segments(self.tokenizer, segments[: last + 1])[0]
+        messages = openai_messages(turns(whole.messages), whole.system)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=openai_tools(whole.tools), tokenize=True, return_dict=False
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise RecordError(whole.where, "refused by the chat template", f"the chat template of {FLAG} refuses the "
+                              f"conversation: {error}") from error  # fmt: skip
 
     def _pair(self, question: str, answer: str, limit: int | None, where: str) -> dict[str, list[int]]:
         """Prompt and answer as a pair of texts; of a long prompt the end is kept, which is what is answered."""
@@ -170,7 +202,7 @@ def load_scorer(
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     try:
         model, rm_tokenizer, label = (_adapter if is_adapter else _classifier)(own, label)
-        own_template = choose_template(rm_tokenizer, ChatArguments(), table) if rm_tokenizer.chat_template else None
+        own_template, reading = _form_of(rm_tokenizer, name, table)
     except ValueError as error:
         raise error if isinstance(error, RewardError) else RewardError(f"{FLAG} {name}: {error}") from error
     same = own_template is not None and own_template.jinja() == template.jinja() and _alike(rm_tokenizer, tokenizer)
@@ -180,16 +212,41 @@ def load_scorer(
             f"{FLAG} {name}: reads {limit} tokens, prompt and answer may have {longest}; lower --max_source_length or "
             "--max_target_length"
         )
-    form = "the policy's own tokens" if same else own_template.name if own_template else "prompt and answer as a pair"
-    logger.info(f"reward model: {name}, {type(model).__name__}, label {label}, reads {form}")
+    forms = {True: "the policy's own form", False: "its own chat template" if rm_tokenizer.chat_template else PAIR}
+    logger.info(f"reward model: {name}, {type(model).__name__}, label {label}, reads {forms[same]}")
     model.config.get_text_config().use_cache = False
     stop_id = tokenizer.encode(template.stop, add_special_tokens=False)[-1]
     return Scorer(
-        model.to(device).eval().requires_grad_(False), rm_tokenizer, own_template, tokenizer, same, stop_id, label
+        model=model.to(device).eval().requires_grad_(False),
+        tokenizer=rm_tokenizer,
+        template=own_template if reading is Reading.OLDER else None,
+        policy_tokenizer=tokenizer,
+        policy_template=template if same else None,
+        ends=frozenset({stop_id, tokenizer.eos_token_id} - {None}),
+        label=label,
     )
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _form_of(
+    tokenizer: PreTrainedTokenizerBase, name: str, table: Mapping[str, Template]
+) -> tuple[AnyTemplate | None, Reading]:
+    """The chat form that a reward model was trained in, None where it can't be told, and which rows it reads."""
+    reading, saved = reading_of(tokenizer, name), tokenizer.chat_template
+    if not saved:
+        return None, reading
+    try:
+        template = choose_template(tokenizer, ChatArguments(), table)
+    except InexactCut:
+        if reading is Reading.OLDER:
+            raise
+        template = None
+    if reading is Reading.OLDER:
+        logger.warning(older_notice(name, tokenizer, template))
+    tokenizer.chat_template = saved
+    return template, reading
 
 
 def _adapter(args: ModelArguments, label: int | None) -> tuple[nn.Module, PreTrainedTokenizerBase, int]:
@@ -243,6 +300,15 @@ def _label(count: int, asked: int | None, names: Mapping[int, str]) -> int:
 
 
 def _alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers turn every text into the same ids."""
+    """Whether two tokenizers turn every text into the same ids, but for the text of a pad token."""
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
-    return None not in backends and backends[0].to_str() == backends[1].to_str()
+    if None in backends:
+        return False
+    pads = {one.pad_token, other.pad_token}
+    rules = []
+    for backend in backends:
+        rule = json.loads(backend.to_str())
+        rule |= {"padding": None, "truncation": None}
+        rule["added_tokens"] = [token for token in rule["added_tokens"] if token["content"] not in pads]
+        rules.append(rule)
+    return rules[0] == rules[1]

@@ -31,6 +31,7 @@ LAYERS = [
         "sources",
         "rendering",
         "own_template",
+        "reward_form",
         "cutting",
         "skeleton",
         "tool_forms",

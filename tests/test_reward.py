@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import EOS_ID, PAD_ID, build_tiny_model, build_tiny_tokenizer
+from conftest import BOS_ID, EOS_ID, PAD_ID, build_tiny_model, build_tiny_tokenizer
 
 from stagewise.adapter import attach_adapter
 from stagewise.arguments import AdapterArguments, ChatArguments, ModelArguments
@@ -81,10 +81,10 @@ def other_tokenizer(chat_template):
     return made
 
 
-def test_the_policys_tokens_are_read_as_they_are_where_tokenizer_and_form_are_the_same(policy, tiny_checkpoint):
+def test_an_answer_is_read_in_the_policys_form_where_the_reward_model_shares_it(policy, tiny_checkpoint):
     folder = tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT))
     scorer = load(folder, policy)
-    assert scorer.same_tokens
+    assert scorer.policy_template is not None
     _, _, prompts, answers = policy
     # an answer that did not end is closed, since the model was trained on answers with their end marker
     rows = [p + a + [EOS_ID] * (not ended) for p, a, ended in zip(prompts, answers, ENDED, strict=True)]
@@ -94,9 +94,38 @@ def test_the_policys_tokens_are_read_as_they_are_where_tokenizer_and_form_are_th
 def test_an_answer_that_ended_otherwise_is_closed_by_the_end_marker(policy, tiny_checkpoint):
     """A tokenizer's end token may not be what the chat form ends an answer with."""
     scorer = load(tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT)), policy)
-    scorer.stop_id = 77
-    for answer in ([30, EOS_ID], [30, 77], [30]):
-        assert scorer.encode(PROMPTS[0], [5, 6], answer) == {"input_ids": [5, 6, 30, 77]}
+    tokenizer, _, prompts, _ = policy
+    answer = tokenizer.encode("water")
+    scorer.ends = frozenset({EOS_ID, BOS_ID})
+    for end in ([EOS_ID], [BOS_ID], []):
+        expected = {"input_ids": prompts[0] + answer + [EOS_ID]}
+        assert scorer.encode(PROMPTS[0], prompts[0], answer + end) == expected
+
+
+def test_sampled_tokens_that_spell_a_text_in_another_way_are_read_as_the_text(policy, tiny_checkpoint):
+    """A reward model is trained on encoded texts: "drink" is three tokens there, never five letters."""
+    scorer = load(tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT)), policy)
+    tokenizer, _, prompts, _ = policy
+    spelled = tokenizer.convert_tokens_to_ids(list("drink"))
+    assert len(tokenizer.encode("drink")) < len(spelled)
+    expected = prompts[2] + tokenizer.encode("drink") + [EOS_ID]
+    assert scorer.encode(PROMPTS[2], prompts[2], [*spelled, EOS_ID]) == {"input_ids": expected}
+
+
+def test_a_special_token_in_an_answer_is_seen_where_it_means_the_same(policy, tiny_checkpoint):
+    scorer = load(tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT)), policy)
+    tokenizer, _, prompts, _ = policy
+    odd = [*tokenizer.encode("drink"), BOS_ID, *tokenizer.encode("rest"), EOS_ID]
+    assert scorer.encode(PROMPTS[2], prompts[2], odd)["input_ids"] == prompts[2] + odd
+    scorer.policy_template = None
+    assert BOS_ID not in scorer.encode(PROMPTS[2], prompts[2], odd)["input_ids"]
+
+
+def test_the_reward_model_reads_the_exchanges_that_the_policy_was_shown(policy, tiny_checkpoint):
+    scorer = load(tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT)), policy)
+    tokenizer, _, _, answers = policy
+    shown = tokenizer.encode("<user>I sleep<assistant>")
+    assert scorer.encode(PROMPTS[1], shown, answers[0])["input_ids"] == shown + answers[0]
 
 
 def test_a_score_that_is_no_number_ends_the_run(policy, tiny_checkpoint):
@@ -111,7 +140,7 @@ def test_the_other_way_round_gives_the_same_scores(policy, tiny_checkpoint):
     folder = tiny_checkpoint("llama", task="score", tokenizer=build_tiny_tokenizer(chat_template=CHAT))
     scorer = load(folder, policy)
     expected = scorer(PROMPTS, *policy[2:])
-    scorer.same_tokens = False
+    scorer.policy_template = None
     torch.testing.assert_close(scorer(PROMPTS, *policy[2:]), expected)
 
 
@@ -119,13 +148,13 @@ def test_another_tokenizer_and_chat_form(policy, tiny_checkpoint):
     tokenizer = other_tokenizer(OTHER_CHAT)
     folder = tiny_checkpoint("qwen3", task="score", tokenizer=tokenizer)
     scorer = load(folder, policy)
-    assert not scorer.same_tokens
+    assert scorer.policy_template is None
     texts = [
-        ["user: what helps against a feverassistant: ", "drink and rest[END]"],
-        ["user: helloassistant: ", "hi[END]", "user: I sleepassistant: ", "at night, no screens at all[END]"],
-        ["user: waterassistant: ", "drink[END]"],
+        "user: what helps against a feverassistant: drink and rest[END]",
+        "user: helloassistant: hi[END]user: I sleepassistant: at night, no screens at all[END]",
+        "user: waterassistant: drink[END]",
     ]
-    rows = [[i for part in parts for i in tokenizer.encode(part, add_special_tokens=False)] for parts in texts]
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     torch.testing.assert_close(scorer(PROMPTS, *policy[2:]), scores_of(folder, rows), rtol=1e-4, atol=1e-5)
 
 
@@ -167,7 +196,7 @@ def test_an_adapter_is_put_on_the_base_it_names(policy, tiny_checkpoint, tmp_pat
     model.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
     scorer = load(tmp_path / "rm", policy, dtype=dtype)
-    assert scorer.same_tokens
+    assert scorer.policy_template is not None
     assert {p.dtype for n, p in scorer.model.named_parameters() if "score" in n} == {torch.float32}
     _, _, prompts, answers = policy
     rows = [p + a + [EOS_ID] * (not ended) for p, a, ended in zip(prompts, answers, ENDED, strict=True)]

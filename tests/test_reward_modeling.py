@@ -1,4 +1,5 @@
 import copy
+import json
 import shutil
 
 import pytest
@@ -213,3 +214,102 @@ def test_a_family_without_a_scalar_head_is_refused_by_name(stage, words, tiny_ch
     with pytest.raises(SystemExit):
         stage("reward_modeling", *words(model=folder))
     assert "no sequence-classification class for 'cohere'" in capsys.readouterr().err
+
+
+def plain_scores(folder, padding_side):
+    """Each validation pair's (chosen, rejected) as docs/rm.md reads them, in one batch."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    pairs = chat_columns(6, 8)
+    talks = [pair["prompt"] + pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    inputs = tokenizer.apply_chat_template(talks, padding=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        scores = model(**inputs).logits[:, 0].tolist()
+    return {f"b.jsonl:{n // 2 + 1}": tuple(scores[n : n + 2]) for n in range(0, len(scores), 2)}
+
+
+def check_scores_outside(stage, words, merge, **flags):
+    """The merged directory gives plain transformers the scores that the run recorded, and says so nowhere else."""
+    out = stage("reward_modeling", *words(**flags), "--save_eval_records")
+    merged = merge(out)
+    for padding_side in ("left", "right"):
+        found = plain_scores(merged, padding_side)
+        for where, scores in evaluation_rows(out, 2).items():
+            assert found[where] == pytest.approx(scores, abs=1e-5), (padding_side, where)
+    return out, merged
+
+
+@pytest.fixture
+def merge(tmp_path):
+    def run(adapter, *words):
+        import merge_peft_adapter
+
+        folder = tmp_path / "merged"
+        merge_peft_adapter.main(["--lora_model", str(adapter), "--output_dir", str(folder), *map(str, words)])
+        return folder
+
+    return run
+
+
+def test_what_is_merged_gives_plain_transformers_the_same_scores(
+    stage, words, merge, tiny_checkpoint, tiny_tokenizer, capsys
+):
+    tokenizer = tiny_tokenizer(pad=False, unk=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
+    base = tiny_checkpoint("llama", tokenizer=tokenizer)
+    out, merged = check_scores_outside(stage, words, merge, model=base, template_name="chatml")
+    saved = AutoTokenizer.from_pretrained(merged)
+    assert (saved.pad_token, saved.eos_token) == ("<pad>", "<|im_end|>")
+    assert json.loads((merged / "config.json").read_text())["pad_token_id"] == 0
+    # the base's own tokenizer in place of the adapter's gets the same pad token and template
+    shutil.rmtree(merged)
+    merge(out, "--tokenizer_path", base)
+    assert AutoTokenizer.from_pretrained(merged).chat_template == saved.chat_template
+    assert AutoTokenizer.from_pretrained(merged).pad_token == "<pad>"
+    # training goes on from both in the same rows
+    rows = [manifest(out)["data"]["train"]]
+    for number, start in enumerate(({"model": merged}, {"model": base, "peft_path": out})):
+        again = stage("reward_modeling", *words(f"again{number}", lora_dropout=None, **start))
+        rows.append(manifest(again)["data"]["train"])
+    assert rows[0]["kept"] == rows[1]["kept"] == rows[2]["kept"]
+    assert "older version" not in capsys.readouterr().err
+
+
+def test_an_older_adapter_is_told_where_it_is_merged_or_gone_on_from(stage, words, merge, tiny_checkpoint, capsys):
+    base = tiny_checkpoint("llama")
+    out = stage("reward_modeling", *words(model=base, template_name="alpaca"))
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["stagewise_scored_at"]
+    path.write_text(json.dumps(config | {"pad_token": "</s>"}))
+    (out / "chat_template.jinja").write_text(TEMPLATES["alpaca"].bind(AutoTokenizer.from_pretrained(base)).jinja())
+    capsys.readouterr()
+    merged = merge(out)
+    told = f"reward model {out}: from an older version: its score is read at the token before the end marker '</s>'"
+    assert told in capsys.readouterr().err
+    # it stays as it was trained
+    assert json.loads((merged / "config.json").read_text())["pad_token_id"] == 2
+    assert AutoTokenizer.from_pretrained(merged).pad_token == "</s>"
+    stage("reward_modeling", *words("again", model=base, peft_path=out, lora_dropout=None))
+    found = capsys.readouterr().err
+    assert f"reward model {out}: from an older version" in found
+    assert "this run trains it at the end marker" in found
+    stage("reward_modeling", *words("merged-again", model=merged))
+    assert f"reward model {merged}: from an older version" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_the_real_model_is_scored_at_its_end_marker(stage, words, merge, smollm):
+    """Its pad token is its end marker."""
+    limits = {"max_target_length": 64, "lora_dropout": 0}
+    out, merged = check_scores_outside(stage, words, merge, model=smollm, learning_rate=1e-3, **limits)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    talk = chat_columns(6, 7)[0]
+    ids = tokenizer.apply_chat_template(talk["prompt"] + talk["chosen"], return_dict=False)
+    assert ids[-1] == tokenizer.eos_token_id
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    with torch.no_grad():
+        score = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+    assert score == pytest.approx(evaluation_rows(out, 2)["b.jsonl:1"][0], abs=1e-5)
