@@ -64,6 +64,7 @@ BY_HAND = {
     r"git clone …": "the address is left out",
     r"bash (run_tests\.sh|\.ci/run)": "it is what runs this test",
     r"(python -m venv )?outputs/vllm\b.*": "another environment, of a gigabyte",
+    r"curl http://127\.0\.0\.1:\d+/classify": "vLLM, in another environment",
     r"hf (auth login|upload )": "an account of the Hub",
     r"python evaluation\.py (?!.*--benchmark_dir).*--benchmarks": "the Hub, which the sets come from",
     r"python -m tools\.export_gguf": "llama.cpp's converter, and requirements-llama-cpp.txt, which compiles",

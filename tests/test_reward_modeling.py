@@ -1,6 +1,10 @@
 import copy
+import io
 import json
+import re
 import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +232,16 @@ def plain_scores(folder, padding_side):
     return {f"b.jsonl:{n // 2 + 1}": tuple(scores[n : n + 2]) for n in range(0, len(scores), 2)}
 
 
+def documented_score(folder, language):
+    """What the lines of docs/rm.md print of a merged directory, and the conversation in them."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / f"rm{language}.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names, printed = {}, io.StringIO()
+    with redirect_stdout(printed):
+        exec(lines.replace("outputs/rm-merged", str(folder)), names)
+    return float(printed.getvalue()), names["talk"]
+
+
 def check_scores_outside(stage, words, merge, **flags):
     """The merged directory gives plain transformers the scores that the run recorded, and says so nowhere else."""
     out = stage("reward_modeling", *words(**flags), "--save_eval_records")
@@ -262,6 +276,13 @@ def test_what_is_merged_gives_plain_transformers_the_same_scores(
     saved = AutoTokenizer.from_pretrained(merged)
     assert (saved.pad_token, saved.eos_token) == ("<pad>", "<|im_end|>")
     assert json.loads((merged / "config.json").read_text())["pad_token_id"] == 0
+    score, talk = documented_score(merged, "")
+    assert documented_score(merged, "_zh") == (score, talk)
+    rewarded = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    ids = saved.encode(f"<|im_start|>user\n{talk[0]['content']}<|im_end|>\n<|im_start|>assistant\nSleep.<|im_end|>")
+    with torch.no_grad():
+        marker = rewarded.score(rewarded.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+    assert score == pytest.approx(marker, abs=1e-5)
     # the base's own tokenizer in place of the adapter's gets the same pad token and template
     shutil.rmtree(merged)
     merge(out, "--tokenizer_path", base)
