@@ -24,7 +24,7 @@ RM+=(--train_sampling_strategy group_by_length)
 # Of this model's Chinese, which it hardly speaks, the reward model's scores are noise.
 PPO=(--train_file_dir data/finetune/train/english.jsonl)
 PPO+=(--max_source_length 128 --max_target_length 48 --temperature 0.7 --batch_size 32 --mini_batch_size 16 --ppo_epochs 2)
-PPO+=(--rollouts 8 --learning_rate 6e-4 --init_kl_coef 0.05 --lam 1.0 --eval_answers 2 --per_device_eval_batch_size 26)
+PPO+=(--rollouts 8 --learning_rate 5e-4 --init_kl_coef 0.08 --lam 1.0 --eval_answers 2 --per_device_eval_batch_size 26)
 DPO=(--max_source_length 512 --max_target_length 256 --per_device_train_batch_size 4 --max_steps 14 --learning_rate 5e-4)
 DPO+=(--train_sampling_strategy group_by_length)
 

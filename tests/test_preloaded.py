@@ -21,11 +21,13 @@ sys.exit(int(sys.argv[1]))
 """
 
 
-def run(commands: list[list[str]], folder: Path) -> tuple[list[str], str, str]:
+def run(
+    commands: list[list[str]], folder: Path, start: tuple = ("-m", "tools.preloaded")
+) -> tuple[list[str], str, str]:
     """The statuses, what the commands printed, and their stderr."""
     with open(folder / "printed", "w+b") as printed:
         words = b"".join(b"%d\0" % len(c) + b"".join(os.fsencode(word) + b"\0" for word in c) for c in commands)
-        command = [sys.executable, "-m", "tools.preloaded"]
+        command = [sys.executable, *start]
         under = ["bash", "-c", f'exec 3>"{folder}/printed"; exec "$@"', "bash", *command]
         done = subprocess.run(under, input=words, capture_output=True, cwd=ROOT, timeout=120, check=False)
         return done.stdout.decode().split(), printed.read().decode(), done.stderr.decode()
@@ -49,3 +51,13 @@ def test_half_a_command_is_an_error(cut, tmp_path):
     code = "import sys; from tools import preloaded; list(preloaded.read_commands(sys.stdin.buffer))"
     done = subprocess.run([sys.executable, "-c", code], input=cut, capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 1 and b"ends within a command" in done.stderr
+
+
+def test_where_loading_started_cuda_each_command_is_a_process_of_its_own(tmp_path):
+    """bitsandbytes starts CUDA on import; a fork could not use it any more."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    started = "import torch; torch.cuda.is_initialized = lambda: True; from tools.preloaded import main; main()"
+    statuses, printed, _ = run([[str(script), "7"], [str(script), "kill"]], tmp_path, ("-c", started))
+    assert statuses == ["7", "143"]
+    assert json.loads(printed.splitlines()[0]) == ["__main__", ["7"], False, None, ""], "nothing is loaded yet"

@@ -4,8 +4,10 @@
 
 Loading torch, transformers and peft takes each process 5 seconds and more; `run_pipeline.sh` starts eleven. This one
 loads them once and forks for each command, which then runs as `python script.py flags…` or `python -m module flags…`
-would. Read from stdin, each ended by a zero byte: the number of words, then the words. Written to stdout: the exit
-status of each command, a line each. A command's own stdout is fd 3.
+would. Where loading them has started CUDA, which no fork could use (bitsandbytes does), each is a fresh process.
+
+Read from stdin, each ended by a zero byte: the number of words, then the words. Written to stdout: the exit status of
+each command, a line each. A command's own stdout is fd 3.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def become(words: list[str]) -> None:
 def main() -> None:
     # What any stage needs, and what the stages load when they write their logs and curves.
     import matplotlib.pyplot  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
+    import torch
+    import torch.utils.tensorboard
 
     import ppo_training  # noqa: F401
 
@@ -64,12 +67,15 @@ def main() -> None:
     # Python 3.12 warns of threads at a fork: those of libraries, idle here, start anew in a child that needs them.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     commands = os.fdopen(os.dup(0), "rb", buffering=0)
+    can_fork = not torch.cuda.is_initialized()  # bitsandbytes starts CUDA when it is imported
     for words in read_commands(commands):
         child = os.fork()
         if child == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.dup2(3, 1)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if not can_fork:
+                os.execv(sys.executable, [sys.executable, *words])
             become(words)
             return
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
