@@ -33,6 +33,7 @@ from stagewise.conversation import (
 )
 from stagewise.json_lines import json_bytes
 from stagewise.json_values import CutError, Line
+from stagewise.paths import path_of
 from stagewise.readers import READERS, read_file
 from stagewise.records import Account, write_rejected
 from stagewise.terminal_text import visible
@@ -245,8 +246,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; ends with a message that names the flag where something is wrong."""
     file_types = [suffix.removeprefix(".") for suffix in READERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--in_file", required=True, type=Path, help="also packed as .gz or .zst")
-    parser.add_argument("--out_file", required=True, type=Path, help="ShareGPT jsonl")
+    parser.add_argument("--in_file", required=True, type=path_of, help="also packed as .gz or .zst")
+    parser.add_argument("--out_file", required=True, type=path_of, help="ShareGPT jsonl")
     parser.add_argument(
         "--data_type", default="auto", help=", ".join(CONVERTERS) + "; auto tells by each record's keys"
     )

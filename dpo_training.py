@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a model learns from preferences without a reward model.
+r"""Direct preference optimisation: a model learns from preferences without a reward model.
 
     python dpo_training.py --model_name_or_path outputs/sft-merged --output_dir outputs/dpo \
         --train_file_dir data/reward/train --validation_file_dir data/reward/validation
@@ -13,15 +13,8 @@ frozen second copy with --use_peft False. --per_device_train_batch_size counts p
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from stagewise.adapter import attach_adapter
 from stagewise.arguments import (
     AdapterArguments,
     ArgumentError,
@@ -29,27 +22,9 @@ from stagewise.arguments import (
     DataArguments,
     ModelArguments,
     PairArguments,
+    PredecessorArguments,
 )
-from stagewise.encoding import AnyTemplate
-from stagewise.eval_samples import chosen, continued
-from stagewise.forward import learned_logits, takes_kept_logits
-from stagewise.losses import dpo_loss, sequence_logps
-from stagewise.metrics import pair_metrics
-from stagewise.model import load_causal_lm
-from stagewise.model_config import load_config
-from stagewise.model_source import find_source, refuse_adapter
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.own_template import choose_template
-from stagewise.packing import PreferenceCollator
-from stagewise.pairs import PairTrainer, read_pairs
-from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
-from stagewise.readers import RECORD_FILES
-from stagewise.router import BalancesExperts, RouterLoss, router_loss
-from stagewise.run import start
-from stagewise.settings import StageArguments
-from stagewise.splits import SplitReader, Splits
-from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
-from template import TEMPLATES
+from stagewise.first_look import first_look
 
 
 @dataclass
@@ -62,6 +37,49 @@ class DPOArguments:
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
             raise ArgumentError(f"--beta: expected a number above 0, found {self.beta}")
+
+
+FLAGS = [
+    ModelArguments,
+    DataArguments,
+    ChatArguments,
+    PairArguments,
+    AdapterArguments,
+    PredecessorArguments,
+    DPOArguments,
+]
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+
+from copy import copy
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stagewise.adapter import attach_adapter
+from stagewise.encoding import AnyTemplate
+from stagewise.eval_samples import chosen, continued
+from stagewise.forward import learned_logits, takes_kept_logits
+from stagewise.losses import dpo_loss, sequence_logps
+from stagewise.metrics import pair_metrics
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
+from stagewise.model_source import find_source, refuse_adapter
+from stagewise.model_tokenizer import load_tokenizer
+from stagewise.own_template import choose_template
+from stagewise.packing import PreferenceCollator
+from stagewise.pairs import PairTrainer, read_pairs
+from stagewise.predecessor import check_predecessor, merge_predecessor
+from stagewise.readers import RECORD_FILES
+from stagewise.router import BalancesExperts, RouterLoss, router_loss
+from stagewise.run import start
+from stagewise.settings import StageArguments
+from stagewise.splits import SplitReader, Splits
+from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
+from template import TEMPLATES
 
 
 class DPOTrainer(BalancesExperts, PairTrainer):
@@ -164,10 +182,7 @@ def read_data(
 
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
-    shared = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments, PredecessorArguments]
-    run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, dpo_args = start(
-        "dpo", [*shared, DPOArguments]
-    )
+    run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, dpo_args = start("dpo", FLAGS)
     args = run.args
     with run:
         check_predecessor(run, predecessor_args, adapter_args)

@@ -1,4 +1,4 @@
-"""Measures a model: on records whose answers are known, on benchmarks, and against other models.
+r"""Measures a model: on records whose answers are known, on benchmarks, and against other models.
 
     python evaluation.py --model_name_or_path outputs/sft-merged --test_file data/finetune/validation \
         --output_dir outputs/eval-sft
@@ -17,6 +17,12 @@ every answer as a line of jsonl, and examples.html, a page of the best and the w
 
 from __future__ import annotations
 
+from stagewise.evaluation_arguments import FLAGS, Job, read_flags, refuse
+from stagewise.first_look import first_look
+
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
+
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -30,9 +36,9 @@ from loguru import logger
 from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
 from stagewise.conversation import RecordError, parse_conversation, parse_preference
 from stagewise.evaluation_answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
-from stagewise.evaluation_arguments import COMPARISON, PAGE, Job, output_folder, read_flags, refuse
 from stagewise.evaluation_benchmarks import Benchmarks
 from stagewise.evaluation_compare import METRICS, PARTS, write_comparison
+from stagewise.evaluation_folder import COMPARISON, PAGE, output_folder
 from stagewise.evaluation_numbers import BENCHMARK_METRICS, LEVEL, RM_METRICS, SFT_METRICS, by_length, measure
 from stagewise.evaluation_page import (
     answer_section,
@@ -45,13 +51,14 @@ from stagewise.evaluation_page import (
 )
 from stagewise.evaluation_pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
 from stagewise.evaluation_text import PACKAGES, check_packages
+from stagewise.first_look import say_error
 from stagewise.json_lines import json_bytes, write_json_lines
 from stagewise.manifest import given_flags, read_manifest, versions
 from stagewise.processes import everywhere
 from stagewise.readers import RECORD_FILES
 from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
 from stagewise.reward import load_scorer
-from stagewise.run import is_main, leave_processes, say_error, set_up_logging
+from stagewise.run import is_main, leave_processes, set_up_logging
 from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.speaker_loading import choose_device, for_loading, local_adapter, with_base
 from stagewise.terminal_text import visible

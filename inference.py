@@ -12,42 +12,17 @@ of a file keep its order and its records' fields; a run that was stopped goes on
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
-from accelerate import PartialState
-from loguru import logger
-from tqdm import tqdm
-
-from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
-from stagewise.arguments import ArgumentError
-from stagewise.command_line import parse
-from stagewise.processes import everywhere, from_first, together
-from stagewise.run import leave_processes, say_error, set_up_logging
-from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
-from stagewise.speaker_loading import choose_device
-from stagewise.talk import HELP, Talk
-from stagewise.terminal_input import Lines, open_input
-from stagewise.terminal_text import visible
-from template import TEMPLATES
-
-DEFAULT_SYSTEM = "the template's own, or none"
+from stagewise.first_look import first_look
+from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
 
 
 @dataclass
 class InferenceArguments:
     """What is done with the model."""
 
-    _argument_group_name = "what is done with it"
+    heading = "What is done with it"
 
     interactive: bool = field(default=False, metadata={"help": "Talk with the model in the terminal."})
     system_prompt: str | None = field(
@@ -73,9 +48,42 @@ class InferenceArguments:
     )
 
 
+FLAGS = [SpeakerArguments, SamplingArguments, InferenceArguments]
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from loguru import logger
+from tqdm import tqdm
+
+from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
+from stagewise.arguments import ArgumentError
+from stagewise.command_line import parse
+from stagewise.first_look import say_error
+from stagewise.processes import everywhere, from_first, together
+from stagewise.run import leave_processes, set_up_logging
+from stagewise.speaker import Answer, Speaker, SpeakerError
+from stagewise.speaker_loading import choose_device
+from stagewise.talk import HELP, Talk
+from stagewise.terminal_input import Lines, open_input
+from stagewise.terminal_text import visible
+from template import TEMPLATES
+
+DEFAULT_SYSTEM = "the template's own, or none"
 # Flags that no answer follows from: a run that goes on may have others.
 WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_remote_code")
-FLAGS = [SpeakerArguments, SamplingArguments, InferenceArguments]
 
 
 # ── what is asked for ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,11 +11,34 @@ same prompts; above the printed tolerance nothing is left at --output_dir.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+from stagewise.first_look import first_look
+
+
+@dataclass
+class MergeArguments:
+    lora_model: str = field(metadata={"help": "The adapter's directory."})
+    output_dir: str = field(metadata={"help": "Where the merged model is written."})
+    base_model: str | None = field(default=None, metadata={"help": "Default: the base named in adapter_config.json."})
+    tokenizer_path: str | None = field(default=None, metadata={"help": "Default: the adapter's, else the base's."})
+    resize_emb: bool = field(default=False, metadata={"help": "Add rows to the embedding until the tokenizer fits."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is at --output_dir."})
+    model_type: str = field(default="auto", metadata={"help": "Architecture you expect; checked against the config."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where a hub base is cached."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub base."})
+    hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub base."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that the base ships."})
+
+
+FLAGS = [MergeArguments]
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__)  # a wrong flag or path is answered before torch has loaded
+
 import copy
 import json
 import shutil
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +62,7 @@ from stagewise.merge_check import check_merged
 from stagewise.merging import Job, MergeError, merge_in_memory
 from stagewise.model_card import called, write_card
 from stagewise.model_config import load_config
-from stagewise.model_source import find_source, hub_options
+from stagewise.model_source import check_adapter, find_source, hub_options
 from stagewise.model_tokenizer import open_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.reward_form import (
@@ -62,26 +85,12 @@ PREFIX = "base_model.model."  # before every name in an adapter's file
 ALONGSIDE = ("*.py", "preprocessor_config.json", "processor_config.json", "tokenizer.model", *LICENCE_FILES)
 
 
-@dataclass
-class MergeArguments:
-    lora_model: str = field(metadata={"help": "The adapter's directory."})
-    output_dir: str = field(metadata={"help": "Where the merged model is written."})
-    base_model: str | None = field(default=None, metadata={"help": "Default: the base named in adapter_config.json."})
-    tokenizer_path: str | None = field(default=None, metadata={"help": "Default: the adapter's, else the base's."})
-    resize_emb: bool = field(default=False, metadata={"help": "Add rows to the embedding until the tokenizer fits."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is at --output_dir."})
-    model_type: str = field(default="auto", metadata={"help": "Architecture you expect; checked against the config."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where a hub base is cached."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub base."})
-    hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub base."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that the base ships."})
-
-
 # ── what is merged, and how ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def prepare(args: MergeArguments) -> Job:
     """Reads configs, tokenizer and adapter; refuses what cannot be merged before the base's weights are read."""
+    check_adapter(args.lora_model, "lora_model")
     adapter = Path(args.lora_model)
     config = read_adapter_config(adapter)
     refuse_unmergeable(config, adapter)
@@ -244,7 +253,7 @@ def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: d
 
 def main(argv: list[str] | None = None) -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
-    (args,) = parse([MergeArguments], argv)
+    (args,) = parse(FLAGS, argv, description=__doc__)
     output_dir = Path(args.output_dir)
     read = {flag: getattr(args, flag) for flag in ("lora_model", "base_model", "tokenizer_path")}
     check_place(output_dir, args.overwrite_output_dir, read)

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation: a model learns from the scores that a reward model gives its own answers.
+r"""Proximal policy optimisation: a model learns from the scores that a reward model gives its own answers.
 
     python ppo_training.py --model_name_or_path outputs/sft-merged --reward_model_name_or_path outputs/rm-merged \
         --train_file_dir data/finetune/train --validation_file_dir data/finetune/validation --output_dir outputs/ppo
@@ -15,19 +15,8 @@ Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL penalty).
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from loguru import logger
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
-
-from stagewise.adapter import attach_adapter
-from stagewise.answer_evaluation import COLUMNS, answer_metrics
 from stagewise.arguments import (
     AdapterArguments,
     ArgumentError,
@@ -35,27 +24,9 @@ from stagewise.arguments import (
     DataArguments,
     ModelArguments,
     PairArguments,
+    PredecessorArguments,
 )
-from stagewise.conversation import Conversation
-from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example
-from stagewise.generation import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
-from stagewise.losses import adapted_kl_coef, gae, kl_to_older, moments, ppo_policy_loss, value_loss, whiten
-from stagewise.model import load_causal_lm
-from stagewise.model_config import load_config
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.own_template import choose_template
-from stagewise.policy import Batch, Policy
-from stagewise.predecessor import PredecessorArguments, check_predecessor, merge_predecessor
-from stagewise.readers import RECORD_FILES
-from stagewise.reward import Scorer, load_scorer
-from stagewise.rollout import RolloutEnds, RolloutTrainer, end_ids, read_prompts
-from stagewise.router import BalancesExperts, RouterLoss, router_loss
-from stagewise.run import Run, start
-from stagewise.schedule import Schedule, settle_batches
-from stagewise.settings import StageArguments
-from stagewise.splits import SplitReader, Splits
-from stagewise.validation import EvaluationTable, ValidationSet
-from template import TEMPLATES
+from stagewise.first_look import first_look
 
 
 @dataclass
@@ -121,6 +92,52 @@ class PPOArguments:
     eval_answers: int = field(
         default=1, metadata={"help": "Answers to each validation prompt; its numbers are their means."}
     )
+
+
+FLAGS = [
+    ModelArguments,
+    DataArguments,
+    ChatArguments,
+    PairArguments,
+    AdapterArguments,
+    PredecessorArguments,
+    PPOArguments,
+]
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from loguru import logger
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from stagewise.adapter import attach_adapter
+from stagewise.answer_evaluation import COLUMNS, answer_metrics
+from stagewise.conversation import Conversation
+from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example
+from stagewise.generation import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
+from stagewise.losses import adapted_kl_coef, gae, kl_to_older, moments, ppo_policy_loss, value_loss, whiten
+from stagewise.model import load_causal_lm
+from stagewise.model_config import load_config
+from stagewise.model_tokenizer import load_tokenizer
+from stagewise.own_template import choose_template
+from stagewise.policy import Batch, Policy
+from stagewise.predecessor import check_predecessor, merge_predecessor
+from stagewise.readers import RECORD_FILES
+from stagewise.reward import Scorer, load_scorer
+from stagewise.rollout import RolloutEnds, RolloutTrainer, end_ids, read_prompts
+from stagewise.router import BalancesExperts, RouterLoss, router_loss
+from stagewise.run import Run, start
+from stagewise.schedule import Schedule, settle_batches
+from stagewise.settings import StageArguments
+from stagewise.splits import SplitReader, Splits
+from stagewise.validation import EvaluationTable, ValidationSet
+from template import TEMPLATES
 
 
 class PPOTrainer(BalancesExperts, RolloutTrainer):
@@ -298,10 +315,7 @@ def read_data(
 
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
-    shared = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments, PredecessorArguments]
-    run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, ppo_args = start(
-        "ppo", [*shared, PPOArguments]
-    )
+    run, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args, ppo_args = start("ppo", FLAGS)
     args = run.args
     with run:
         check_arguments(run, ppo_args)

@@ -1,4 +1,4 @@
-"""Continued pretraining: a model reads plain text.
+r"""Continued pretraining: a model reads plain text.
 
     python pretraining.py --model_name_or_path models/SmolLM2-135M-Instruct --output_dir outputs/pt \
         --train_file_dir data/pretrain/train --validation_file_dir data/pretrain/validation
@@ -15,10 +15,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stagewise.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
+from stagewise.first_look import first_look
+from stagewise.readers import TEXT_FILES
+
+
+@dataclass
+class PTArguments:
+    block_size: int = field(default=1024, metadata={"help": "Tokens of a row; longer documents are cut into blocks."})
+
+
+FLAGS = [ModelArguments, DataArguments, LanguageModelArguments, AdapterArguments, PTArguments]
+if __name__ == "__main__":  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, stage=True, texts=TEXT_FILES)
+
+
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
-from stagewise.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
 from stagewise.conversation import parse_text
 from stagewise.encoding import TextEncoder
 from stagewise.language_model import LanguageModelTrainer, training_rows
@@ -26,18 +40,12 @@ from stagewise.metrics import language_model_metrics
 from stagewise.model import load_causal_lm
 from stagewise.model_config import load_config
 from stagewise.model_tokenizer import load_tokenizer
-from stagewise.readers import TEXT_FILES
 from stagewise.router import router_loss
 from stagewise.run import start
 from stagewise.settings import StageArguments
 from stagewise.splits import SplitReader, Splits
 from stagewise.streamed_training import check_streaming
 from stagewise.validation import EvaluationTable, ValidationSet
-
-
-@dataclass
-class PTArguments:
-    block_size: int = field(default=1024, metadata={"help": "Tokens of a row; longer documents are cut into blocks."})
 
 
 class PTTrainer(LanguageModelTrainer):
@@ -73,9 +81,7 @@ def read_data(
 
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
-    run, model_args, data_args, rows_args, adapter_args, pt_args = start(
-        "pt", [ModelArguments, DataArguments, LanguageModelArguments, AdapterArguments, PTArguments]
-    )
+    run, model_args, data_args, rows_args, adapter_args, pt_args = start("pt", FLAGS)
     args = run.args
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────

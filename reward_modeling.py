@@ -1,4 +1,4 @@
-"""Reward modeling: a model with one scalar score learns which of two answers people prefer.
+r"""Reward modeling: a model with one scalar score learns which of two answers people prefer.
 
     python reward_modeling.py --model_name_or_path outputs/sft-merged --output_dir outputs/rm \
         --train_file_dir data/reward/train --validation_file_dir data/reward/validation
@@ -13,11 +13,18 @@ The score's head is trained in full and saved with the adapter; `merge_peft_adap
 
 from __future__ import annotations
 
+from stagewise.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
+from stagewise.first_look import first_look
+
+FLAGS = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments]
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+
+
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
-from stagewise.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
 from stagewise.encoding import AnyTemplate
 from stagewise.losses import pairwise_loss
 from stagewise.metrics import pair_metrics
@@ -74,9 +81,7 @@ def read_data(
 
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
-    run, model_args, data_args, chat_args, pair_args, adapter_args = start(
-        "rm", [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments]
-    )
+    run, model_args, data_args, chat_args, pair_args, adapter_args = start("rm", FLAGS)
     args = run.args
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────

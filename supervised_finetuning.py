@@ -1,4 +1,4 @@
-"""Supervised finetuning: a model learns the assistant's turns of conversations.
+r"""Supervised finetuning: a model learns the assistant's turns of conversations.
 
     python supervised_finetuning.py --model_name_or_path models/SmolLM2-135M-Instruct --output_dir outputs/sft \
         --train_file_dir data/finetune/train --validation_file_dir data/finetune/validation
@@ -15,9 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedTokenizerBase
-
-from stagewise.adapter import attach_adapter
 from stagewise.arguments import (
     AdapterArguments,
     ArgumentError,
@@ -26,6 +23,32 @@ from stagewise.arguments import (
     LanguageModelArguments,
     ModelArguments,
 )
+from stagewise.first_look import first_look
+
+
+@dataclass
+class SFTArguments:
+    model_max_length: int = field(default=2048, metadata={"help": "Tokens of a conversation, and of a packed row."})
+    train_on_inputs: bool = field(default=False, metadata={"help": "Learn the whole conversation, prompts included."})
+    mask_history: bool = field(
+        default=False, metadata={"help": "Learn only what is said after the last question, not in earlier turns."}
+    )
+    use_firefly_loss: bool | None = field(
+        default=None, metadata={"help": "Another name for what is done anyway: every assistant turn is learned."}
+    )
+    truncation_side: str = field(
+        default="right", metadata={"help": "Where whole turns are dropped from what is too long: right or left."}
+    )
+
+
+FLAGS = [ModelArguments, DataArguments, ChatArguments, LanguageModelArguments, AdapterArguments, SFTArguments]
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+
+
+from transformers import PreTrainedTokenizerBase
+
+from stagewise.adapter import attach_adapter
 from stagewise.conversation import parse_conversation
 from stagewise.encoding import AnyTemplate, ConversationEncoder
 from stagewise.language_model import LanguageModelTrainer, training_rows
@@ -42,21 +65,6 @@ from stagewise.splits import SplitReader, Splits
 from stagewise.streamed_training import check_streaming
 from stagewise.validation import EvaluationTable, ValidationSet
 from template import TEMPLATES
-
-
-@dataclass
-class SFTArguments:
-    model_max_length: int = field(default=2048, metadata={"help": "Tokens of a conversation, and of a packed row."})
-    train_on_inputs: bool = field(default=False, metadata={"help": "Learn the whole conversation, prompts included."})
-    mask_history: bool = field(
-        default=False, metadata={"help": "Learn only what is said after the last question, not in earlier turns."}
-    )
-    use_firefly_loss: bool | None = field(
-        default=None, metadata={"help": "Another name for what is done anyway: every assistant turn is learned."}
-    )
-    truncation_side: str = field(
-        default="right", metadata={"help": "Where whole turns are dropped from what is too long: right or left."}
-    )
 
 
 class SFTTrainer(LanguageModelTrainer):
@@ -111,9 +119,7 @@ def read_data(
 
 def main() -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
-    run, model_args, data_args, chat_args, rows_args, adapter_args, sft_args = start(
-        "sft", [ModelArguments, DataArguments, ChatArguments, LanguageModelArguments, AdapterArguments, SFTArguments]
-    )
+    run, model_args, data_args, chat_args, rows_args, adapter_args, sft_args = start("sft", FLAGS)
     args, limit = run.args, sft_args.model_max_length
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,12 @@ gradio.
 
 from __future__ import annotations
 
+from stagewise.first_look import first_look
+from stagewise.web_server import FLAGS, WebArguments, check_web, serve
+
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
+
 import os
 import sys
 import time
@@ -30,7 +36,6 @@ from stagewise.run import set_up_logging
 from stagewise.speaker import Speaker
 from stagewise.speaker_arguments import DRAWING, SamplingArguments, SpeakerError
 from stagewise.terminal_text import print_error
-from stagewise.web_server import FLAGS, WebArguments, check_web, serve
 from template import TEMPLATES
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 
 from stagewise.json_files import FileError, read_object
-from stagewise.targets import AdapterError
+from stagewise.model_source import AdapterError, find_adapter_config
 from stagewise.weight_files import ADAPTER, AGAIN, check_hashes, check_header
 
 # What adapter_config.json calls a method -> --fine_tuning_type.
@@ -29,11 +29,7 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     Raises:
         AdapterError: if there is none, its weights are missing, or a file is broken or is not what was saved.
     """
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"{folder}: expected an adapter, found no adapter_config.json")
-    if not any((folder / name).is_file() for name in ADAPTER):
-        raise AdapterError(f"{folder}: the adapter has no adapter_model.safetensors (or .bin)")
+    folder = find_adapter_config(folder).parent
     try:
         kind = read_object(folder / "adapter_config.json", AGAIN).get("peft_type")
         if not isinstance(kind, str):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 
 
@@ -16,6 +17,8 @@ class ArgumentError(ValueError):
 @dataclass
 class ModelArguments:
     """Which model, from where, in which precision."""
+
+    heading = "Model"
 
     model_name_or_path: str = field(metadata={"help": "Model directory, or a hub name."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
@@ -91,6 +94,8 @@ class ModelArguments:
 class DataArguments:
     """Which records are trained on and which are held out."""
 
+    heading = "Data"
+
     train_file_dir: str | None = field(
         default=None,
         metadata={"help": "File, or folder searched with its subfolders; several joined by commas; or a .yaml list."},
@@ -120,6 +125,8 @@ class DataArguments:
 class ChatArguments:
     """How a conversation becomes text."""
 
+    heading = "Chat template"
+
     template_name: str | None = field(
         default=None, metadata={"help": "Chat template of template.py; default: the tokenizer's own, else vicuna."}
     )
@@ -136,6 +143,8 @@ class ChatArguments:
 class PairArguments:
     """Length limits of prompt and answer."""
 
+    heading = "Lengths of prompt and answer"
+
     max_source_length: int = field(default=2048, metadata={"help": "Tokens of the prompt with its history."})
     max_target_length: int = field(default=512, metadata={"help": "Tokens of an answer."})
 
@@ -143,6 +152,8 @@ class PairArguments:
 @dataclass
 class LanguageModelArguments:
     """How rows for the language-model loss are made."""
+
+    heading = "Rows of text"
 
     packing: bool = field(
         default=True, metadata={"help": "Several records in one row, attending only to themselves; False: padded."}
@@ -159,6 +170,8 @@ class LanguageModelArguments:
 @dataclass
 class AdapterArguments:
     """What is trained: an adapter, or all weights."""
+
+    heading = "Adapter"
 
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; False trains all weights."})
     fine_tuning_type: str = field(
@@ -237,6 +250,78 @@ class AdapterArguments:
         """Whether a flag was given, or has a value that is not its default."""
         default = next(f.default for f in dataclasses.fields(self) if f.name == name)
         return name in self.given or getattr(self, name) != default
+
+
+@dataclass
+class PredecessorArguments:
+    """What the model is before this stage changes it: the reference is that, too."""
+
+    heading = "What the model was before"
+
+    checkpoint_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "SFT adapter to start from: merged into the model in memory, and so part of the reference. "
+            "--peft_path goes on from an adapter of this stage, which the reference is without."
+        },
+    )
+
+
+@dataclass
+class RunArguments:
+    """What every stage's run has beside transformers' TrainingArguments, and where its defaults differ from those."""
+
+    heading = "The run"
+
+    output_dir: str | None = field(default=None, metadata={"help": "The folder that the run is written to."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished run in --output_dir."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Arguments, data and one batch; predicted memory and time; then stop."}
+    )
+    save_eval_records: bool = field(
+        default=False, metadata={"help": "Write each validation record's numbers to eval_records/step-N.jsonl."}
+    )
+    eval_samples: int = field(
+        default=3,
+        metadata={
+            "help": "Validation records that each evaluation also shows: what the model says to them (eval_samples/, "
+            "TensorBoard, report.html); of a reward model the scores. 0: none."
+        },
+    )
+    quiet: bool = field(
+        default=False, metadata={"help": "Plain lines on a terminal, too: no line that is written over, no bars."}
+    )
+    report_to: str | None = field(
+        default="tensorboard", metadata={"help": "Trackers, joined by commas: tensorboard, wandb …; or none."}
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "TensorBoard's files; default: logs/ in the output directory."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave losses that are NaN or infinite out of the log's mean; their steps are skipped either way."
+        },
+    )
+    save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept; 0: all."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Stays False: batches hold what is needed, nothing more."}
+    )
+
+    def check(self) -> None:
+        """Raises ArgumentError for what no run can have."""
+        if self.output_dir is None:
+            raise ArgumentError("--output_dir: missing; give the folder that the run is written to")
+        deepspeed = getattr(self, "deepspeed", None)
+        if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not os.path.isfile(deepspeed):
+            raise ArgumentError(f"--deepspeed {deepspeed}: no such file; zero2.json and zero3.json are ready-made")
+        if self.remove_unused_columns:
+            raise ArgumentError(
+                "--remove_unused_columns True: batches hold what is needed, nothing more; leave it out"
+            )
 
 
 VIRTUAL_TOKENS = ("prompt_tuning", "p_tuning", "prefix_tuning")

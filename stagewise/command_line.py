@@ -7,22 +7,24 @@ program with the nearest known name.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from loguru import logger
-from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from stagewise.arguments import ArgumentError, ChatArguments, LanguageModelArguments
+from stagewise.flag_files import read_flags
+from stagewise.flags import Flag, flags_of
+from stagewise.help_text import help_text
+from stagewise.paths import expanded
 
 FALSE_WORDS = {"false", "no", "0", "none", "off"}
+Given = list[tuple[str, list[str]]]  # flags by today's names, each with the words behind it; the last of a name counts
 
 # Flags of later versions: given with a value that asks for them, they are refused by name.
 NOT_YET = {
@@ -69,89 +71,79 @@ ALWAYS_SO = {
 RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """--help with the description as it is written, each flag under one name, and defaults where there are any."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        name = next((o for o in action.option_strings if o.startswith("--")), "")
-        takes = "" if action.nargs == 0 else " " + ("True|False" if action.nargs == "?" else name[2:].upper())
-        return name + takes
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
-        return action.help if silent else f"{action.help.rstrip('.')} (default: {action.default})."
-
-
 def parse(
-    dataclass_types: list[type],
+    kinds: list[type],
     argv: list[str] | None = None,
-    before: Callable[[list[str]], list[str]] | None = None,
+    before: Callable[[Given], Given] | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Parses a stage's command line strictly.
+    """Parses a command line strictly. --help prints all flags and ends the program.
 
     Args:
-        dataclass_types: the stage's dataclasses; every field is a flag.
+        kinds: dataclasses; every field is a flag.
         argv: words after the script's name; default `sys.argv[1:]`.
-        before: is given the words, in today's names, before any dataclass is made from them; returns the words to use.
+        before: is given the flags with their words before any dataclass is made from them; returns those to use.
         description: what --help shows above the flags, as it is.
 
     Returns:
         one instance for each dataclass, in order.
 
     Raises:
-        ArgumentError: for an unknown flag (with the nearest known name), a flag of a later version, or a bad file.
+        ArgumentError: for an unknown flag (with the nearest known name), a flag of a later version, a value that the
+            flag does not take, a flag that is missing, or a bad file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # argparse's own usage names every flag: pages before the one line that says what is wrong
-    shape = {"usage": "%(prog)s [flags.yaml] --flag value …", "description": description}
-    if description:
-        shape["formatter_class"] = Help
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, **shape)
-    for action in parser._actions:
-        if action.type is string_to_bool and action.nargs is None:  # bool | None: alone it means True, as bool does
-            action.nargs, action.const = "?", True
-    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
-        # each for itself: what follows overrides the file also where the two say it with different names
-        argv = _today(_words_of_file(Path(argv[0]), several), known) + _today(argv[1:], known)
-    else:
-        argv = _today(argv, known)
-    _refuse_unknown(argv, known)
+    flags = flags_of(kinds)
+    if asked := [words for name, words in _split(argv) if name == "help"]:
+        _print(help_text(flags, description, everything="all" in asked[0]))
+        raise SystemExit(0)
+    given = given_on(argv, flags)
     if before:
-        argv = before(argv)
-    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        given = before(given)
+    values = {}
+    for name, words in given:
+        opposite = name not in flags
+        value = flags[name.removeprefix("no_") if opposite else name].value(words)
+        values[name.removeprefix("no_") if opposite else name] = (not value) if opposite else value
+    if missing := [f"--{flag.name}" for flag in flags.values() if flag.required and flag.name not in values]:
+        raise ArgumentError(f"{', '.join(missing)}: missing. --help lists all flags")
+    names = [{field.name for field in dataclasses.fields(kind) if field.init} for kind in kinds]
+    return tuple(
+        kind(**{name: value for name, value in values.items() if name in own})
+        for kind, own in zip(kinds, names, strict=True)
+    )
 
 
-def _words_of_file(path: Path, several: set[str]) -> list[str]:
-    """A file of flags as command-line words; null is left out.
-
-    A list becomes a word for each value where the flag is in `several`, which take many; else one, joined by commas.
-    """
-    if not path.is_file():
-        raise ArgumentError(f"{path}: no such file of flags")
-    text = path.read_text(encoding="utf-8")
+def _print(text: str) -> None:
+    """Prints to a reader that may have seen enough, as `| head` has."""
     try:
-        flags = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ArgumentError(f"{path}: not valid {path.suffix[1:]}: {error}") from error
-    if not isinstance(flags, dict):
-        raise ArgumentError(f"{path}: expected flags and their values, found {type(flags).__name__}")
-    words: list[str] = []
-    for name, value in flags.items():
-        name = str(name).lstrip("-").replace("-", "_")
-        if name in several and isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
-            continue
-        if value is None:
-            continue
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        elif isinstance(value, dict):
-            value = json.dumps(value)
-        words += [f"--{name}", str(value)]
-    return words
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still writes while it ends
+
+
+def given_on(argv: list[str], flags: Mapping[str, Flag]) -> Given:
+    """The flags of a command line, with those of the file that it may start with before them.
+
+    Raises:
+        ArgumentError: for an unknown flag or a bad file.
+    """
+    known = known_names(flags)
+    given: Given = []
+    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        # each for itself: what follows overrides the file also where the two say it with different names
+        given = _today(read_flags(Path(expanded(argv[0], argv[0])), flags), known)
+        argv = argv[1:]
+    given += _today(_split(argv), known)
+    for name, _ in given:
+        if name not in known:
+            _refuse_unknown(name, known)
+    return given
+
+
+def known_names(flags: Mapping[str, Flag]) -> set[str]:
+    """The names of flags; a yes-or-no flag that is usually True can also be given as its opposite, --no_name."""
+    return {*flags, *(f"no_{flag.name}" for flag in flags.values() if flag.kind is bool and flag.default is True)}
 
 
 def _split(argv: list[str]) -> list[tuple[str | None, list[str]]]:
@@ -171,10 +163,9 @@ def _split(argv: list[str]) -> list[tuple[str | None, list[str]]]:
     return groups
 
 
-def _today(argv: list[str], known: set[str]) -> list[str]:
-    """Flags of earlier pipelines rewritten to today's, each with one line that says so."""
-    words: list[str] = []
-    groups = _split(argv)
+def _today(groups: list[tuple[str | None, list[str]]], known: set[str]) -> Given:
+    """Flags of earlier pipelines under today's names, each with one line that says so."""
+    given: Given = []
     for name, values in groups:
         if name is None:
             raise ArgumentError(f"expected a flag that starts with --, found {values[0]!r}")
@@ -189,8 +180,8 @@ def _today(argv: list[str], known: set[str]) -> list[str]:
         if name == "optim" and values and values[0] in RENAMED_OPTIMIZERS:
             logger.info(f"--optim {values[0]} is --optim {RENAMED_OPTIMIZERS[values[0]]} today")
             values = [RENAMED_OPTIMIZERS[values[0]]]
-        words += [f"--{name}", *values]
-    return words
+        given.append((name, values))
+    return given
 
 
 def _yields(name: str, values: list[str], others: list[str] | None) -> bool:
@@ -241,13 +232,12 @@ def _quantisation(name: str, values: list[str], asked: bool) -> tuple[str | None
     )
 
 
-def _refuse_unknown(argv: list[str], known: set[str]) -> None:
-    for name, _ in _split(argv):
-        if name not in known:
-            near = difflib.get_close_matches(name or "", known, n=1, cutoff=0.5)
-            hint = f"; the nearest known flag is --{near[0]}" if near else ""
-            if name in {part.name for part in dataclasses.fields(LanguageModelArguments)}:
-                hint = "; only pretraining.py and supervised_finetuning.py have it"
-            if name in {part.name for part in dataclasses.fields(ChatArguments)}:
-                hint = "; the stages that read conversations have it"
-            raise ArgumentError(f"--{name}: no such flag{hint}. --help lists all flags")
+def _refuse_unknown(name: str, known: set[str]) -> None:
+    begun = sorted(other for other in known if len(name) > 2 and other.startswith(name))
+    near = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; the nearest known flag is --{near[0]}" if near else ""
+    if name in {part.name for part in dataclasses.fields(LanguageModelArguments)}:
+        hint = "; only pretraining.py and supervised_finetuning.py have it"
+    if name in {part.name for part in dataclasses.fields(ChatArguments)}:
+        hint = "; the stages that read conversations have it"
+    raise ArgumentError(f"--{name}: no such flag{hint}. --help lists all flags")

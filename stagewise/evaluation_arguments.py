@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
-
 from stagewise.arguments import ArgumentError, PairArguments
-from stagewise.command_line import parse
-from stagewise.evaluation_compare import METRICS, PARTS
+from stagewise.command_line import Given, parse
 from stagewise.flag_checks import check_choice, check_shared
-from stagewise.processes import from_first
 from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
-
-PAGE = "examples.html"
-COMPARISON = ("comparison.json", "comparison.md", "comparison.png")
-WRITTEN = (METRICS, PAGE, "rejected.jsonl", *(name for name, _ in PARTS.values()), *COMPARISON)
 
 
 @dataclass
 class EvaluationArguments:
     """What is measured."""
 
-    _argument_group_name = "what is measured"
+    heading = "What is measured"
 
     output_dir: str = field(metadata={"help": "Where metrics, answers and the page are written."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The same as --base_model."})
@@ -67,7 +54,20 @@ class EvaluationArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an evaluation in --output_dir."})
 
 
-FLAGS = [EvaluationArguments, SpeakerArguments, SamplingArguments, PairArguments]
+@dataclass
+class PairLimits(PairArguments):
+    """Length limits of what a reward model scores."""
+
+    heading = "A reward model's pairs"
+
+    max_source_length: int = field(default=2048, metadata={"help": "Tokens of the prompt with its history."})
+    max_target_length: int = field(
+        default=512,
+        metadata={"help": "Tokens of an answer that a reward model scores; what a model answers: --max_new_tokens."},
+    )
+
+
+FLAGS = [EvaluationArguments, SpeakerArguments, SamplingArguments, PairLimits]
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Job:
     args: EvaluationArguments
     model: SpeakerArguments
     sampling: SamplingArguments
-    limits: PairArguments
+    limits: PairLimits
     given: set[str]
 
     @property
@@ -98,9 +98,9 @@ def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
     """Raises ArgumentError for flags that contradict each other or would have no effect."""
     given: set[str] = set()
 
-    def before(words: list[str]) -> list[str]:
-        given.update(word[2:] for word in words if word.startswith("--"))
-        return words
+    def before(flags: Given) -> Given:
+        given.update(name for name, _ in flags)
+        return flags
 
     job = Job(*parse(FLAGS, argv, before=before, description=description), given)
     args = job.args
@@ -146,48 +146,3 @@ def settle_sampling(sampling: SamplingArguments) -> None:
         sampling.do_sample = False
     if sampling.settled()["do_sample"] and sampling.seed is None:
         sampling.seed = 0
-
-
-@contextmanager
-def output_folder(job: Job) -> Iterator[None]:
-    """The context in which `job.work` is filled; what is there in the end goes to --output_dir, whole or not at all.
-
-    An earlier evaluation stays as it is until then. The first process alone makes, fills and moves.
-
-    Raises:
-        ArgumentError: if --output_dir holds an evaluation that must not be replaced, or is a file.
-    """
-    if job.args.compare:  # which no other process takes part in
-        begin_folder(job)
-    else:
-        from_first(partial(begin_folder, job))
-    first = bool(job.args.compare) or PartialState().is_main_process
-    try:
-        yield
-        for name in WRITTEN if first else ():
-            (job.folder / name).unlink(missing_ok=True)
-        for name in reversed(WRITTEN) if first else ():  # metrics.json last: where it is, the rest is
-            if (job.work / name).exists():
-                os.replace(job.work / name, job.folder / name)
-    finally:
-        if first:
-            shutil.rmtree(job.work, ignore_errors=True)
-
-
-def begin_folder(job: Job) -> None:
-    """Makes `job.work`, empty. Raises ArgumentError where --output_dir cannot be written to."""
-    folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
-    if folder.is_file():
-        raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
-    if done and not job.args.overwrite_output_dir:
-        raise ArgumentError(
-            f"--output_dir {folder}: holds an evaluation ({done[0]}); --overwrite_output_dir replaces it, another "
-            "--output_dir keeps it"
-        )
-    if folder.resolve() in [Path(each).resolve() for each in job.args.compare]:
-        raise ArgumentError(f"--output_dir {folder}: is one of those compared; give another folder")
-    shutil.rmtree(job.work, ignore_errors=True)
-    try:
-        job.work.mkdir(parents=True)
-    except OSError as error:
-        raise ArgumentError(f"--output_dir {folder}: {error.strerror or error}") from error

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from stagewise.targets import AdapterError
+from stagewise.model_source import AdapterError
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from stagewise.arguments import (
@@ -72,6 +73,8 @@ def _check_context(model: ModelArguments) -> None:
         raise ArgumentError(f"--rope_factor: expected a number above 1, found {model.rope_factor}")
     if model.rope_factors_file is not None and model.rope_scaling != "longrope":
         raise ArgumentError(f"--rope_factors_file has no effect on {model.rope_scaling}: it belongs to longrope")
+    if model.rope_factors_file is not None and not Path(model.rope_factors_file).is_file():
+        raise ArgumentError(f"--rope_factors_file {model.rope_factors_file}: no such file")
     if not 0 < model.shift_group_ratio <= 0.5:
         raise ArgumentError(f"--shift_group_ratio: expected above 0, at most 0.5, found {model.shift_group_ratio}")
     if not model.shift_attn and model.shift_group_ratio != ModelArguments.shift_group_ratio:

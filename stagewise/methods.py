@@ -16,7 +16,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from stagewise.adapter_files import method_of, read_adapter_config, task_of
 from stagewise.arguments import METHODS, VIRTUAL_TOKENS, AdapterArguments, ArgumentError, ModelArguments
 from stagewise.flag_checks import check_flags_of_method
-from stagewise.targets import AdapterError, names_of
+from stagewise.model_source import AdapterError
+from stagewise.targets import names_of
 
 STAGES = ("pt", "sft", "rm", "dpo", "ppo")
 # Virtual tokens stand before a text whose every position the stage reads: a reward is read from one position that a

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 import stagewise.row_quantisation  # noqa: F401  (from_pretrained then knows models saved in that form)
 from stagewise.arguments import ModelArguments
 from stagewise.json_files import read_object
-from stagewise.model_source import ModelError, find_source, hub_options, refuse_adapter
+from stagewise.model_source import (
+    ANOTHER,
+    TRANSFORMERS,
+    ModelError,
+    check_family,
+    find_source,
+    hub_options,
+    refuse_adapter,
+    refuse_family,
+)
 from stagewise.rope import scale_rope
 from stagewise.router import check_router
 from stagewise.weight_files import AGAIN, check_weight_files
@@ -29,11 +38,6 @@ MODEL_TYPE_NAMES = {
     "internlm": ("internlm",),
 }
 
-# Families whose published code needs names that transformers 5 no longer has.
-NEEDS_OLD_TRANSFORMERS = frozenset(
-    ("chatglm", "baichuan", "qwen", "internlm", "internlm2", "moss", "xverse", "aquila", "orion")
-)
-
 
 def load_config(args: ModelArguments) -> PretrainedConfig:
     """Loads config.json, checks --model_type against it, and scales its positions as --rope_scaling asks.
@@ -45,36 +49,62 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
     """
     source = find_source(args.model_name_or_path, args)
     refuse_adapter(source)
+    refuse_family(source)
     if Path(source).is_dir():
         for name in ("config.json", "generation_config.json"):
             if Path(source, name).exists():
                 read_object(Path(source, name), AGAIN)
         check_weight_files(Path(source))
+    options = hub_options(source, args)
     try:
-        config = AutoConfig.from_pretrained(source, **hub_options(source, args))
+        config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
-        options = hub_options(source, args)
-        # What config.json says, which is there unless reading it was the error.
-        kind = None if isinstance(error, OSError) else PretrainedConfig.get_config_dict(source, **options)[0]
-        kind = (kind or {}).get("model_type")
-        if kind in NEEDS_OLD_TRANSFORMERS:
-            hint = (
-                f"a {kind} model, whose own Python code today's transformers no longer runs; this "
-                "version has no code for it: take a later model of the family"
-            )
-        elif "trust_remote_code" in str(error):
-            hint = "it ships its own Python code: if you trust it, add --trust_remote_code True"
-        elif "does not recognize this architecture" in str(error):
-            hint = f"transformers {transformers.__version__} does not know this architecture"
-        else:
-            hint = (
-                "no usable config.json" if Path(source).is_dir() else "no such directory, and no hub model was found"
-            )
-        raise ModelError(f"--model_name_or_path {source}: {hint} ({' '.join(str(error).split())})") from error
+        raise _unreadable(error, source, options) from error
+    check_family(config.model_type, source)
     check_model_type(args, config)
     check_router(args, config)
     scale_rope(config, args)
     return config
+
+
+def _unreadable(error: Exception, source: str, options: dict[str, Any]) -> ModelError:
+    """What is wrong with a model's config.json, in our words where transformers' own name other flags than ours."""
+    place, said = f"--model_name_or_path {source}", " ".join(str(error).split())
+    if isinstance(error, OSError):
+        local = Path(source).is_dir()
+        hint = "no usable config.json" if local else "no such directory, and no hub model was found"
+        return ModelError(f"{place}: {hint} ({said})")
+    if needed := own_code(source, options):
+        return needed
+    kind = PretrainedConfig.get_config_dict(source, **options)[0].get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING:
+        return ModelError(
+            f"{place}: transformers {TRANSFORMERS} does not know this architecture, {kind!r}; take {ANOTHER}, or a "
+            "transformers that has it"
+        )
+    return ModelError(f"{place}: no usable config.json ({said})")
+
+
+def own_code(source: str, options: dict[str, Any], flag: str = "model_name_or_path") -> ModelError | None:
+    """Why a model with Python code of its own was not loaded; None for one without, or without config.json.
+
+    Raises:
+        ModelError: its family is one whose code does not run any more.
+    """
+    try:
+        entries = PretrainedConfig.get_config_dict(source, **options)[0]
+    except OSError:
+        return None
+    check_family(entries.get("model_type"), source, flag)
+    if entries.get("model_type") in CONFIG_MAPPING or not entries.get("auto_map"):
+        return None
+    if not options["trust_remote_code"]:
+        return ModelError(
+            f"--{flag} {source}: it ships its own Python code: if you trust it, add --trust_remote_code True"
+        )
+    return ModelError(
+        f"--{flag} {source}: its own Python code does not run with transformers {TRANSFORMERS}; take {ANOTHER}"
+    )
 
 
 def check_model_type(args: ModelArguments, config: PretrainedConfig) -> None:

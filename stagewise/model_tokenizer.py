@@ -10,7 +10,8 @@ from transformers.utils import cached_file
 
 from stagewise.arguments import ModelArguments
 from stagewise.json_files import inside, read_object
-from stagewise.model_source import ModelError, find_source, hub_options, refuse_adapter
+from stagewise.model_config import own_code
+from stagewise.model_source import ModelError, find_source, hub_options, refuse_adapter, refuse_family
 from stagewise.weight_files import AGAIN
 
 NOT_OPENED = ("special_tokens_map_file",)  # many published tokenizers name that of the machine they were made on
@@ -34,6 +35,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     source = find_source(args.tokenizer_name_or_path or args.model_name_or_path, args, flag)
     if flag == "model_name_or_path":
         refuse_adapter(source)
+        refuse_family(source)
     tokenizer = open_tokenizer(source, flag, hub_options(source, args))
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.unk_token or tokenizer.eos_token
@@ -62,6 +64,8 @@ def open_tokenizer(source: str, flag: str, options: dict[str, Any]) -> PreTraine
     except MemoryError:
         raise
     except Exception as error:  # the Rust library raises nothing more precise
+        if needed := own_code(source, options, flag):
+            raise needed from error
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"--{flag} {source}: no tokenizer could be loaded: {said}") from error
 

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from stagewise.adapter import merge_in_memory
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
-from stagewise.arguments import AdapterArguments, ArgumentError
+from stagewise.arguments import AdapterArguments, ArgumentError, PredecessorArguments
 from stagewise.manifest import read_manifest
+from stagewise.model_source import AdapterError
 from stagewise.run import Run
-from stagewise.targets import AdapterError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-@dataclass
-class PredecessorArguments:
-    """What the model is before this stage changes it: the reference is that, too."""
-
-    checkpoint_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "SFT adapter to start from: merged into the model in memory, and so part of the reference. "
-            "--peft_path goes on from an adapter of this stage, which the reference is without."
-        },
-    )
 
 
 def check_predecessor(run: Run, args: PredecessorArguments, adapter: AdapterArguments) -> None:

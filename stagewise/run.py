@@ -26,12 +26,13 @@ from stagewise.advice import advice_on
 from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments
 from stagewise.callbacks import EvaluationRows, IntervalsOfNow, WholeCheckpoints
 from stagewise.checkpoint import check_resumable, leave_later, resume_point, step_of
-from stagewise.command_line import parse
+from stagewise.command_line import Given, parse
 from stagewise.curves import write_pictures
 from stagewise.dry_run import dry_run
 from stagewise.encoding import Example, PreferenceExample
 from stagewise.eval_samples import EvaluationSamples
 from stagewise.finiteness import SKIPPED, NonFiniteError
+from stagewise.first_look import say_error
 from stagewise.flag_checks import check_shared
 from stagewise.generation_config import finish_generation_config
 from stagewise.lineage import begin_step, earlier_steps, finished_step
@@ -55,7 +56,7 @@ from stagewise.run_page import PAGE, write_page
 from stagewise.settings import (
     StageArguments,
     check_eval_samples,
-    device_words,
+    device_flags,
     settle_long_context,
     settle_precision,
     settle_what_to_do,
@@ -66,7 +67,6 @@ from stagewise.trainer_flags import check_trainer_flags
 from stagewise.validation import EvaluationTable
 
 INTERRUPTED = 130  # of one that Ctrl-C ended
-ALONE = 10  # seconds after which a process that failed, and was not ended by its launcher, is the only one that did
 
 
 def is_main() -> bool:
@@ -88,17 +88,6 @@ def set_up_logging() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not is_main() or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-
-
-def say_error(text: str) -> None:
-    """An error in one line, once a machine.
-
-    Processes that fail alike come here at about the same time: the machine's first says it, and its launcher then ends
-    the others while they wait, which must not end before it did. One that failed alone says so after a while.
-    """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(ALONE)
-    print_error(text)
 
 
 def leave_processes(status: int) -> None:
@@ -142,24 +131,24 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
     """
     set_up_logging()
     preemption = Preemption()
-    given: list[str] = []
+    given: Given = []
 
-    def before(words: list[str]) -> list[str]:
-        given.extend(words)
-        return device_words(words)
+    def before(flags: Given) -> Given:
+        given.extend(flags)
+        return device_flags(flags)
 
     try:
         args, *parts = parse([StageArguments, *dataclass_types], argv, before=before)
-        names = {word[2:] for word in given if word.startswith("--")}
+        names = set(dict(given))
         said = given_flags([args, *parts], names)
         for part in parts:
             if isinstance(part, AdapterArguments):
-                part.given = frozenset(word[2:] for word in given if word.startswith("--"))
+                part.given = frozenset(name for name, _ in given)
         check_shared(*parts)
         data = next((part for part in parts if isinstance(part, DataArguments)), None)
         check_trainer_flags(args)
         settle_what_to_do(args, data, given)
-        check_eval_samples(args, "--eval_samples" in given)
+        check_eval_samples(args, "eval_samples" in dict(given))
         settle_precision(args, parts)
         check_methods(stage, args, parts)  # first: --peft_path says what the method is
         settle_long_context(stage, parts)
@@ -167,7 +156,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
         check_output_dir(args)
     except ValueError as error:
-        print_error(error)
+        say_error(str(error))
         raise SystemExit(2) from error
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         # transformers would use DataParallel, which cannot split a packed row.
@@ -177,7 +166,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         quieten()
     set_seed(args.seed)
     flags = given_flags([args, *parts], names)
-    effective, replaced = effective_words(given)
+    effective, replaced = effective_words([word for name, values in given for word in (f"--{name}", *values)])
     run = Run(stage, args, parts, flags, preemption)
     run.note(effective=effective, replaced=replaced, settled=settled_flags(said, flags))
     return run, *parts

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from loguru import logger
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments, ArgumentError, DataArguments, ModelArguments
+from stagewise.arguments import (
+    VIRTUAL_TOKENS,
+    AdapterArguments,
+    ArgumentError,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+)
+from stagewise.command_line import Given
+from stagewise.flags import NO
 from stagewise.manifest import read_manifest
 from stagewise.rope import check_continued
 
@@ -23,56 +32,14 @@ USER_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
 
 @dataclass
-class StageArguments(TrainingArguments):
+class StageArguments(RunArguments, TrainingArguments):
     """transformers' TrainingArguments with the defaults and the few additions that every stage has."""
-
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished run in --output_dir."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Arguments, data and one batch; predicted memory and time; then stop."}
-    )
-    save_eval_records: bool = field(
-        default=False, metadata={"help": "Write each validation record's numbers to eval_records/step-N.jsonl."}
-    )
-    eval_samples: int = field(
-        default=3,
-        metadata={
-            "help": "Validation records that each evaluation also shows: what the model says to them (eval_samples/, "
-            "TensorBoard, report.html); of a reward model the scores. 0: none."
-        },
-    )
-    quiet: bool = field(
-        default=False, metadata={"help": "Plain lines on a terminal, too: no line that is written over, no bars."}
-    )
-    report_to: str | None = field(
-        default="tensorboard", metadata={"help": "Trackers, joined by commas: tensorboard, wandb …; or none."}
-    )
-    logging_dir: str | None = field(
-        default=None, metadata={"help": "TensorBoard's files; default: logs/ in the output directory."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave losses that are NaN or infinite out of the log's mean; their steps are skipped either way."
-        },
-    )
-    save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept; 0: all."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Stays False: batches hold what is needed, nothing more."}
-    )
 
     def __post_init__(self):
         self.started = time.time()  # before the run's processes meet: what one of them wrote later is of this run
-        if self.output_dir is None:
-            raise ArgumentError("--output_dir: missing; give the folder that the run is written to")
+        self.check()
         if self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        if self.remove_unused_columns:
-            raise ArgumentError(
-                "--remove_unused_columns True: batches hold what is needed, nothing more; leave it out"
-            )
         if str(self.resume_from_checkpoint).lower() in ("false", "no", "0", "none", ""):
             self.resume_from_checkpoint = None
         if isinstance(self.report_to, str):
@@ -85,25 +52,25 @@ class StageArguments(TrainingArguments):
         super().__post_init__()
 
 
-def says_yes(words: Sequence[str], flag: str) -> bool:
+def says_yes(given: Given, flag: str) -> bool:
     """Whether a yes-or-no flag is given and says yes; of several the last one counts."""
-    places = [place for place, word in enumerate(words) if word == flag]
-    value = words[places[-1] + 1 :][:1] if places else ["no"]
-    return not value or value[0].startswith("--") or value[0].lower() not in ("no", "false", "f", "n", "0")
+    words = dict(given).get(flag, ["no"])
+    return not words or words[0].lower() not in NO
 
 
-def device_words(words: list[str]) -> list[str]:
-    """Words that make the same command run where there is no accelerator, DeepSpeed included."""
-    if torch.accelerator.is_available() and not says_yes(words, "--use_cpu"):
-        return words
-    if says_yes(words, "--fp16"):
+def device_flags(given: Given) -> Given:
+    """Flags that make the same command run where there is no accelerator, DeepSpeed included."""
+    if torch.accelerator.is_available() and not says_yes(given, "use_cpu"):
+        return given
+    if says_yes(given, "fp16"):
         raise ArgumentError("--fp16: needs a GPU; on a CPU use --bf16 or neither")
-    if says_yes(words, "--use_liger_kernel"):
+    if says_yes(given, "use_liger_kernel"):
         raise ArgumentError("--use_liger_kernel: needs a GPU; leave it out on a CPU")
+    names = dict(given)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if "--deepspeed" not in words:
-        extra = [] if says_yes(words, "--use_cpu") else ["--use_cpu", "True"]
-        return [*words, *extra, *(["--ddp_backend", "gloo"] if distributed and "--ddp_backend" not in words else [])]
+    if "deepspeed" not in names:
+        extra = [] if says_yes(given, "use_cpu") else [("use_cpu", ["True"])]
+        return [*given, *extra, *([("ddp_backend", ["gloo"])] if distributed and "ddp_backend" not in names else [])]
     # DeepSpeed starts on a CPU only when accelerate's state is made first, by hand, over gloo.
     from accelerate import PartialState
 
@@ -112,17 +79,17 @@ def device_words(words: list[str]) -> list[str]:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29512")
     PartialState(cpu=False, backend="gloo")
-    return [*words, "--accelerator_config", json.dumps({"use_configured_state": True})]
+    return [*given, ("accelerator_config", [json.dumps({"use_configured_state": True})])]
 
 
-def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: Sequence[str]) -> None:
+def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: Given) -> None:
     """--do_train and --do_eval as given; neither given: train, and evaluate if there are validation records.
 
-    `given`: the words of the command line, in today's names.
+    `given`: the flags of the command line, by today's names.
     """
     has_validation = bool(data and (data.validation_file_dir or data.validation_split_percentage or data.dataset_name))
     between = args.eval_strategy != IntervalStrategy.NO  # for which transformers turns --do_eval on by itself
-    said_no = {name for name in ("do_train", "do_eval") if f"--{name}" in given and not getattr(args, name)}
+    said_no = {name for name in ("do_train", "do_eval") if name in dict(given) and not getattr(args, name)}
     if "do_train" not in said_no and not args.do_train and (not args.do_eval or between):
         args.do_train, args.do_eval = True, has_validation and "do_eval" not in said_no
     elif said_no == {"do_train"}:
@@ -130,7 +97,7 @@ def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: S
     if not (args.do_train or args.do_eval):
         raise ArgumentError("--do_train False and --do_eval False: nothing is left to do; leave one of them out")
     wants_eval = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
-    if wants_eval and "--do_eval" in given and not says_yes(given, "--do_eval"):
+    if wants_eval and "do_eval" in dict(given) and not says_yes(given, "do_eval"):
         raise ArgumentError("--do_eval False contradicts --eval_strategy and --eval_on_start: leave one of them out")
     if args.do_train and data and not (data.train_file_dir or data.dataset_name):
         raise ArgumentError("--train_file_dir: missing; give a file or folder of training records, or --dataset_name")

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from stagewise.arguments import ArgumentError
+from stagewise.paths import expanded
 from stagewise.readers import file_names
 from stagewise.records import Account, Again, Records, file_of, find_files, nothing_left
 
@@ -40,6 +41,8 @@ def find_sources(given: str, weights: str | None, suffixes: Sequence[str], flag:
         if weights is not None:
             raise ArgumentError(f"--data_weights beside {flag} {given}: write the weights into that file")
         entries = _entries(given, flag)
+        for number, entry in enumerate(entries, 1):
+            entry["path"] = expanded(entry["path"], f"{flag} {given}: source {number}")
     else:
         paths = [given] if Path(given).exists() else [path for path in map(str.strip, given.split(",")) if path]
         entries = [{"path": path} for path in paths]

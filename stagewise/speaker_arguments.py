@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from stagewise.arguments import ArgumentError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 MAX_NEW_TOKENS = 512
 EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
@@ -21,7 +22,7 @@ class SpeakerError(ArgumentError):
 class SpeakerArguments:
     """Which model speaks."""
 
-    _argument_group_name = "the model"
+    heading = "The model"
 
     base_model: str | None = field(
         default=None, metadata={"help": "Model directory, or a hub name; default: the one that --lora_model names."}
@@ -88,7 +89,7 @@ class SamplingArguments:
     Giving one of DRAWING asks for sampling, temperature 0 for the most probable token.
     """
 
-    _argument_group_name = "its answers"
+    heading = "Its answers"
 
     do_sample: bool | None = field(
         default=None, metadata={"help": "Draw tokens at random; False: always the most probable."}

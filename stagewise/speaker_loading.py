@@ -26,12 +26,11 @@ from stagewise.encoding import AnyTemplate
 from stagewise.flag_checks import check_choice, check_shared
 from stagewise.manifest import read_manifest
 from stagewise.model import load_causal_lm
-from stagewise.model_source import find_source
+from stagewise.model_source import AdapterError, find_source
 from stagewise.model_tokenizer import load_tokenizer
 from stagewise.own_template import choose_template
 from stagewise.rendering import Template
 from stagewise.speaker_arguments import SpeakerArguments, SpeakerError
-from stagewise.targets import AdapterError
 
 USUAL_FACTOR = 2.0
 WAITING = timedelta(days=7)  # for processes whose answers are longer, or that hold the larger share

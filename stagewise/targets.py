@@ -9,14 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stagewise.arguments import AdapterArguments, ArgumentError
+from stagewise.arguments import AdapterArguments
+from stagewise.model_source import AdapterError
 
 # A module whose path has one of these words belongs to pictures or sound, which text batches never reach.
 OTHER_SENSES = ("vision", "visual", "audio", "image", "multi_modal", "multimodal", "speech")
-
-
-class AdapterError(ArgumentError):
-    """An adapter that cannot be attached, loaded or merged; the message names the flag and what to do."""
 
 
 @dataclass

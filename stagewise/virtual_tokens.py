@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig,
 from transformers import PreTrainedModel, TrainerCallback
 
 from stagewise.arguments import AdapterArguments
-from stagewise.targets import AdapterError
+from stagewise.model_source import AdapterError
 
 STATE = "prompt_encoder.pt"  # in a checkpoint: the network, of which the adapter keeps only the outcome
 

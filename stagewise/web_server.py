@@ -36,7 +36,7 @@ HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
 class WebArguments:
     """Where the page is, and for whom."""
 
-    _argument_group_name = "the page"
+    heading = "The page"
 
     server_name: str = field(
         default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0: every address of this machine."}

@@ -16,7 +16,8 @@ from stagewise.adapter import attach_adapter, fold, load_adapter, merge_in_memor
 from stagewise.adapter_files import read_adapter_config
 from stagewise.arguments import AdapterArguments
 from stagewise.methods import check_continuation
-from stagewise.targets import AdapterError, fused_experts, linear_targets
+from stagewise.model_source import AdapterError
+from stagewise.targets import fused_experts, linear_targets
 
 LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 ROW = torch.tensor([[11, 12, 13, 14, 15, 16, 17]])

@@ -102,7 +102,7 @@ def test_help_is_shown_by_either_name(words, capsys):
     with pytest.raises(SystemExit) as ended:
         parse([Trained], words)
     assert ended.value.code == 0
-    assert "--output_dir OUTPUT_DIR" in capsys.readouterr().out
+    assert "--output_dir PATH" in capsys.readouterr().out
 
 
 def test_value_without_flag_is_an_error():
@@ -165,7 +165,7 @@ def test_neftune_noise_alpha_is_neft_alpha_where_the_stage_has_it():
     assert read("--neftune_noise_alpha", "5")[0].neftune_noise_alpha == 5
 
 
-def test_the_words_pass_through_before():
+def test_the_flags_pass_through_before():
     seen = []
-    parse([Trained, ModelArguments], ["--model_name_or_path", "m", "--no_cuda"], before=lambda w: seen.extend(w) or w)
-    assert seen == ["--model_name_or_path", "m", "--use_cpu"]
+    parse([Trained, ModelArguments], ["--model_name_or_path", "m", "--no_cuda"], before=lambda g: seen.extend(g) or g)
+    assert seen == [("model_name_or_path", ["m"]), ("use_cpu", [])]

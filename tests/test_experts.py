@@ -18,9 +18,9 @@ from stagewise.arguments import AdapterArguments, ModelArguments
 from stagewise.manifest import parameters_of
 from stagewise.methods import STAGES
 from stagewise.model import load_causal_lm
-from stagewise.model_source import ModelError
+from stagewise.model_source import AdapterError, ModelError
 from stagewise.quantisation import ExpertsConfig, ExpertsQuantiser
-from stagewise.targets import AdapterError, choose_targets, linear_targets
+from stagewise.targets import choose_targets, linear_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"

@@ -1,6 +1,7 @@
 """config.json: its family, its code, and what cannot be read."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 from test_model_source import arguments
@@ -8,6 +9,7 @@ from transformers import AutoConfig
 
 from stagewise.model_config import check_model_type, load_config
 from stagewise.model_source import ModelError
+from stagewise.model_tokenizer import load_tokenizer
 
 
 def test_an_unknown_architecture_is_named(tmp_path):
@@ -20,19 +22,47 @@ def test_remote_code_is_off_unless_asked(tmp_path):
     entries = {"model_type": "own", "auto_map": {"AutoConfig": "configuration.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(entries))
     (tmp_path / "configuration.py").write_text("raise SystemExit('the code ran')")
-    with pytest.raises(ModelError, match="--trust_remote_code True"):
+    with pytest.raises(ModelError, match="if you trust it, add --trust_remote_code True$"):
         load_config(arguments(tmp_path))
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_families_whose_code_no_longer_runs_are_named(tmp_path, trusted):
-    """Trusting the code would not help: it imports what transformers 5 has dropped."""
-    entries = {"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration.Own"}}
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("chatglm", "ChatGLM"),
+        ("baichuan", "Baichuan"),
+        ("qwen", "Qwen 1"),
+        ("internlm", "InternLM 1"),
+        ("internlm2", "InternLM 2"),
+        ("moss", "MOSS"),
+        ("xverse", "XVERSE"),
+        ("aquila", "Aquila"),
+        ("orion", "Orion"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_families_whose_code_no_longer_runs_are_refused_in_one_sentence(tmp_path, trusted, kind, name, load):
+    """Trusting the code would not help: it imports what transformers 5 has dropped. None of it runs."""
+    entries = {"model_type": kind, "auto_map": {"AutoConfig": "configuration.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    (tmp_path / "configuration.py").write_text("raise SystemExit('the code ran')")
+    with pytest.raises(ModelError) as error:
+        load(arguments(tmp_path, trust_remote_code=trusted))
+    begin = (
+        f"--model_name_or_path {tmp_path}: {name} models ship Python code that transformers {version('transformers')}"
+    )
+    assert str(error.value).startswith(f"{begin}{version('transformers')} cannot run; take ")
+    assert "trust_remote_code" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_code_of_an_unknown_family_that_fails_is_said_to_be_the_models_own(tmp_path):
+    entries = {"model_type": "own", "auto_map": {"AutoConfig": "configuration.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(entries))
     (tmp_path / "configuration.py").write_text("from transformers import ThisNameIsGone")
-    with pytest.raises(ModelError, match="a chatglm model, whose own Python code") as error:
-        load_config(arguments(tmp_path, trust_remote_code=trusted))
-    assert "--trust_remote_code" not in str(error.value).partition("(")[0]
+    with pytest.raises(ModelError, match="its own Python code does not run with transformers .*; take a model that"):
+        load_config(arguments(tmp_path, trust_remote_code=True))
 
 
 @pytest.mark.parametrize(

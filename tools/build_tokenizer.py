@@ -1,4 +1,4 @@
-"""Builds a domain vocabulary from text files: a tokenizer that `tools.extend_vocabulary` merges into a model's.
+r"""Builds a domain vocabulary from text files: a tokenizer that `tools.extend_vocabulary` merges into a model's.
 
     python -m tools.build_tokenizer --text_dir data/pretrain/train --output_dir outputs/vocabulary --vocab_size 2000
     python -m tools.build_tokenizer --text_dir data/pretrain/train --output_dir outputs/unigram --vocab_size 2000 \
@@ -17,13 +17,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from loguru import logger
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stagewise.arguments import ArgumentError
+from stagewise.paths import path_of
 from stagewise.subwords import SPACE, VocabularyError, read_texts
 from stagewise.terminal_text import print_error
 from stagewise.whole_directory import check_place, whole_directory
@@ -234,12 +234,12 @@ def check(args: argparse.Namespace) -> None:
     check_place(args.output_dir, args.overwrite_output_dir, {"text_dir": args.text_dir})
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--text_dir", type=Path, required=True, help=".txt and .jsonl files, or one file")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the tokenizer is written")
+    parser.add_argument("--text_dir", type=path_of, required=True, help=".txt and .jsonl files, or one file")
+    parser.add_argument("--output_dir", type=path_of, required=True, help="where the tokenizer is written")
     parser.add_argument("--kind", choices=KINDS, default="bpe", help="default: bpe")
     parser.add_argument("--library", choices=LIBRARIES, help="default: tokenizers for bpe, sentencepiece for unigram")
     parser.add_argument("--vocab_size", type=int, default=8000, help=f"with {SMALLEST - 1} byte and special pieces")
@@ -247,7 +247,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_piece_length", type=int, default=16, help="letters of the longest piece; default: 16")
     parser.add_argument("--min_frequency", type=int, help="of a pair that is merged, with tokenizers; default: 2")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace what is at --output_dir")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     try:
         built = build(args)
     except ArgumentError as error:

@@ -8,6 +8,7 @@ is not replaced.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -46,7 +47,9 @@ def unmet(wanted: list[Requirement]) -> list[tuple[Requirement, str | None]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    paths = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="requirement files")
+    paths = parser.parse_args(argv).files
     lacking = unmet([requirement for path in paths for requirement in requirements(path)])
     if not lacking:
         return

@@ -10,6 +10,7 @@ changed ends this program until its translation does too.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import enum
 import importlib
@@ -20,21 +21,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from transformers.hf_argparser import HfArgumentParser
-
+from stagewise.arguments import RunArguments
 from stagewise.command_line import ALWAYS_SO, NOT_YET, RENAMED, RENAMED_OPTIMIZERS
+from stagewise.flags import Flag
+from stagewise.flags import flags_of as flags_by_name
 from stagewise.settings import StageArguments
-from tools.flag_texts import CHINESE, COMMON
+from stagewise.transformers_flags import MOST_USED
+from tools.flag_texts import CHINESE, TRAINING
+from tools.stage_scripts import STAGES, dataclasses_of
 
-STAGES = {
-    "pretraining": "PT",
-    "supervised_finetuning": "SFT",
-    "reward_modeling": "RM",
-    "ppo_training": "PPO",
-    "dpo_training": "DPO",
-}
 MERGE = "merge_peft_adapter"
 # Scripts that use a model, and where the list of their dataclasses is.
 USERS = {"inference": "inference", "evaluation": "stagewise.evaluation_arguments", "web_demo": "stagewise.web_server"}
@@ -67,7 +63,7 @@ USE_TITLES = {
     "SamplingArguments": ("How answers are made", "回答怎样生成"),
     "InferenceArguments": ("What is done with it", "做什么"),
     "EvaluationArguments": ("What is measured", "测量什么"),
-    "PairArguments": ("A reward model's pairs", "奖励模型的偏好对"),
+    "PairLimits": ("A reward model's pairs", "奖励模型的偏好对"),
     "WebArguments": ("The page", "页面"),
 }
 COLUMNS = {
@@ -88,30 +84,10 @@ class FlagsError(ValueError):
     """Documents and code that do not fit together; the message says what to add."""
 
 
-class _Started(Exception):
-    """Carries the dataclasses that a stage gives to `start`, which is then not run."""
-
-
-def dataclasses_of(script: str) -> list[type]:
-    """The dataclasses whose fields are the flags of a stage script, StageArguments first."""
-
-    def started(stage: str, types: Sequence[type], argv: list[str] | None = None) -> None:
-        raise _Started(list(types))
-
-    module = importlib.import_module(script)
-    try:
-        with mock.patch.object(module, "start", started):
-            module.main()
-    except _Started as found:
-        return [StageArguments, *found.args[0]]
-    raise FlagsError(f"{script}.py: main() does not call start()")
-
-
-def parsers() -> dict[str, HfArgumentParser]:
-    """The parser of each stage script and of the merge script, by the script's name without .py."""
-    merge = importlib.import_module(MERGE).MergeArguments
-    types = {script: dataclasses_of(script) for script in STAGES} | {MERGE: [merge]}
-    return {script: HfArgumentParser(found, allow_abbrev=False) for script, found in types.items()}
+def flag_names() -> dict[str, dict[str, Flag]]:
+    """The flags of each stage script and of the merge script, by the script's name without .py."""
+    types = {script: dataclasses_of(script) for script in STAGES} | {MERGE: importlib.import_module(MERGE).FLAGS}
+    return {script: flags_by_name(found) for script, found in types.items()}
 
 
 def groups() -> dict[str, tuple[type, list[str]]]:
@@ -131,7 +107,8 @@ def flags_of(script: str) -> list[type]:
 
 def own_fields(kind: type) -> list[dataclasses.Field]:
     """The fields that a dataclass declares itself, without those of the class that it extends."""
-    return [field for field in dataclasses.fields(kind) if field.init and field.name in inspect.get_annotations(kind)]
+    declared = inspect.get_annotations(RunArguments if issubclass(kind, RunArguments) else kind)
+    return [field for field in dataclasses.fields(kind) if field.init and field.name in declared]
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -142,9 +119,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
-def default_of(field: dataclasses.Field, language: str) -> str:
-    """A field's default as it is written on a command line."""
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+def default_of(field: dataclasses.Field, language: str, kind: type) -> str:
+    """The default of a field of `kind` as it is written on a command line."""
+    required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    if required or (
+        field.name == "output_dir" and issubclass(kind, RunArguments)
+    ):  # a stage's has a default in transformers, which is not taken
         return REQUIRED[language]
     value: Any = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     value = value.value if isinstance(value, enum.Enum) else value
@@ -170,7 +150,7 @@ def flag_table(kind: type, language: str) -> str:
         if "help" not in field.metadata:
             raise FlagsError(f"{kind.__name__}.{field.name}: has no help text")
         text = in_language(field.metadata["help"], language)
-        rows.append((f"`--{field.name}`", default_of(field, language), text))
+        rows.append((f"`--{field.name}`", default_of(field, language, kind), text))
     return table(COLUMNS["flags"][language], rows)
 
 
@@ -179,11 +159,16 @@ def common_table(language: str) -> str:
     fields = {field.name: field for field in dataclasses.fields(StageArguments)}
     own = {field.name for field in own_fields(StageArguments)}
     rows = []
-    for name, texts in COMMON.items():
-        if name not in fields or name in own:
-            raise FlagsError(f"tools/flag_texts.py: COMMON has --{name}, which is no flag of transformers here")
-        default = REQUIRED[language] if name == "output_dir" else default_of(fields[name], language)
-        rows.append((f"`--{name}`", default, texts[("en", "zh").index(language)]))
+    for name, text in MOST_USED.items():
+        if name not in fields or name in own or name not in TRAINING:
+            raise FlagsError(f"--{name}: no flag of transformers here, or tools/flag_texts.py has no translation")
+        rows.append(
+            (
+                f"`--{name}`",
+                default_of(fields[name], language, StageArguments),
+                text if language == "en" else TRAINING[name],
+            )
+        )
     return table(COLUMNS["flags"][language], rows)
 
 
@@ -306,7 +291,10 @@ def documents() -> list[tuple[Path, Callable[[str], str]]]:
     return [*found, *((path, memory_page) for path in MEMORY_PAGES)]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    ).parse_args(argv)
     root = Path(__file__).resolve().parent.parent
     try:
         for path, renew in documents():

@@ -21,12 +21,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from gguf import GGUFReader
-from transformers import PreTrainedTokenizerBase
-
 from stagewise.arguments import ArgumentError
 from stagewise.json_files import read_object
-from stagewise.model_tokenizer import open_tokenizer
+from stagewise.paths import path_of
 from stagewise.terminal_text import print_error
 from stagewise.weight_files import AGAIN, check_hashes, check_weight_files
 
@@ -63,6 +60,36 @@ def check_model(folder: Path) -> dict:
         raise ExportError(f"{flag}: is quantised already; give the model in 16 or 32 bit, and --outtype q8_0")
     return config
 
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", type=path_of, help="Directory of a merged model.")
+    parser.add_argument("--output_file", type=path_of, help="The GGUF file that is written.")
+    parser.add_argument("--fetch_converter", action="store_true", help="Only fetch llama.cpp's script, and stop.")
+    parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="Precision; auto: as the model's own.")
+    parser.add_argument("--converter_dir", type=path_of, default=Path(CONVERTER_DIR), help=f"default: {CONVERTER_DIR}")
+    parser.add_argument("--overwrite", action="store_true", help="Replace --output_file.")
+    args = parser.parse_args(argv)
+    if args.fetch_converter == bool(args.model_name_or_path or args.output_file):
+        parser.error("give --model_name_or_path and --output_file, or --fetch_converter alone")
+    if not args.fetch_converter and not (args.model_name_or_path and args.output_file):
+        parser.error("--model_name_or_path and --output_file belong together")
+    return args
+
+
+if __name__ == "__main__":  # a wrong flag or model is answered before transformers has loaded
+    given = read_arguments()
+    if not given.fetch_converter:
+        try:
+            check_model(given.model_name_or_path)
+        except (ExportError, ArgumentError) as error:
+            print_error(error)
+            sys.exit(1)
+
+from gguf import GGUFReader
+from transformers import PreTrainedTokenizerBase
+
+from stagewise.model_tokenizer import open_tokenizer
 
 # ── the converter ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -203,18 +230,7 @@ def export(model: Path, output: Path, outtype: str, converter_dir: Path, overwri
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", type=Path, help="Directory of a merged model.")
-    parser.add_argument("--output_file", type=Path, help="The GGUF file that is written.")
-    parser.add_argument("--fetch_converter", action="store_true", help="Only fetch llama.cpp's script, and stop.")
-    parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="Precision; auto: as the model's own.")
-    parser.add_argument("--converter_dir", type=Path, default=Path(CONVERTER_DIR), help=f"default: {CONVERTER_DIR}")
-    parser.add_argument("--overwrite", action="store_true", help="Replace --output_file.")
-    args = parser.parse_args(argv)
-    if args.fetch_converter == bool(args.model_name_or_path or args.output_file):
-        parser.error("give --model_name_or_path and --output_file, or --fetch_converter alone")
-    if not args.fetch_converter and not (args.model_name_or_path and args.output_file):
-        parser.error("--model_name_or_path and --output_file belong together")
+    args = read_arguments(argv)
     try:
         if args.fetch_converter:
             print(f"llama.cpp's script: {fetch_converter(args.converter_dir)}", file=sys.stderr)

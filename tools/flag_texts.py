@@ -1,92 +1,47 @@
-"""Words for `tools.document_flags`: transformers' most used flags in our words, and the Chinese of every help text."""
+"""Words for `tools.document_flags`: the Chinese of every help text."""
 
-# Flag of transformers -> what it does, in English and in Chinese.
-COMMON: dict[str, tuple[str, str]] = {
-    "output_dir": ("The folder that the run is written to.", "本次运行写入的目录。"),
-    "do_train": (
-        "Train. With neither this nor --do_eval: train, and evaluate if there are validation records.",
-        "进行训练。--do_train 与 --do_eval 都不给时:训练;有验证数据则也评估。",
-    ),
-    "do_eval": (
-        "Evaluate. Alone, without --do_train: evaluate the model as it is, and stop.",
-        "进行评估。单独给出(没有 --do_train)时:只评估现有模型,然后结束。",
-    ),
-    "per_device_train_batch_size": (
-        "Rows a process trains on at a time; RM and DPO: pairs.",
-        "每个进程一次训练的行数;RM 与 DPO 中是偏好对的数量。",
-    ),
-    "per_device_eval_batch_size": (
-        "The same for validation, where rows are never packed.",
-        "验证时的同一数量;验证时不打包。",
-    ),
-    "gradient_accumulation_steps": ("Batches that make one optimizer step.", "多少个批次合成一次优化器更新。"),
-    "num_train_epochs": ("Passes over the training records.", "遍历训练数据的次数。"),
-    "max_steps": ("Optimizer steps, in place of epochs; -1: epochs count.", "优化器步数,优先于轮数;-1:按轮数。"),
-    "learning_rate": ("Highest learning rate.", "最高学习率。"),
-    "lr_scheduler_type": ("How it falls: linear, cosine, constant …", "学习率如何下降:linear、cosine、constant……"),
-    "warmup_steps": (
-        "Steps over which it rises; below 1: that share of all steps.",
-        "学习率上升所用的步数;小于 1 时是占总步数的比例。",
-    ),
-    "weight_decay": ("Weight decay of AdamW.", "AdamW 的权重衰减。"),
-    "max_grad_norm": ("Gradients are scaled down to this norm; 0: never.", "梯度范数的上限;0 表示不裁剪。"),
-    "optim": ("Optimizer.", "优化器。"),
-    "bf16": (
-        "Compute in bfloat16 (mixed precision); also on a CPU.",
-        "用 bfloat16 计算(混合精度);CPU 上也可以。",
-    ),
-    "fp16": ("Compute in float16; needs a GPU.", "用 float16 计算;需要 GPU。"),
-    "gradient_checkpointing": (
-        "Less memory for activations, more time.",
-        "减少激活占用的内存,换来更长的时间。",
-    ),
-    "eval_strategy": (
-        "When to evaluate during training: no, steps, epoch.",
-        "训练中何时评估:no、steps、epoch。",
-    ),
-    "eval_steps": (
-        "Every so many steps; below 1: a share of all steps; default: as --logging_steps.",
-        "每隔多少步评估;小于 1 时是占总步数的比例;默认同 --logging_steps。",
-    ),
-    "eval_on_start": ("Evaluate before the first step too.", "第一步之前也评估一次。"),
-    "save_strategy": ("When to save a checkpoint: no, steps, epoch, best.", "何时保存检查点:no、steps、epoch、best。"),
-    "save_steps": (
-        "Every so many steps; below 1: a share of all steps.",
-        "每隔多少步保存;小于 1 时是占总步数的比例。",
-    ),
-    "load_best_model_at_end": (
-        "End with the best checkpoint in place of the last step.",
-        "结束时取最好的检查点,而不是最后一步。",
-    ),
-    "metric_for_best_model": (
-        "What best means, e.g. eval_loss or eval_accuracy.",
-        "“最好”按哪个指标,例如 eval_loss 或 eval_accuracy。",
-    ),
-    "resume_from_checkpoint": (
-        "True: go on from the last whole checkpoint; or a checkpoint's folder.",
-        "True:从最后一个完整的检查点继续;或给出检查点目录。",
-    ),
-    "seed": ("Seed of everything random.", "所有随机性的种子。"),
-    "data_seed": ("Seed of the order of the training rows; default: --seed.", "训练行顺序的种子;默认同 --seed。"),
-    "use_cpu": ("Run on the CPU though there is a GPU.", "有 GPU 也在 CPU 上运行。"),
-    "deepspeed": (
-        "DeepSpeed's configuration: zero2.json or zero3.json.",
-        "DeepSpeed 的配置:zero2.json 或 zero3.json。",
-    ),
-    "ddp_timeout": (
-        "Seconds after which processes stop waiting for each other.",
-        "进程之间相互等待的最长秒数。",
-    ),
-    "dataloader_num_workers": ("Processes that put batches together.", "负责组批的进程数。"),
-    "train_sampling_strategy": (
-        "Order of the training rows: random, sequential, or group_by_length (like lengths together).",
-        "训练行的顺序:random、sequential,或 group_by_length(长度相近的放在一起)。",
-    ),
-    "run_name": ("Name of the run in a tracker.", "在跟踪工具中的运行名称。"),
+# Flag of transformers -> what it does, in Chinese; the English is in stagewise/transformers_flags.py.
+TRAINING: dict[str, str] = {
+    "do_train": "进行训练。--do_train 与 --do_eval 都不给时:训练;有验证数据则也评估。",
+    "do_eval": "进行评估。单独给出(没有 --do_train)时:只评估现有模型,然后结束。",
+    "per_device_train_batch_size": "每个进程一次训练的行数;RM 与 DPO 中是偏好对的数量。",
+    "per_device_eval_batch_size": "验证时的同一数量;验证时不打包。",
+    "gradient_accumulation_steps": "多少个批次合成一次优化器更新。",
+    "num_train_epochs": "遍历训练数据的次数。",
+    "max_steps": "优化器步数,优先于轮数;-1:按轮数。",
+    "learning_rate": "最高学习率。",
+    "lr_scheduler_type": "学习率如何下降:linear、cosine、constant……",
+    "warmup_steps": "学习率上升所用的步数;小于 1 时是占总步数的比例。",
+    "weight_decay": "AdamW 的权重衰减。",
+    "max_grad_norm": "梯度范数的上限;0 表示不裁剪。",
+    "optim": "优化器。",
+    "bf16": "用 bfloat16 计算(混合精度);CPU 上也可以。",
+    "fp16": "用 float16 计算;需要 GPU。",
+    "gradient_checkpointing": "减少激活占用的内存,换来更长的时间。",
+    "eval_strategy": "训练中何时评估:no、steps、epoch。",
+    "eval_steps": "每隔多少步评估;小于 1 时是占总步数的比例;默认同 --logging_steps。",
+    "eval_on_start": "第一步之前也评估一次。",
+    "save_strategy": "何时保存检查点:no、steps、epoch、best。",
+    "save_steps": "每隔多少步保存;小于 1 时是占总步数的比例。",
+    "load_best_model_at_end": "结束时取最好的检查点,而不是最后一步。",
+    "metric_for_best_model": "“最好”按哪个指标,例如 eval_loss 或 eval_accuracy。",
+    "resume_from_checkpoint": "True:从最后一个完整的检查点继续;或给出检查点目录。",
+    "seed": "所有随机性的种子。",
+    "data_seed": "训练行顺序的种子;默认同 --seed。",
+    "use_cpu": "有 GPU 也在 CPU 上运行。",
+    "deepspeed": "DeepSpeed 的配置:zero2.json 或 zero3.json。",
+    "ddp_timeout": "进程之间相互等待的最长秒数。",
+    "dataloader_num_workers": "负责组批的进程数。",
+    "train_sampling_strategy": "训练行的顺序:random、sequential,或 group_by_length(长度相近的放在一起)。",
+    "run_name": "在跟踪工具中的运行名称。",
 }
 
 # Help text of a dataclass field, or a reason in stagewise/command_line.py -> the same in Chinese.
 CHINESE: dict[str, str] = {
+    "The folder that the run is written to.": "本次运行写入的目录。",
+    "Tokens of an answer that a reward model scores; what a model answers: --max_new_tokens.": (
+        "奖励模型所评分的回答的词元数;模型自己回答的长度用 --max_new_tokens。"
+    ),
     # ModelArguments
     "Model directory, or a hub name.": "模型目录,或 hub 上的名称。",
     "Tokenizer, if not the model's own.": "分词器;默认用模型自带的。",

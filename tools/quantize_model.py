@@ -1,4 +1,4 @@
-"""Saves a model in 4 or 8 bit, with its size and its perplexity on a text before and after.
+r"""Saves a model in 4 or 8 bit, with its size and its perplexity on a text before and after.
 
     python -m tools.quantize_model --model_name_or_path outputs/sft-merged --output_dir outputs/sft-4bit \
         --quantization bnb --quantization_bit 4 --text_file text.txt
@@ -12,48 +12,10 @@ was saved is loaded again before its perplexity is measured; the directory appea
 
 from __future__ import annotations
 
-import gc
-import importlib.util
-import logging
-import math
-import sys
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from loguru import logger
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils import logging as transformers_logging
 
 from stagewise.arguments import ArgumentError, ModelArguments
-from stagewise.command_line import parse
-from stagewise.flag_checks import check_choice
-from stagewise.json_lines import json_bytes
-from stagewise.lineage import LICENCE_FILES, carry_licence
-from stagewise.manifest import read_manifest, versions, write_manifest
-from stagewise.metrics import perplexity
-from stagewise.model import load_causal_lm
-from stagewise.model_card import called
-from stagewise.model_config import DTYPES, load_config
-from stagewise.model_source import find_source, hub_options
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.quantisation import guard_4bit
-from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
-from stagewise.terminal_text import log_visible_text, print_error, visible
-from stagewise.whole_directory import check_place, whole_directory
-
-# What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
-WRITTEN = (
-    *("config.json", "generation_config.json", "model*.safetensors*", "quantization.json", "run.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
-    *("additional_chat_templates", *LICENCE_FILES),
-)
+from stagewise.first_look import first_look
 
 
 @dataclass
@@ -77,6 +39,52 @@ class QuantizeArguments:
         shared = ("model_name_or_path", "tokenizer_name_or_path", "cache_dir", "model_revision", "hf_hub_token")
         shared += ("torch_dtype", "trust_remote_code")
         return ModelArguments(**{name: getattr(self, name) for name in shared})
+
+
+FLAGS = [QuantizeArguments]
+if __name__ == "__main__":
+    first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
+
+import gc
+import importlib.util
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from loguru import logger
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging as transformers_logging
+
+from stagewise.command_line import parse
+from stagewise.flag_checks import check_choice
+from stagewise.json_lines import json_bytes
+from stagewise.lineage import LICENCE_FILES, carry_licence
+from stagewise.manifest import read_manifest, versions, write_manifest
+from stagewise.metrics import perplexity
+from stagewise.model import load_causal_lm
+from stagewise.model_card import called
+from stagewise.model_config import DTYPES, load_config
+from stagewise.model_source import find_source, hub_options
+from stagewise.model_tokenizer import load_tokenizer
+from stagewise.quantisation import guard_4bit
+from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
+from stagewise.terminal_text import log_visible_text, print_error, visible
+from stagewise.whole_directory import check_place, whole_directory
+
+# What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
+WRITTEN = (
+    *("config.json", "generation_config.json", "model*.safetensors*", "quantization.json", "run.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
+    *("additional_chat_templates", *LICENCE_FILES),
+)
 
 
 class QuantizeError(ArgumentError):
@@ -315,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     log_visible_text()
     logger.add(lambda message: sys.stderr.write(message), level="INFO", format="{time:HH:mm:ss} {message}")
     try:
-        (args,) = parse([QuantizeArguments], argv)
+        (args,) = parse(FLAGS, argv, description=__doc__)
         account = quantize(args)
     except ValueError as error:
         if not type(error).__module__.startswith(("stagewise", "tools", "__main__")):

@@ -24,6 +24,7 @@ from stagewise.conversation import Conversation, parse_conversation, parse_prefe
 from stagewise.curves import both, drawn, plot
 from stagewise.json_files import read_object
 from stagewise.json_lines import read_json_lines
+from stagewise.paths import path_of
 from stagewise.records import find_files, load_records
 from stagewise.terminal_text import print_error
 from stagewise.weight_files import AGAIN
@@ -285,7 +286,9 @@ def draw(stages: dict[str, Stage], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the stages; default outputs")
+    parser.add_argument(
+        "--outputs", type=path_of, default=Path("outputs"), help="folder of the stages; default outputs"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=80, help="of an answer; default 80")
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""What a stage will learn from, shown before it runs: records, lengths, learned tokens, what a step holds, samples.
+r"""What a stage will learn from, shown before it runs: records, lengths, learned tokens, what a step holds, samples.
 
     python -m tools.show_data supervised_finetuning.py --model_name_or_path models/SmolLM2-135M-Instruct \
         --train_file_dir data/finetune/train --samples 3 --figure data.png
@@ -14,32 +14,12 @@ be honoured.
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
-import tempfile
-import typing
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from loguru import logger
-
-from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, LanguageModelArguments
-from stagewise.command_line import parse
-from stagewise.conversation import RecordError
-from stagewise.data_summary import measure, summarise
-from stagewise.flag_checks import check_shared
-from stagewise.json_lines import read_json_lines
-from stagewise.methods import take_method_of_adapter
-from stagewise.results import has_colour
-from stagewise.run import set_up_logging
-from stagewise.settings import settle_long_context, settle_what_to_do
-from stagewise.splits import Splits
-from stagewise.streamed_training import check_streaming
-from stagewise.streaming import RecordStream
-from stagewise.terminal_text import print_error
-from tools.data_report import Shown, draw, report
-from tools.document_flags import dataclasses_of
+from stagewise.first_look import first_look
+from stagewise.paths import path_of
+from stagewise.readers import RECORD_FILES, TEXT_FILES
+from tools.stage_scripts import dataclasses_of, early_flags
 
 STAGES = {
     "pt": "pretraining",
@@ -49,22 +29,16 @@ STAGES = {
     "ppo": "ppo_training",
 }
 STAGE_OF = {script: name for name, script in STAGES.items()}
-STREAMED = 10_000  # records that stand for a stream, unless --max_train_samples says how many
-# Flags that say where a stage computes or writes, which is not done here.
-ELSEWHERE = {
-    *("use_cpu", "fp16", "bf16", "tf32", "fp16_full_eval", "bf16_full_eval", "deepspeed", "fsdp", "fsdp_config"),
-    *("ddp_backend", "accelerator_config", "use_liger_kernel", "liger_kernel_config", "local_rank"),
-    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_dir"),
-}
-
-
-# --- flags -----------------------------------------------------------------------------------------------------------
 
 
 def own_parser() -> argparse.ArgumentParser:
     """Of this tool's own flags; what it does not know are the stage's."""
-    about = "Shows what a stage will learn from; behind the stage stand its own flags."
-    parser = argparse.ArgumentParser(prog="python -m tools.show_data", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.show_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("stage", type=stage_name, help=f"the stage's script, or one of {', '.join(STAGES)}")
     parser.add_argument("--samples", type=natural, default=10, help="samples that are shown; default 10")
     parser.add_argument("--processes", type=positive, default=1, help="processes that the run will have; default 1")
@@ -97,7 +71,7 @@ def positive(word: str) -> int:
 
 def picture(word: str) -> Path:
     """A path that a picture can be written to."""
-    path = Path(word)
+    path = path_of(word)
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .pdf or .svg, found {word!r}")
     if not path.parent.is_dir():
@@ -105,15 +79,57 @@ def picture(word: str) -> Path:
     return path
 
 
-def without_devices(words: Sequence[str]) -> list[str]:
-    """A stage's flags without those of ELSEWHERE and their values."""
-    kept, dropped = [], False
-    for word in words:
-        if word.startswith("--"):
-            dropped = word[2:] in ELSEWHERE
-        if not dropped:
-            kept.append(word)
-    return kept
+if __name__ == "__main__":  # a wrong flag or path is answered before torch has loaded
+    own, words = own_parser().parse_known_args()
+    first_look(
+        early_flags(STAGES[own.stage]),
+        None,
+        stage=True,
+        texts=TEXT_FILES if own.stage == "pt" else RECORD_FILES,
+        argv=words,
+        before=lambda given: [*given, ("output_dir", ["outputs"])],
+    )
+
+import importlib
+import sys
+import tempfile
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from loguru import logger
+
+from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, LanguageModelArguments
+from stagewise.command_line import Given, parse
+from stagewise.conversation import RecordError
+from stagewise.data_summary import measure, summarise
+from stagewise.flag_checks import check_shared
+from stagewise.json_lines import read_json_lines
+from stagewise.methods import take_method_of_adapter
+from stagewise.results import has_colour
+from stagewise.run import set_up_logging
+from stagewise.settings import settle_long_context, settle_what_to_do
+from stagewise.splits import Splits
+from stagewise.streamed_training import check_streaming
+from stagewise.streaming import RecordStream
+from stagewise.terminal_text import print_error
+from tools.data_report import Shown, draw, report
+
+STREAMED = 10_000  # records that stand for a stream, unless --max_train_samples says how many
+# Flags that say where a stage computes or writes, which is not done here.
+ELSEWHERE = {
+    *("use_cpu", "fp16", "bf16", "tf32", "fp16_full_eval", "bf16_full_eval", "deepspeed", "fsdp", "fsdp_config"),
+    *("ddp_backend", "accelerator_config", "use_liger_kernel", "liger_kernel_config", "local_rank"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_dir"),
+}
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def without_devices(given: Given) -> Given:
+    """A stage's flags without those of ELSEWHERE."""
+    return [(name, words) for name, words in given if name not in ELSEWHERE]
 
 
 def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
@@ -122,17 +138,16 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
     Raises:
         ArgumentError: a flag that the stage would refuse before it reads any data.
     """
+    given: Given = []
 
-    given: list[str] = []
-
-    def before(words: list[str]) -> list[str]:
-        given.extend(words)
-        return [*without_devices(words), "--output_dir", folder, "--use_cpu", "True"]
+    def before(flags: Given) -> Given:
+        given.extend(flags)
+        return [*without_devices(flags), ("output_dir", [folder]), ("use_cpu", ["True"])]
 
     args, *parts = parse(dataclasses_of(script), words, before=before)
     flags = {type(part): part for part in (args, *parts)}
     adapter = flags[AdapterArguments]
-    adapter.given = frozenset(word[2:] for word in given if word.startswith("--"))
+    adapter.given = frozenset(name for name, _ in given)
     check_shared(*parts)
     settle_what_to_do(args, flags[DataArguments], given)
     if adapter.peft_path:

@@ -1,4 +1,4 @@
-"""A model's structure, its parameters by kind, what a stage would train, and the memory that it would need.
+r"""A model's structure, its parameters by kind, what a stage would train, and the memory that it would need.
 
     python -m tools.show_model supervised_finetuning.py --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 \
         --gradient_checkpointing --model_max_length 4096
@@ -9,8 +9,41 @@ without them. The memory is that of one process on one GPU; docs/memory.md has t
 
 from __future__ import annotations
 
-import re
 import sys
+
+from stagewise.arguments import ArgumentError
+from stagewise.first_look import first_look, say_error
+from tools.stage_scripts import STAGES, dataclasses_of, early_flags
+
+NAMES = {script: title.lower() for script, title in STAGES.items()}
+
+
+def script_name(word: str) -> str:
+    """ "pretraining" of "pretraining.py". Raises ArgumentError for a word that is no stage's script."""
+    name = word.removesuffix(".py")
+    if name not in NAMES:
+        raise ArgumentError(f"expected a stage's script first, one of {', '.join(NAMES)}; found {word!r}")
+    return name
+
+
+def look(words: list[str]) -> None:
+    """Ends the program if its flags cannot be followed."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\nstages: {', '.join(NAMES)}")
+        raise SystemExit(0)
+    try:
+        flags = early_flags(script_name(words[0]))
+    except ArgumentError as error:
+        say_error(str(error))
+        raise SystemExit(2) from None
+    given = [("output_dir", ["outputs"])]
+    first_look(flags, None, stage=True, code=2, argv=words[1:], before=lambda found: [*given, *found], texts=())
+
+
+if __name__ == "__main__":
+    look(sys.argv[1:])  # a wrong flag or path is answered before torch has loaded
+
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,18 +57,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stagewise import layers, memory
 from stagewise.adapter import attach_adapter, read_adapter_config
-from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments, ArgumentError, ModelArguments
+from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments, ModelArguments
 from stagewise.attention import choose_attention
-from stagewise.command_line import FALSE_WORDS, parse
+from stagewise.command_line import FALSE_WORDS, Given, parse
 from stagewise.flag_checks import check_shared
 from stagewise.forward import takes_kept_logits
 from stagewise.methods import check_methods
 from stagewise.model_config import DTYPES, load_config
 from stagewise.settings import settle_long_context, settle_precision
 from stagewise.terminal_text import log_visible_text, print_error, visible
-from tools.document_flags import STAGES, dataclasses_of
 
-NAMES = {script: title.lower() for script, title in STAGES.items()}
 # What a stage can do and the estimate cannot.
 NOT_ESTIMATED = {
     "deepspeed": "the estimate is for a process that holds the whole model; leave it out",
@@ -60,25 +91,24 @@ class Described:
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
-def words_for_a_gpu(words: list[str]) -> list[str]:
+def flags_for_a_gpu(given: Given) -> Given:
     """The flags as a GPU would take them, also where there is none.
 
     Raises:
         ArgumentError: for flags whose effect is not estimated.
     """
     kept = []
-    for place, word in enumerate(words):
-        name = word.removeprefix("--")
-        following = words[place + 1] if place + 1 < len(words) else ""
-        off = following.lower() in FALSE_WORDS
-        if word.startswith("--") and name in NOT_ESTIMATED and not off:
+    for name, words in given:
+        off = bool(words) and words[0].lower() in FALSE_WORDS
+        if name in NOT_ESTIMATED and not off:
             raise ArgumentError(f"--{name}: {NOT_ESTIMATED[name]}")
         # the same memory; torch refuses --fp16 without a GPU
-        kept.append("--bf16" if word == "--fp16" and not off else word)
-    if "--output_dir" not in kept:
-        kept += ["--output_dir", "outputs"]  # nothing is written
-    if not torch.accelerator.is_available() and "--use_cpu" not in kept:
-        kept += ["--use_cpu", "True"]
+        kept.append(("bf16", []) if name == "fp16" and not off else (name, words))
+    names = dict(kept)
+    if "output_dir" not in names:
+        kept.append(("output_dir", ["outputs"]))  # nothing is written
+    if not torch.accelerator.is_available() and "use_cpu" not in names:
+        kept.append(("use_cpu", ["True"]))
     return kept
 
 
@@ -88,19 +118,16 @@ def read_flags(script: str, words: list[str]) -> tuple[str, Any, list[Any]]:
     Raises:
         ArgumentError: naming the flag.
     """
-    name = script.removesuffix(".py")
-    if name not in NAMES:
-        raise ArgumentError(f"expected a stage's script first, one of {', '.join(NAMES)}; found {script!r}")
-    given: list[str] = []
+    name, given = script_name(script), []
 
-    def before(words: list[str]) -> list[str]:
-        given.extend(words)
-        return words_for_a_gpu(words)
+    def before(flags: Given) -> Given:
+        given.extend(flags)
+        return flags_for_a_gpu(flags)
 
     args, *parts = parse(dataclasses_of(name), words, before=before)
     for part in parts:
         if isinstance(part, AdapterArguments):
-            part.given = frozenset(word[2:] for word in given if word.startswith("--"))
+            part.given = frozenset(name for name, _ in given)
     check_shared(*parts)
     settle_precision(args, parts)
     gpu = {"device": torch.device("cuda"), "optim": args.optim, "max_steps": args.max_steps, "deepspeed": None}
