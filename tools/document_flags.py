@@ -11,6 +11,18 @@ changed ends this program until its translation does too.
 from __future__ import annotations
 
 import argparse
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of a program that takes no flags but --help."""
+    return argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # answered before torch has loaded
+
 import dataclasses
 import enum
 import importlib
@@ -292,9 +304,7 @@ def documents() -> list[tuple[Path, Callable[[str], str]]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    ).parse_args(argv)
+    parser().parse_args(argv)
     root = Path(__file__).resolve().parent.parent
     try:
         for path, renew in documents():
