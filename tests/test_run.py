@@ -171,7 +171,7 @@ def test_nothing_but_the_log_is_said(words):
 
 
 def test_an_error_is_said_by_the_first_process_of_a_machine_or_by_the_one_that_failed_alone(monkeypatch, capsys):
-    from stagewise import run
+    from stagewise import first_look, run
 
     slept = []
 
@@ -180,7 +180,7 @@ def test_an_error_is_said_by_the_first_process_of_a_machine_or_by_the_one_that_f
         slept.append(seconds)
 
     monkeypatch.setattr(run.time, "sleep", sleep)
-    for rank, waits in ((None, []), ("0", []), ("3", [run.ALONE])):
+    for rank, waits in ((None, []), ("0", []), ("3", [first_look.ALONE])):
         slept.clear()
         monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
         run.say_error("--data_file no.jsonl: no such file")
