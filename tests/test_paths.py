@@ -22,7 +22,7 @@ NO_PATHS |= {"overwrite_output_dir", "overwrite_cache", "on_bad_record", "save_o
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
     monkeypatch.delenv("NOTSET", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -30,11 +30,11 @@ def home(tmp_path, monkeypatch):
 
 
 def test_home_and_variables_are_expanded(home):
-    assert expanded("~/a", "--x") == f"{home}/home/a"
+    assert expanded("~/a", "--x") == f"{home}/user/a"
     assert expanded("$DATA/a", "--x") == f"{home}/data/a"
     assert expanded("${DATA}b/a", "--x") == f"{home}/datab/a"
     assert expanded("a~b/c", "--x") == "a~b/c"
-    assert expanded("~/a, $DATA/b,c", "--x", several=True) == f"{home}/home/a,{home}/data/b,c"
+    assert expanded("~/a, $DATA/b,c", "--x", several=True) == f"{home}/user/a,{home}/data/b,c"
     assert expanded('{"a": "$DATA"}', "--x") == '{"a": "$DATA"}'
 
 
@@ -62,17 +62,17 @@ def test_every_flag_that_takes_a_path_expands_it(home):
         assert (flag.name in PATHS) >= (speaks and flag.name not in NO_PATHS), flag.name
         if flag.name in PATHS:
             found = flag.value(["~/a/$DATA"])
-            assert (found[0] if flag.several else found) == f"{home}/home/a/{home}/data", flag.name
+            assert (found[0] if flag.several else found) == f"{home}/user/a/{home}/data", flag.name
 
 
 def test_a_path_in_a_file_of_flags_and_in_a_list_of_sources_is_the_same(home):
-    (home / "home").mkdir()
-    (home / "home" / "sft.jsonl").write_text("{}\n")
+    (home / "user").mkdir()
+    (home / "user" / "sft.jsonl").write_text("{}\n")
     (home / "flags").mkdir()
     Path("flags/run.yaml").write_text("model_name_or_path: m\ntrain_file_dir: ~/sft.jsonl\n")
     data = parse(early_flags("reward_modeling"), ["flags/run.yaml"])[1]
-    assert data.train_file_dir == f"{home}/home/sft.jsonl"
-    Path("flags/sources.yaml").write_text("- path: ~/sft.jsonl\n- path: home\n")
+    assert data.train_file_dir == f"{home}/user/sft.jsonl"
+    Path("flags/sources.yaml").write_text("- path: ~/sft.jsonl\n- path: user\n")
     with pytest.raises(ArgumentError, match="belongs to both"):
         find_sources("flags/sources.yaml", None, RECORD_FILES, "--train_file_dir")
     Path("flags/sources.yaml").write_text("- path: $HOME/sft.jsonl\n")  # relative to where the program was started
