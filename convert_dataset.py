@@ -21,6 +21,7 @@ from typing import Any
 from loguru import logger
 from tqdm import tqdm
 
+from stagewise.bad_records import with_those_behind
 from stagewise.blocks import COMPRESSED, suffixes_of
 from stagewise.conversation import (
     Conversation,
@@ -32,7 +33,7 @@ from stagewise.conversation import (
     parse_text,
 )
 from stagewise.json_lines import json_bytes
-from stagewise.json_values import CutError, Line
+from stagewise.json_values import CutError, Line, parsed
 from stagewise.paths import path_of
 from stagewise.readers import READERS, read_file
 from stagewise.records import Account, write_rejected
@@ -178,13 +179,18 @@ def convert(
         part, refused = Path(folder, "out"), Path(folder, "rejected")
         with part.open("wb") as out, _progress(in_file) as bar:
             lines: Iterable[Line] = read_file(in_file, in_file.name, bar.update, kind)
-            for line in _whole_records(lines, account, _cut_row(in_file, kind)) if recover else lines:
+            if recover:
+                lines = _whole_records(lines, account, _cut_row(in_file, kind))
+            lines = iter(lines)
+            for line in lines:
                 account.read += 1
                 try:
                     converted = line.parsed(CONVERTERS[data_type])
                 except RecordError as error:
+                    if isinstance(error, CutError) and on_bad_record == "error":
+                        raise  # --recover is the way out
                     if on_bad_record == "error":
-                        raise
+                        raise with_those_behind(error, parsed(lines, CONVERTERS[data_type])) from error.__cause__
                     account.leave_out(error.reason)
                     write_rejected(refused, error, line.as_read())
                     continue

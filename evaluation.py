@@ -34,7 +34,8 @@ from accelerate import PartialState
 from loguru import logger
 
 from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
-from stagewise.conversation import RecordError, parse_conversation, parse_preference
+from stagewise.bad_records import WAY_OUT, check_share, too_long_line
+from stagewise.conversation import RecordError, TooLongError, parse_conversation, parse_preference
 from stagewise.evaluation_answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
 from stagewise.evaluation_benchmarks import Benchmarks
 from stagewise.evaluation_compare import METRICS, PARTS, write_comparison
@@ -85,20 +86,31 @@ def rejected_of(job: Job) -> Path | None:
 def prepared(
     job: Job, records: Sequence[Record], account: Account, prepare: Callable[[Record], tuple[Prepared, bool]]
 ) -> list[Prepared]:
-    """Records as the model takes them; those that do not fit it end the program, or are counted and left out."""
-    found = []
+    """Records as the model takes them; those that are too long for it are left out and counted.
+
+    Raises:
+        RecordError: for another record that can't be taken, unless --on_bad_record skip counts that as well.
+        ArgumentError: where more are too long than fit, or none is left.
+    """
+    found, first_too_long = [], None
     for record in records:
         try:
             ready, cut = prepare(record)
         except RecordError as error:
-            if job.args.on_bad_record == "error":
-                raise
+            if isinstance(error, TooLongError):
+                first_too_long = first_too_long or error
+            elif job.args.on_bad_record == "error":
+                raise error.saying(f"{error.message} ({WAY_OUT})") from error.__cause__
             account.leave_out(error.reason)
             account.kept -= 1
             write_rejected(rejected_of(job), error, account.again(error.where))
             continue
         found.append(ready)
         account.cut += cut
+    if job.args.on_bad_record == "error":
+        check_share(account.left_out, account.kept, first_too_long, "--test_file")
+    if line := too_long_line(account.left_out, account.kept):
+        logger.info(f"test: {line}")
     if not found:
         raise nothing_left(account)
     return found

@@ -16,6 +16,7 @@ from stagewise.turns import (
     Message,
     Preference,
     RecordError,
+    TooLongError,
     check_order,
     found,
     json_value,
@@ -25,7 +26,7 @@ from stagewise.turns import (
     tools_of,
 )
 
-__all__ = ["ANSWERS", "QUESTIONS", "ROLES", "Conversation", "Message", "Preference", "RecordError"]
+__all__ = ["ANSWERS", "QUESTIONS", "ROLES", "Conversation", "Message", "Preference", "RecordError", "TooLongError"]
 
 # form of record → (what it is called, the scripts that read it)
 FORMS = {

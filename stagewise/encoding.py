@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stagewise.arguments import ArgumentError
-from stagewise.conversation import Conversation, Message, Preference, RecordError
+from stagewise.conversation import Conversation, Message, Preference, RecordError, TooLongError
 from stagewise.examples import IGNORE_INDEX as IGNORE_INDEX
 from stagewise.examples import Encoded, Example, PreferenceExample, Row
 from stagewise.own_template import AnyTemplate as AnyTemplate
@@ -100,7 +100,7 @@ class ConversationEncoder(_ByPieces):
             first = turns.answers.index(True)
             question = sum(map(self._encoder.at_least, turns.texts[:first]))
             if self.truncation_side == "right" and question >= self.max_length and not any(turns.learned[:first]):
-                return self._nothing_left(conversation.where, turns.learned[: first + 1])
+                return self._no_room(conversation.where, turns.learned[: first + 1])
             return _Work(conversation, turns, [])
         why = "every answer has weight 0" if any(turns.answers) else "the conversation holds no answer to learn from"
         return RecordError(conversation.where, "nothing learned", why)
@@ -138,14 +138,21 @@ class ConversationEncoder(_ByPieces):
                 return error
         row = _row(work.ids[:keep], learned, where, self.max_length)
         if not any(end > max(start, 1) for start, end in zip(row.spans[::2], row.spans[1::2], strict=True)):
-            return self._nothing_left(where, learned)
+            if keep == len(turns.texts) and length <= self.max_length and not shortened:
+                why = (
+                    "the last answer has weight 0, and --mask_history learns no other"
+                    if self.mask_history
+                    else ("the answers hold no token")
+                )
+                return RecordError(where, "nothing learned", why)
+            return self._no_room(where, learned)
         lost = any(turns.answers[keep:]) or (self.train_on_inputs and keep < len(turns.texts))
         return Encoded("Example", [(row,)], shortened or length > self.max_length or lost)
 
-    def _nothing_left(self, where: str, learned: Sequence[bool]) -> RecordError:
+    def _no_room(self, where: str, learned: Sequence[bool]) -> TooLongError:
         why = "the first question alone fills" if any(learned) else "nothing that is learned stays within"
-        return RecordError(where, "nothing learned", f"{why} the limit of {self.max_length} tokens, no token of an "
-                           "answer is left; raise --model_max_length")  # fmt: skip
+        return TooLongError(where, "no room for an answer", f"{why} the limit of {self.max_length} tokens, no token "
+                            "of an answer is left; raise --model_max_length")  # fmt: skip
 
     def _shortened(self, conversation: Conversation) -> "_Work":
         """The conversation without its first exchanges, encoded."""
@@ -313,8 +320,8 @@ def _prompt(template: AnyTemplate, conversation: Conversation, limit: int, at_le
             if length <= limit:
                 return pieces, prompt
             if later is None:
-                raise RecordError(conversation.where, "prompt too long", f"the last question alone has {length} "
-                                  f"tokens, the limit is {limit}; raise --max_source_length")  # fmt: skip
+                raise TooLongError(conversation.where, "prompt too long", f"the last question alone has {length} "
+                                   f"tokens, the limit is {limit}; raise --max_source_length")  # fmt: skip
         messages = messages[later:]
 
 
@@ -331,7 +338,7 @@ def _pair(
     asked, prompt = yield from _prompt(template, preference.prompt, max_source_length, at_least)
     cut = prompt.messages != preference.prompt.messages
     first, prompt_ids = len(asked), _joined(asked)
-    rows = []
+    rows, shortened = [], False
     for answer in (preference.chosen, preference.rejected):
         turns = turns_of(template.segments, replace(prompt, messages=(*prompt.messages, *answer)))
         last = max(number for number, answers in enumerate(turns.answers) if answers) + 1
@@ -339,19 +346,24 @@ def _pair(
         if _joined(ids[:first]) != prompt_ids:
             raise RecordError(where, "inexact cut", "the prompt's tokens change when an answer follows")
         keep, length = whole_turns(turns.answers[first:last], map(len, ids[first:]), max_target_length)
-        cut = cut or length > max_target_length or first + keep < last
+        shortened = shortened or length > max_target_length or first + keep < last
         learned = [False] * first + turns.learned[first : first + keep]
         row = _row(ids[: first + keep], learned, where, len(prompt_ids) + max_target_length)
+        if not row.spans and any(turns.learned[first + keep :]):
+            raise TooLongError(where, "answers too long", f"no turn that is learned stays within the limit of "
+                               f"{max_target_length} tokens; raise --max_target_length")  # fmt: skip
         if not row.spans:
             raise RecordError(where, "nothing learned", "every turn of an answer has weight 0")
         if ending is not None:
             text = "".join(turns.texts[: first + keep])
             row = yield from _as_one_text(row, text, ending, len(prompt_ids), max_target_length, length)
         rows.append(row)
+    if rows[0].ids == rows[1].ids and shortened:
+        raise TooLongError(where, "answers too long", f"both answers begin with the same {max_target_length} or fewer "
+                           "tokens and differ only behind the limit; raise --max_target_length")  # fmt: skip
     if rows[0].ids == rows[1].ids:
-        raise RecordError(where, "answers alike", f"both answers are the same {max_target_length} or fewer tokens; "
-                          "raise --max_target_length if they differ later")  # fmt: skip
-    return Encoded("PreferenceExample", [tuple(rows)], cut)
+        raise RecordError(where, "answers alike", "both answers are the same tokens")
+    return Encoded("PreferenceExample", [tuple(rows)], cut or shortened)
 
 
 def _as_one_text(row: Row, text: str, ending: Ending, prompt: int, limit: int, length: int) -> Asking:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stagewise.conversation import Conversation, RecordError, prompt_of
+from stagewise.conversation import Conversation, RecordError, TooLongError, prompt_of
 from stagewise.decoding import settled_rotations
 from stagewise.encoding import IGNORE_INDEX, ConversationEncoder, Example
 from stagewise.evaluation_text import bleu_counts, language_of, rouge
@@ -70,7 +70,10 @@ class QuestionEncoder:
         try:
             self.speaker.encode(prompt, self.max_new_tokens)
         except SpeakerError as error:
-            raise RecordError(where, "question too long", str(error).removeprefix(f"{where}: ")) from error
+            message = str(error).removeprefix(f"{where}: ")
+            if isinstance(error.__cause__, TooLongError):
+                raise TooLongError(where, "question too long", message) from error
+            raise RecordError(where, getattr(error.__cause__, "reason", "question refused"), message) from error
         example, cut = self.encoder(conversation)
         return Question(prompt, reference, example), cut
 

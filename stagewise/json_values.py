@@ -41,6 +41,15 @@ class Line(NamedTuple):
         return json.dumps(self.value, ensure_ascii=False, default=str)
 
 
+def parsed(lines: Iterable[Line], parse: Callable[[dict[str, Any], str], T]) -> Iterator[T | RecordError]:
+    """Each line's record as `parse` makes it, or the RecordError that says why there is none."""
+    for line in lines:
+        try:
+            yield line.parsed(parse)
+        except RecordError as error:
+            yield error
+
+
 class CutError(RecordError):
     """The file ends in the middle of a record: `lost` bytes, of the unpacked file, belong to no whole record."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -22,7 +23,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from stagewise.arguments import ArgumentError
-from stagewise.conversation import RecordError
+from stagewise.bad_records import WAY_OUT, check_share
+from stagewise.conversation import RecordError, TooLongError
 from stagewise.examples import Encoded, Example, Row
 from stagewise.packing import pack
 from stagewise.preparation import Encoder
@@ -265,8 +267,8 @@ class Lane:
             if isinstance(encoded, RecordError):
                 raise encoded
         except RecordError as error:
-            if not self.recipe.skip:
-                raise
+            if not (self.recipe.skip or isinstance(error, TooLongError)):
+                raise error.saying(f"{error.message} ({WAY_OUT})") from error.__cause__
             window.refused.append(Refusal(share.source, error, line.as_read()))
             return
         window.add(share.source, encoded)
@@ -293,14 +295,15 @@ class Lane:
             yield LaneRow([window.rows[index].example() for index in row], self.number, state, refused)
 
     def _check_hope(self, window: Window, most: int) -> None:
+        if not self.recipe.skip and len(window.refused) >= HOPELESS_PASS:
+            reasons = Counter(refusal.error.reason for refusal in window.refused)
+            check_share(reasons, len(window.kept), window.refused[0].error, "--train_file_dir")
         if len(window.refused) < most:
             return
-        reasons: dict[str, int] = {}
-        for refusal in window.refused:
-            reasons[refusal.error.reason] = reasons.get(refusal.error.reason, 0) + 1
+        reasons = Counter(refusal.error.reason for refusal in window.refused)
         raise ArgumentError(
-            f"--on_bad_record skip: {len(window.refused)} records were left out where {len(window.kept)} were kept "
-            f"({reasons}), the last at {window.refused[-1].error}"
+            f"--train_file_dir: {len(window.refused):,} records were left out where {len(window.kept)} were kept "
+            f"({dict(reasons)}), the last at {window.refused[-1].error}"
         )
 
 

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from stagewise.arguments import ArgumentError
-from stagewise.conversation import RecordError
+from stagewise.bad_records import check_share, remedy, with_those_behind
+from stagewise.conversation import RecordError, TooLongError
 from stagewise.examples import Encoded, Examples, ExampleWriter
 from stagewise.records import Account, check_on_bad_record, write_rejected
 
@@ -60,7 +61,8 @@ def encode_all(
     Args:
         encode: makes the examples, all of one kind.
         account: records that give a RecordError leave `account.kept`, as in load_records.
-        on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`.
+        on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`; a
+            TooLongError is counted and written in either case.
         num_workers: processes that encode; 1 is this one, with threads on its cores; None is one a core, at most
             four, for more than a few hundred records on Linux.
         alone: whether the run's other processes on this machine wait, so that all cores are this one's.
@@ -68,19 +70,23 @@ def encode_all(
         quiet: no bar.
 
     Raises:
-        RecordError, and ArgumentError where no record is left.
+        RecordError, and ArgumentError where no record is left, or more are too long than fit and none may be skipped.
     """
     check_on_bad_record(on_bad_record)
     writer, seen, found = ExampleWriter(folder), 0, Account()
+    first_too_long: RecordError | None = None
     total = len(records) if hasattr(records, "__len__") else None
     quiet = quiet or os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
     with tqdm(total=total, desc=description, unit=" records", disable=quiet, leave=False) as bar:
-        for record, outcome in _outcomes(iter(records), encode, num_workers, _cores(alone)):
+        outcomes = _outcomes(iter(records), encode, num_workers, _cores(alone))
+        for record, outcome in outcomes:
             seen += 1
             bar.update()
             if isinstance(outcome, RecordError):
-                if on_bad_record == "error":
-                    raise outcome
+                if isinstance(outcome, TooLongError):
+                    first_too_long = first_too_long or outcome
+                elif on_bad_record == "error":
+                    raise with_those_behind(outcome, (other for _, other in outcomes))
                 found.leave_out(outcome.reason)
                 write_rejected(rejected_path, outcome, raw(outcome.where) if raw else repr(record))
                 continue
@@ -90,9 +96,12 @@ def encode_all(
     account.cut += found.cut
     account.kept -= sum(found.left_out.values())
     account.leave_out_as(found)
+    if on_bad_record == "error":
+        check_share(found.left_out, seen - sum(found.left_out.values()), first_too_long, description)
     examples = writer.finish()
     if not len(examples):
-        raise ArgumentError(f"{description}: none of the {seen} records is left: {found.reasons()}")
+        why = found.reasons() + remedy(found.left_out)
+        raise ArgumentError(f"{description}: none of the {seen} records is left: {why}")
     return examples
 
 

@@ -14,9 +14,10 @@ from typing import Any, Generic, TypeVar
 from loguru import logger
 
 from stagewise.arguments import ArgumentError
+from stagewise.bad_records import with_those_behind
 from stagewise.blocks import suffixes_of
 from stagewise.conversation import RecordError
-from stagewise.json_values import Line
+from stagewise.json_values import Line, parsed
 from stagewise.readers import file_names, read_file
 from stagewise.tables import present
 
@@ -168,8 +169,8 @@ class Records(Generic[T]):
     Args:
         source: a list of files, or a set as read_dataset gives it.
         parse: record, where → parsed record; raises RecordError.
-        on_bad_record: "error" raises the first RecordError; "skip" counts it and appends {"where", "reason",
-            "message", "raw"} to `rejected_path`.
+        on_bad_record: "error" raises the first RecordError, which says how many follow; "skip" counts it and appends
+            {"where", "reason", "message", "raw"} to `rejected_path`.
         max_samples: counts kept records; −1 takes all.
         names: what the files are called in messages; default: file_names.
         seen: what was read before (see content_key): records that are in it are left out as "duplicate", others added.
@@ -201,7 +202,8 @@ class Records(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         account, kept = self.account, 0
-        for place, line in enumerate(self.lines()):
+        lines = self.lines()
+        for place, line in enumerate(lines):
             if 0 <= self.max_samples <= kept:
                 break
             account.read += 1
@@ -209,7 +211,7 @@ class Records(Generic[T]):
                 record = line.parsed(self.parse)
             except RecordError as error:
                 if not self.skip:
-                    raise
+                    raise with_those_behind(error, parsed(lines, self.parse)) from error.__cause__
                 account.leave_out(error.reason)
                 write_rejected(self.rejected_path, error, line.as_read())
                 continue
@@ -257,7 +259,7 @@ def load_records(
 
 def nothing_left(account: Account) -> ArgumentError:
     """The error for an account without a kept record."""
-    files, why = ", ".join(account.files) or "the set", account.left_out or "the files are empty"
+    files, why = ", ".join(account.files) or "the set", account.reasons() or "the files are empty"
     return ArgumentError(f"no record is left of the {account.read} read from {files}: {why}")
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from loguru import logger
 
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
+from stagewise.bad_records import check_share, too_long_line
 from stagewise.cache import CacheWriter, cache_path, copy_rejected, read_cache, write_cache
 from stagewise.control_tokens import control_line, watched
 from stagewise.data_summary import Summary, measure, summarise
@@ -331,7 +332,7 @@ class SplitReader:
                 f"{name}: {account.read} records read, {account.kept} kept, {left_out} left out, "
                 f"{account.cut} cut short"
             )
-            if line := control_line(account):
+            for line in filter(None, (too_long_line(account.left_out, account.kept, limits), control_line(account))):
                 logger.info(f"{name}: {line}")
             if examples := getattr(splits, name):
                 splits.summary[name] = summarise(measure(examples), account.kept, account.cut, limits)
@@ -340,7 +341,11 @@ class SplitReader:
 
     def _say_first(self, splits: Splits, limits: dict[str, int]) -> None:
         """Of a stream the first records are looked at before training begins."""
-        examples, account, _ = splits.train.first(FIRST, FIRST_TOKENS)
+        examples, account, refused = splits.train.first(FIRST, FIRST_TOKENS)
+        if self.data.on_bad_record == "error" and refused:
+            check_share(account.left_out, account.kept, refused[0], "--train_file_dir, the first records")
+        if line := too_long_line(account.left_out, account.kept, limits):
+            logger.info(f"train, the first records: {line}")
         if examples:
             splits.train.measures = measure(examples)
             splits.summary["train"] = found = summarise(

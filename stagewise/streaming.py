@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import TrainingArguments
 
 from stagewise.arguments import ArgumentError
+from stagewise.bad_records import too_long_line
 from stagewise.conversation import RecordError
 from stagewise.data_summary import Measures
 from stagewise.examples import Example, Examples, ExampleWriter
@@ -173,6 +174,8 @@ class RecordStream(IterableDataset):
             dist.all_gather_object(others, states)
             states = [state for process in others for state in process]
         self.account.settle(states)
+        if line := too_long_line(self.account.entry["left_out"], self.account.entry["kept"]):
+            logger.info(f"train: {line}")
         if not finished or self.rank:
             return
         for path in sorted(self.folder.glob("rejected-[0-9]*.jsonl")):

@@ -27,6 +27,15 @@ BEFORE = {
 }
 
 
+# The reason of a record that is only too long → what keeps it.
+TOO_LONG = {
+    "no room for an answer": "a larger --model_max_length",
+    "prompt too long": "a larger --max_source_length",
+    "answers too long": "a larger --max_target_length",
+    "question too long": "a smaller --max_new_tokens, or a longer context,",
+}
+
+
 class RecordError(ValueError):
     """A record that can't be used: `where` is "file:line", `reason` the short slug it is counted under."""
 
@@ -36,6 +45,15 @@ class RecordError(ValueError):
 
     def __reduce__(self):  # exceptions with several arguments don't cross processes by themselves
         return type(self), (self.where, self.reason, self.message)
+
+    def saying(self, message: str) -> "RecordError":
+        """This error with another message."""
+        self.message, self.args = message, (f"{self.where}: {message}",)
+        return self
+
+
+class TooLongError(RecordError):
+    """A sound record that the length limits leave nothing of; its reason is one of TOO_LONG."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ LAYERS = [
         "only_shown",
     },
     {
+        "bad_records",
         "json_values",
         "tables",
         "readers",

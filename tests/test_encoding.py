@@ -18,6 +18,7 @@ from stagewise.conversation import (
     Message,
     Preference,
     RecordError,
+    TooLongError,
     parse_conversation,
     parse_preference,
     prompt_of,
@@ -279,9 +280,12 @@ def test_mask_history_learns_what_follows_the_last_question_that_is_kept(spellin
     asked = talk("a", "b", "c", "d", "e")  # the last question that was answered
     example, _ = encode_conversation(tokenizer, template, asked, 9999, mask_history=True)
     assert answers(tokenizer, example) == [["d", "<|im_end|>"]]
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(RecordError, match="the last answer has weight 0") as caught:
         encode_conversation(tokenizer, template, marked(conversation, 5), 9999, mask_history=True)
-    assert caught.value.reason == "nothing learned"
+    assert (type(caught.value), caught.value.reason) == (RecordError, "nothing learned")
+    # the first answer has weight 0, the second is behind the limit: a larger limit keeps the record
+    with pytest.raises(TooLongError, match="nothing that is learned stays within the limit of 30"):
+        encode_conversation(tokenizer, template, marked(talk("a", "b", "c", "d"), 1), 30)
 
 
 def test_mask_history_learns_all_turns_behind_the_last_question(spelling):
@@ -341,6 +345,9 @@ def test_a_question_that_fills_the_limit_is_a_record_error(spelling):
         RecordError, match=r"a\.jsonl:7: the first question alone fills .* 20 tokens.*--model_max_length"
     ):
         encode_conversation(tokenizer, template, talk("a", "b"), 20)
+    with pytest.raises(TooLongError) as caught:
+        encode_conversation(tokenizer, template, talk("a", "b"), 20)
+    assert caught.value.reason == "no room for an answer"
     with pytest.raises(RecordError, match="holds no answer") as caught:
         encode_conversation(tokenizer, template, talk("a"), 9999)
     assert caught.value.reason == "nothing learned"
@@ -483,7 +490,7 @@ def test_preference_limits(spelling):
         encode_preference(tokenizer, template, preference, len(last) - 1, 3)
     with pytest.raises(RecordError, match=r"the same 3 or fewer tokens.*--max_target_length") as caught:
         encode_preference(tokenizer, template, Preference(talk("c"), said("yes!"), said("yes?")), 9999, 3)
-    assert caught.value.reason == "answers alike"
+    assert (type(caught.value), caught.value.reason) == (TooLongError, "answers too long")
 
 
 def test_an_answer_of_several_turns_loses_whole_turns(spelling):

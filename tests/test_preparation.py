@@ -54,7 +54,7 @@ def encode(tokenizer, template):
 
 @pytest.fixture
 def records():
-    """Forty conversations whose answers grow; the question of one fills the limit."""
+    """Forty conversations whose answers grow; the question of one fills the limit, which is no error."""
     made = [talk("a", "b" * n, where=f"a.jsonl:{n + 1}") for n in range(1, 41)]
     made[7] = talk("a" * 99, "b", where="a.jsonl:9")
     return made
@@ -76,13 +76,23 @@ def test_what_is_cut_and_left_out_is_counted(records, encode, tokenizer, templat
     assert all(isinstance(example, Example) and len(example.input_ids) <= 50 for example in examples)
     cut = sum(prompt + len(tokenizer("b" * n)["input_ids"]) + 1 > 50 for n in range(1, 41) if n != 8)
     assert cut > 3
-    assert (account.read, account.kept, account.cut, account.left_out) == (40, 39, cut, {"nothing learned": 1})
+    assert (account.read, account.kept, account.cut, account.left_out) == (40, 39, cut, {"no room for an answer": 1})
     entry = json.loads(rejected.read_text())
-    assert (entry["where"], entry["reason"], entry["raw"]) == ("a.jsonl:9", "nothing learned", "read at a.jsonl:9")
+    assert (entry["where"], entry["reason"], entry["raw"]) == (
+        "a.jsonl:9",
+        "no room for an answer",
+        "read at a.jsonl:9",
+    )
 
 
 def test_the_first_bad_record_is_raised(records, encode):
-    with pytest.raises(RecordError, match=r"^a\.jsonl:9: "):
+    """The one before it is only too long; behind it stand 29 others, one of them bad for the same reason."""
+    records[10] = records[20] = talk("a", where="a.jsonl:11")
+    message = (
+        r"^a\.jsonl:11: the conversation holds no answer to learn from \(of the next 29 records 1 are bad as well, "
+        r"1 of them for the same reason; --on_bad_record skip leaves such records out and counts them\)$"
+    )
+    with pytest.raises(RecordError, match=message):
         encode_all(records, encode, account=account_of(records))
 
 
@@ -94,9 +104,32 @@ def test_threads_and_processes_give_what_one_call_a_record_gives(workers, many, 
     given = encode if many else OneByOne(encode)
     found = encode_all(iter(records), given, account=account, on_bad_record="skip", num_workers=workers)
     assert list(found) == [encode(record)[0] for record in records if record.where != "a.jsonl:9"]
-    assert account.left_out == {"nothing learned": 1}
-    with pytest.raises(RecordError, match=r"^a\.jsonl:9: "):
+    assert account.left_out == {"no room for an answer": 1}
+    account = account_of(records)
+    assert encode_all(records, given, account=account, num_workers=workers) == found  # no error without "skip" either
+    assert account.left_out == {"no room for an answer": 1}
+    records[4] = talk("a", where="a.jsonl:5")
+    with pytest.raises(RecordError, match=r"^a\.jsonl:5: .*none of the next 35 records is bad"):
         encode_all(records, given, account=account_of(records), num_workers=workers)
+
+
+def test_more_records_that_are_too_long_than_fit_are_an_error_unless_skipped(encode, tmp_path):
+    fits, long = talk("a", "b", where="a:1"), [talk("a" * 99, "b", where=f"a:{n}") for n in (2, 3)]
+    account = account_of([0] * 2)
+    assert len(encode_all([fits, long[0]], encode, account=account)) == 1  # a half is not more than a half
+    with pytest.raises(ArgumentError) as caught:
+        encode_all([fits, *long], encode, account=account_of([0] * 3), description="encode train")
+    assert str(caught.value) == (
+        "encode train: 2 of 3 records (66.7%) are too long (2 no room for an answer), the first: a:2: the first "
+        "question alone fills the limit of 50 tokens, no token of an answer is left; raise --model_max_length. Give a "
+        "larger --model_max_length, or --on_bad_record skip to go on with the 1 that fit"
+    )
+    account = account_of([0] * 3)
+    assert len(encode_all([fits, *long], encode, account=account, on_bad_record="skip")) == 1
+    assert (account.kept, account.left_out) == (1, {"no room for an answer": 2})
+    for how in ("skip", "error"):
+        with pytest.raises(ArgumentError, match="a larger --model_max_length"):
+            encode_all(long, encode, account=account_of(long), on_bad_record=how)
 
 
 def test_an_iterator_is_not_read_far_ahead(encode, monkeypatch):

@@ -20,7 +20,7 @@ from encoders import OneByOne
 from launching import environment, python, run, torchrun
 
 from stagewise.arguments import ArgumentError, DataArguments, LanguageModelArguments
-from stagewise.conversation import RecordError
+from stagewise.conversation import RecordError, TooLongError
 from stagewise.examples import Example
 from stagewise.lanes import Lane, LaneState, Recipe
 from stagewise.scanning import PIECE, Files, Position, piece_size
@@ -42,6 +42,8 @@ def write(path, numbers, text=lambda number: "x" * (1 + number % 7)):
 def parse(record, where):
     if record.get("text") == "bad":
         raise RecordError(where, "bad text", "the text is bad")
+    if record.get("text") == "long":
+        raise TooLongError(where, "prompt too long", "the prompt is too long")
     return record, where
 
 
@@ -268,8 +270,20 @@ def test_the_account_counts_what_was_taken_kept_and_left_out(tmp_path):
     for row in rows:
         account = row.state.accounts[0]
         assert account.read == account.kept + sum(account.left_out.values())
-    with pytest.raises(RecordError, match="a.jsonl:4: the text is bad"):
+    with pytest.raises(RecordError, match=r"a.jsonl:4: the text is bad \(--on_bad_record skip leaves such"):
         list(islice(Lane(recipe(path), 0), 40))
+
+
+def test_a_record_that_is_too_long_is_counted_and_no_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", range(40), text=lambda number: "long" if number % 10 == 3 else "xyz")
+    rows = first_pass(recipe(path), 0)
+    account = rows[-1].state.accounts[0]
+    assert (account.read, account.kept, account.left_out) == (40, 36, {"prompt too long": 4})
+    assert sum(len(row.refused) for row in rows) == 4
+    longer = write(tmp_path / "b.jsonl", range(300), text=lambda number: "xyz" if number < 50 else "long")
+    with pytest.raises(ArgumentError, match=r"--train_file_dir: .* are too long .*a larger --max_source_length"):
+        list(islice(Lane(recipe(longer), 0), 60))
+    assert len(list(islice(Lane(recipe(longer, skip=True), 0), 60))) == 60
 
 
 def test_sources_are_drawn_by_weight_each_with_its_own_passes(tmp_path):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stagewise.arguments import ModelArguments
 from stagewise.attention import SHIFTED, known_to_pack
+from stagewise.bad_records import too_long_line
 from stagewise.control_tokens import control_line
 from stagewise.data_summary import (
     UNITS,
@@ -71,7 +72,7 @@ def account_lines(shown: Shown, split: str) -> list[str]:
         f"{account.cut:,} cut"
     ]
     lines += [f"  left out: {count:,} {reason}" for reason, count in account.left_out.items()]
-    lines += filter(None, [control_line(account)])
+    lines += filter(None, [too_long_line(account.left_out, account.kept), control_line(account)])
     for source in account.sources:
         asked = "" if source["weight"] is None else f" (weight {source['weight']:.1%})"
         lines.append(

@@ -100,6 +100,7 @@ from typing import Any
 from loguru import logger
 
 from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, LanguageModelArguments
+from stagewise.bad_records import remedy
 from stagewise.command_line import Given, parse
 from stagewise.conversation import RecordError
 from stagewise.data_summary import measure, summarise
@@ -182,7 +183,8 @@ def first_of_stream(splits: Splits, limit: int) -> list[RecordError]:
     """Puts the first records of a stream in its place; returns what was wrong with others on the way."""
     examples, account, refused = splits.train.first(STREAMED if limit == -1 else limit)
     if not examples:
-        raise ArgumentError(f"--on_bad_record skip: none of the first {account.read} records is left")
+        why = account.reasons() + remedy(account.left_out)
+        raise ArgumentError(f"--train_file_dir: none of the first {account.read} records is left: {why}")
     limits = splits.summary["train"].limits if "train" in splits.summary else None
     splits.summary["train"] = summarise(measure(examples), account.kept, account.cut, limits, streamed=True)
     account.files = [file for files in splits.accounts["train"].files for file in files]
