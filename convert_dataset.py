@@ -32,6 +32,7 @@ from stagewise.conversation import (
     parse_preference,
     parse_text,
 )
+from stagewise.data_files import trouble_with
 from stagewise.json_lines import json_bytes
 from stagewise.json_values import CutError, Line, parsed
 from stagewise.paths import path_of
@@ -281,8 +282,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     source, target = args.in_file, args.out_file
-    if not source.is_file():
+    if not os.path.lexists(source):
         parser.error(f"--in_file: there is no file {str(source)!r}")
+    if trouble := trouble_with(source):
+        sys.exit(f"convert_dataset.py: --in_file: {source}: {trouble}")
     if target.is_dir():
         parser.error(f"--out_file: {target} is a folder, name a file in it")
     if target.suffix.lower() in (*COMPRESSED, *READERS) and target.suffix.lower() not in (".jsonl", ".json"):

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from stagewise.blocks import suffixes_of
 from stagewise.conversation import Conversation, RecordError, form_of, parse_prompt
+from stagewise.data_files import trouble_with
 from stagewise.json_lines import json_bytes
 from stagewise.readers import RECORD_FILES, read_file
 from stagewise.speaker import SpeakerError
@@ -51,8 +52,10 @@ def read_prompts(file: str | Path, field: str, system: str | None = None, *, ski
             already which an answer would be written over.
     """
     path = Path(file)
-    if not path.is_file():
-        raise SpeakerError(f"--data_file {file}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
+    if path.is_dir():
+        raise SpeakerError(f"--data_file {file}: is a folder; give a file")
+    if trouble := trouble_with(path):
+        raise SpeakerError(f"--data_file {file}: {trouble}")
     kind = suffixes_of(path)[0]
     if kind != ".txt" and kind not in RECORD_FILES:
         raise SpeakerError(f"--data_file {file}: expected {', '.join(RECORD_FILES)} or .txt (a question a line)")

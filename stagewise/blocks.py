@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from stagewise.data_files import FileError, open_file
+
 BLOCK = 1 << 20
 MAX_RECORD = 64 << 20  # bytes; a record is held in memory several times over while it is read
 MAX_KEPT = 100_000  # bytes of a line beyond MAX_RECORD, or of what can't be read, that rejected.jsonl shows
@@ -41,12 +43,13 @@ def suffixes_of(path: Path) -> tuple[str, str]:
 def read_blocks(path: Path, progress: Callable[[int], None] | None = None) -> Iterator[bytes]:
     """The unpacked bytes of a file. `progress` is told how many bytes of the file itself have been read since.
 
-    Raises BrokenStream where a packed file is cut short or damaged, after all that stands before.
+    Raises BrokenStream where a packed file is cut short or damaged, after all that stands before, and FileError for
+    what can't be read.
     """
     packed = suffixes_of(path)[1]
-    with path.open("rb") as raw:
+    with open_file(path) as raw:
         read: Callable[[int], bytes] = raw.read
-        errors: tuple[type[Exception], ...] = ()
+        errors: tuple[type[Exception], ...] = (OSError,)
         if packed == ".gz":
             # read1 gives what is unpacked so far; read would lose it when the end turns out to be missing.
             read, errors = gzip.GzipFile(fileobj=raw).read1, (EOFError, OSError, zlib.error)
@@ -59,6 +62,8 @@ def read_blocks(path: Path, progress: Callable[[int], None] | None = None) -> It
             try:
                 block = read(BLOCK)
             except errors as error:
+                if not packed:
+                    raise FileError(f"{path}: can't be read: {error.strerror}") from error
                 if packed == ".zst":
                     yield from _before_the_break(path, done)
                 raise BrokenStream(f"the {packed} file is cut short or damaged ({error})") from error
@@ -72,13 +77,13 @@ def read_blocks(path: Path, progress: Callable[[int], None] | None = None) -> It
 
 
 def split_lines(blocks: Iterable[bytes]) -> Iterator[RawLine]:
-    """The lines of `blocks`, ended by a newline; a byte-order mark at the start is left out.
+    """The lines of `blocks`, ended by a newline, or by CR where that is all there is; without a byte-order mark.
 
     Of a line longer than MAX_RECORD only the beginning is held and given.
     """
     number, pending, size, problem = 0, [], 0, None
     try:
-        for block in without_mark(blocks):
+        for block in with_newlines(without_mark(blocks)):
             first, *others = block.split(b"\n")
             if size <= MAX_RECORD:
                 pending.append(first)
@@ -120,6 +125,25 @@ def _line(number: int, parts: list[bytes], size: int, ended: bool, problem: str 
     if size > MAX_RECORD:
         return RawLine(number, data[:MAX_KEPT], ended, "long")
     return RawLine(number, data, ended, problem)
+
+
+def ends_with_cr(start: bytes) -> bool:
+    """Whether the lines of a file that begins like this end in CR alone, as on Macs before 2001."""
+    return b"\n" not in start and b"\r" in start.rstrip(b"\r")  # one at the end may be half of a CRLF
+
+
+def with_newlines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """`blocks`, in which CR becomes a newline where the lines end in CR alone."""
+    translated = None
+    for block in blocks:
+        if translated is None:
+            translated = ends_with_cr(block)
+        yield block.replace(b"\r", b"\n") if translated else block
+
+
+def is_wide(start: bytes) -> bool:
+    """Whether a file that begins like this is UTF-16 or UTF-32, or no text at all."""
+    return start.startswith(WIDE_BOMS) or start[:64].count(0) * 4 >= max(len(start[:64]), 1)
 
 
 def without_mark(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ from stagewise.turns import (
     check_order,
     found,
     json_value,
+    one_of,
     optional_text,
     read_turns,
     text,
@@ -204,8 +205,9 @@ def _asked(record: dict[str, Any], where: str) -> tuple[list[Message], str | Non
         answers = [record.get("chosen"), record.get("rejected")]
         return *_before_answers(*_turns(record, where), system, where), answers
     if _has(record, "question"):
-        names = ("response_chosen", "response_rejected") if _has(record, "response_chosen") else ("chosen", "rejected")
-        return _exchange(record, record["question"], None, where), system, [record.get(name) for name in names]
+        names = [(f"response_{side}", side) for side in ("chosen", "rejected")]
+        answers = [one_of(record, pair, "two contents", "the record", where) for pair in names]
+        return _exchange(record, record["question"], None, where), system, answers
     if _has(record, "instruction"):
         messages = _alpaca({**record, "output": None}, where)[0]
         if not _has(record, "output"):

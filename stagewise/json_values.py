@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from stagewise.blocks import MAX_KEPT, MAX_RECORD, BrokenStream, read_blocks, without_mark
+from stagewise.strict_json import TOO_DEEP, Noting, RefusedJSON, end_of, is_deep
 from stagewise.turns import RecordError
 
 T = TypeVar("T")
@@ -189,10 +190,8 @@ class _Text:
 
 def _value(text: _Text, where: str) -> Line:
     """The next value; sets text.broken where it can't be parsed."""
-    constants: list[str] = []
-    decoder = json.JSONDecoder(parse_constant=constants.append)
+    decoder = Noting()
     while True:
-        constants.clear()
         try:
             value, end = decoder.raw_decode(text.text, text.at)
         except json.JSONDecodeError as error:
@@ -203,16 +202,25 @@ def _value(text: _Text, where: str) -> Line:
                 return Line(where, readable(text.text[text.at : text.at + MAX_KEPT]), too_long(where))
             if not text.grow():
                 return text.cut(where, str(error.msg))
-        except (ValueError, RecursionError) as error:
-            return text.stop(where, str(error))
+        except RecursionError:
+            if len(text.text) - text.at > MAX_RECORD:
+                text.broken = True
+                return Line(where, readable(text.text[text.at : text.at + MAX_KEPT]), too_long(where))
+            if end := end_of(text.text, text.at):
+                decoder.problems[:], value = [RefusedJSON(*TOO_DEEP)], None
+                break
+            if not text.grow():
+                return text.cut(where, "the record has no end")
         else:
             if end < len(text.text) or isinstance(value, (dict, list, str)) or not text.grow():
                 break  # a number could go on in the next block
     raw = text.text[text.at : end]
     text.move(end)
-    if constants:
-        reason = f"not JSON: {constants[0]} is not a JSON value; write null"
-        return Line(where, raw, RecordError(where, "broken JSON", reason))
+    if is_deep(raw, value):
+        decoder.problems.append(RefusedJSON(*TOO_DEEP))
+    if decoder.problems:
+        refused = decoder.problems[0]
+        return Line(where, readable(raw), RecordError(where, refused.reason, str(refused)))
     if text.decoder.errors != "strict" and (error := escaped_byte(where, raw)):
         return Line(where, readable(raw), error)
     return Line(where, raw, value if isinstance(value, dict) else not_an_object(where, value))

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from stagewise.blocks import (
-    WIDE_BOMS,
     BrokenStream,
     RawLine,
+    is_wide,
     read_blocks,
     split_lines,
     suffixes_of,
@@ -26,6 +26,7 @@ from stagewise.json_values import (
     was_cut,
     wrong_encoding,
 )
+from stagewise.strict_json import RefusedJSON, parse_json
 from stagewise.tables import read_csv, read_parquet, read_tsv
 from stagewise.turns import RecordError
 
@@ -49,8 +50,9 @@ def read_files(files: Sequence[Path], names: Sequence[str] | None = None, progre
 def read_file(path: Path, name: str, progress: Progress = None, kind: str | None = None) -> Iterator[Line]:
     """The records of one file, as its name says or as `kind` does (".jsonl" …)."""
     kind = kind or suffixes_of(path)[0]
-    if kind != ".parquet" and start_of(path).startswith(WIDE_BOMS):
-        yield Line(f"{name}:1", "", RecordError(f"{name}:1", "wrong encoding", "the file is UTF-16; save it as UTF-8"))
+    if kind != ".parquet" and is_wide(start_of(path)):
+        why = "the file is UTF-16, or no text (it holds NUL bytes); save it as UTF-8"
+        yield Line(f"{name}:1", "", RecordError(f"{name}:1", "wrong encoding", why))
         return
     yield from READERS[kind](path, name, progress)
 
@@ -69,17 +71,20 @@ def parse_line(where: str, line: RawLine) -> Line:
         error: RecordError = too_long(where) if line.problem == "long" else CutError(where, line.problem, len(data))
         return Line(where, data.decode("utf-8", "backslashreplace"), error)
     try:
-        raw = data.decode("utf-8").strip("\r\n")
+        # Files with a byte-order mark that were joined have one in the middle.
+        raw = data.decode("utf-8").strip("\r\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         cut = not line.ended and error.reason == "unexpected end of data"
         place = f"position {error.start + 1}"
         refusal = _cut_line(where, data, "") if cut else wrong_encoding(where, data[error.start], place)
         return Line(where, data.decode("utf-8", "backslashreplace"), refusal)
     try:
-        value = DECODE(raw)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+        value = parse_json(raw)
+    except RefusedJSON as error:
+        return Line(where, raw, RecordError(where, error.reason, str(error)))
+    except ValueError as error:  # JSONDecodeError is one
         cut = not line.ended and isinstance(error, json.JSONDecodeError) and was_cut(error)
-        broken = RecordError(where, "broken JSON", f"not JSON: {error}")
+        broken = RecordError(where, "broken JSON", f"not JSON: {error}{_lone_cr(raw)}")
         return Line(where, raw, _cut_line(where, data, f": {error}") if cut else broken)
     return Line(where, raw, value if isinstance(value, dict) else not_an_object(where, value))
 
@@ -89,7 +94,9 @@ def read_json(path: Path, name: str, progress: Progress = None) -> Iterator[Line
     start = start_of(path).lstrip()
     try:
         # A broken record of many lines is one error, not one a line: lines count only where the first is a record.
-        in_lines = start[:1] == b"{" and isinstance(json.loads(start.partition(b"\n")[0]), dict)
+        in_lines = start[:1] == b"{" and isinstance(parse_json(start.partition(b"\n")[0].decode("utf-8")), dict)
+    except RefusedJSON:  # whole, whatever is wrong with it
+        in_lines = True
     except ValueError:
         in_lines = False
     yield from (read_lines if in_lines else read_values)(path, name, progress)
@@ -119,6 +126,11 @@ def read_document(path: Path, name: str, progress: Progress = None) -> Iterator[
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
+def plain_newlines(text: str) -> str:
+    """CRLF, and CR alone, as newlines."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
 def start_of(path: Path) -> bytes:
     """The first unpacked bytes of a file without a UTF-8 byte-order mark; none of one that can't be unpacked."""
     try:
@@ -131,11 +143,10 @@ def _cut_line(where: str, data: bytes, why: str) -> CutError:
     return CutError(where, f"the file ends in the middle of this record{why}", len(data))
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value; write null or leave the key out")
-
-
-DECODE = json.JSONDecoder(parse_constant=_refuse_constant).decode
+def _lone_cr(raw: str) -> str:
+    """What to add to the error of a line that holds a carriage return, which ends a line for some programs."""
+    found = "; a CR stands inside this line: the file mixes line ends, save it with LF or CRLF alone"
+    return found if "\r" in raw else ""
 
 
 def _document(where: str, part: list[bytes], first: int) -> Line:
@@ -148,7 +159,7 @@ def _document(where: str, part: list[bytes], first: int) -> Line:
         place = f"line {line}, position {column},"
         return Line(where, data.decode("utf-8", "backslashreplace"),
                     wrong_encoding(where, data[error.start], place))  # fmt: skip
-    return Line(where, text, {"text": text.replace("\r\n", "\n")})
+    return Line(where, text, {"text": plain_newlines(text)})
 
 
 READERS: dict[str, Callable[[Path, str, Progress], Iterator[Line]]] = {

@@ -17,6 +17,7 @@ from stagewise.arguments import ArgumentError
 from stagewise.bad_records import with_those_behind
 from stagewise.blocks import suffixes_of
 from stagewise.conversation import RecordError
+from stagewise.data_files import FileError, check_file
 from stagewise.json_values import Line, parsed
 from stagewise.readers import file_names, read_file
 from stagewise.tables import present
@@ -98,19 +99,23 @@ def file_of(where: str, names: Container[str]) -> str:
 def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[Path]:
     """Every file under `folder` (nested, sorted) in a form of `suffixes`, packed or not; a single file is taken too.
 
-    Raises ArgumentError, naming `flag`, where nothing is found or a data file is in a form that is not read.
+    Raises ArgumentError, naming `flag`, where nothing is found, a data file is in a form that is not read, or a file
+    can't be read: a broken link, a pipe, a file without permission.
     """
     top = Path(folder)
     wanted = ", ".join(suffixes)
-    if top.is_file():
+    if not os.path.lexists(top):
+        raise ArgumentError(f"{flag}: there is no folder or file {str(folder)!r}")
+    if not top.is_dir():
+        check_file(top, flag)
         if suffixes_of(top)[0] not in suffixes:
             raise ArgumentError(f"{flag}: {top} is not a {wanted} file, nor one of them packed as .gz or .zst")
         return [top]
-    if not top.is_dir():
-        raise ArgumentError(f"{flag}: there is no folder or file {str(folder)!r}")
     files, others = [], []
-    for path in _walk(top):
+    for path in _walk(top, flag):
         suffix, packed = suffixes_of(path)
+        if suffix in suffixes or path.is_symlink():  # what a broken link should be is not known: a folder, perhaps
+            check_file(path, flag)
         if suffix in suffixes:
             files.append(path)
         elif suffix in UNREAD:
@@ -292,9 +297,12 @@ def write_rejected(path: str | Path | None, error: RecordError, raw: str) -> Non
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _walk(top: Path) -> Iterator[Path]:
+def _walk(top: Path, flag: str) -> Iterator[Path]:
+    def stop(error: OSError) -> None:
+        raise FileError(f"{flag}: {error.filename}: can't be read: {error.strerror}") from error
+
     seen = set()
-    for folder, folders, names in os.walk(top, followlinks=True):
+    for folder, folders, names in os.walk(top, followlinks=True, onerror=stop):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up
             folders.clear()

@@ -18,16 +18,18 @@ from stagewise.blocks import (
     BOM,
     MAX_KEPT,
     MAX_RECORD,
-    WIDE_BOMS,
     BrokenStream,
     RawLine,
+    ends_with_cr,
+    is_wide,
     read_blocks,
     split_lines,
     suffixes_of,
 )
 from stagewise.conversation import RecordError
+from stagewise.data_files import open_file
 from stagewise.json_values import CutError, wrong_encoding
-from stagewise.readers import file_names, parse_line, read_file, start_of
+from stagewise.readers import file_names, parse_line, plain_newlines, read_file, start_of
 from stagewise.records import Line
 
 PIECE = 1 << 16  # bytes of a .txt file that are one document at most
@@ -121,7 +123,9 @@ class Files:
     def _walk(self, position: Position) -> Iterator[Place]:
         path = self.paths[position.file]
         kind, packed = suffixes_of(path)
-        if kind not in (".jsonl", ".txt") or start_of(path).startswith(WIDE_BOMS):
+        start = start_of(path) if kind in (".jsonl", ".txt") else b""
+        # Lines that end in CR alone are counted, as the rows of a table are.
+        if kind not in (".jsonl", ".txt") or is_wide(start) or (kind == ".jsonl" and ends_with_cr(start)):
             return records(path, self.names[position.file], position)
         if kind == ".txt":
             return pieces(path, self.names[position.file], position)
@@ -130,7 +134,7 @@ class Files:
     def _bytes(self, file: int, offset: int, length: int) -> bytes:
         key = os.getpid(), file  # a forked worker that shared a handle would move it under the others' hands
         if key not in self._open:
-            self._open[key] = self.paths[file].open("rb")
+            self._open[key] = open_file(self.paths[file])
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(key)
@@ -147,7 +151,7 @@ class Files:
 def lines(path: Path, position: Position) -> Iterator[Place]:
     """The lines of a plain file that are not blank."""
     file, offset, line, record = position
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         stream.seek(offset)
         while data := stream.readline(MAX_RECORD):
             size, blank = len(data), not (data.strip() if offset else data.removeprefix(BOM).strip())
@@ -196,7 +200,7 @@ def pieces(path: Path, name: str, position: Position) -> Iterator[Place]:
         while len(rest) >= 2 * PIECE or (done and rest):
             size = piece_size(rest[: 2 * PIECE])
             piece, rest = rest[:size], rest[size:]
-            breaks = piece.count(b"\n")
+            breaks = piece.count(b"\n") or piece.count(b"\r")
             yield Place(Position(file, offset, line, record), size, breaks, piece if packed else None)
             offset, line, record = offset + size, line + breaks, record + 1
 
@@ -209,7 +213,7 @@ def blocks_from(path: Path, offset: int) -> Iterator[bytes]:
                 yield block[offset:]
             offset = max(0, offset - len(block))
         return
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         stream.seek(offset)
         while block := stream.read(BLOCK):
             yield block
@@ -223,7 +227,7 @@ def piece_size(data: bytes) -> int:
     """
     if len(data) <= PIECE:
         return len(data)
-    for end in (b"\n\n", b"\n\r\n", b"\n", b" "):
+    for end in (b"\n\n", b"\n\r\n", b"\n", b"\r", b" "):
         found = data.rfind(end, PIECE // 2, PIECE)
         if found > 0:
             size = found + len(end)
@@ -244,4 +248,4 @@ def text_line(where: str, data: bytes) -> Line:
     except UnicodeDecodeError as error:
         place = "line {} of this piece,".format(1 + data.count(b"\n", 0, error.start))
         return Line(where, data.decode("utf-8", "backslashreplace"), wrong_encoding(where, data[error.start], place))
-    return Line(where, text, {"text": text.replace("\r\n", "\n")})
+    return Line(where, text, {"text": plain_newlines(text)})

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from stagewise.arguments import ArgumentError
 from stagewise.conversation import RecordError, parse_text
 from stagewise.records import find_files
+from stagewise.strict_json import parse_json
 
 SPACE = "▁"  # SentencePiece's space
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -51,8 +52,8 @@ def read_texts(path: str | Path, flag: str) -> list[str]:
 
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise RecordError(where, "broken json", f"not JSON: {error}") from error
     if not isinstance(record, dict):
         raise RecordError(where, "no record", f'expected {{"text": …}}, found a {type(record).__name__}')

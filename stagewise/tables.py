@@ -138,6 +138,9 @@ class _Rows:
         lost = len(raw.encode("utf-8", "surrogateescape")) + len(self.unused)
         if self.problem == "long" or "field larger" in why:
             error: RecordError = too_long(where)
+        elif "new-line character" in why:
+            message = "a CR stands inside a row: the file mixes line ends, save it with LF or CRLF alone"
+            error = RecordError(where, "broken csv", f"not csv: {message}; nothing behind it can be read")
         elif self.problem or why == "unexpected end of data":
             cause = self.problem or "the file ends within a quoted cell, or a quote is missing before"
             error = CutError(where, f"the file is cut short: {cause}", lost)

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stagewise.strict_json import parse_json
+
 ROLES = {
     **dict.fromkeys(("human", "user", "prompter", "question"), "user"),
     **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "chatbot", "model", "ai", "bard", "bing"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("function_call", "tool_call", "function-call", "tool-call"), "tool_call"),
     **dict.fromkeys(("observation", "tool", "function", "function_response", "tool_response"), "observation"),
 }
@@ -112,22 +114,28 @@ def read_turns(turns: Any, key: str, where: str) -> tuple[list[Message], str | N
             raise RecordError(where, "system turn in the middle", f"turn {number} is a system turn; it may only be "
                               "the first")  # fmt: skip
         else:
-            content = text(_joined_parts(_content(turn), number, where), "turn 1", where)
+            content = text(_content(turn, number, where), "turn 1", where)
             system = content if content.strip() else None
     return messages, system
 
 
 def role_of(turn: dict[str, Any], number: int, where: str) -> str:
     """The role of turn `number`, by its own name or one of its aliases."""
-    name = turn.get("from")
+    name, other = turn.get("from"), turn.get("role")
     if name is None:
-        name = turn.get("role")
-    role = ROLES.get(name) if isinstance(name, str) else None
-    if role is None and isinstance(name, str):
-        role = ROLES.get(name.strip().lower())
+        name, other = other, None
+    role = _role(name)
     if role is None:
         raise RecordError(where, "unknown role", f"turn {number} is from {name!r}; known roles: {', '.join(ROLES)}")
+    if other is not None and _role(other) != role:
+        raise RecordError(where, "two roles", f'turn {number} has two roles: "from" {name!r}, "role" {other!r}; leave '
+                          "one")  # fmt: skip
     return role
+
+
+def _role(name: Any) -> str | None:
+    role = ROLES.get(name) if isinstance(name, str) else None
+    return ROLES.get(name.strip().lower()) if role is None and isinstance(name, str) else role
 
 
 def check_order(messages: Sequence[Message], where: str) -> None:
@@ -147,7 +155,7 @@ def check_order(messages: Sequence[Message], where: str) -> None:
 
 def tools_of(record: dict[str, Any], where: str) -> str | None:
     """The record's `tools` (or `functions`) as the text of a JSON list, None where there are none."""
-    tools = record.get("tools") or record.get("functions")
+    tools = one_of(record, ("tools", "functions"), "two lists of tools", "the record", where)
     if not tools or (isinstance(tools, str) and not tools.strip()):
         return None
     if isinstance(tools, str):
@@ -158,7 +166,7 @@ def tools_of(record: dict[str, Any], where: str) -> str | None:
         function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RecordError(where, "broken tools", f"a tool has no name: {found(tool)}")
-    return json.dumps(tools, ensure_ascii=False) if tools else None
+    return text(json.dumps(tools, ensure_ascii=False), '"tools"', where) if tools else None
 
 
 def text(value: Any, name: str, where: str) -> str:
@@ -188,8 +196,8 @@ def optional_text(value: Any, name: str, where: str) -> str | None:
 def json_value(value: str, name: str, where: str, reason: str = "broken tool JSON") -> Any:
     """`value` read as JSON; otherwise RecordError, which calls it `name`."""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return parse_json(value)
+    except ValueError as error:
         raise RecordError(where, reason, f"{name} is not JSON: {error}") from error
 
 
@@ -208,16 +216,15 @@ def found(value: Any) -> str:
 def _messages(turn: dict[str, Any], role: str, number: int, where: str) -> list[Message]:
     """One turn; several messages where an assistant thinks or speaks and calls tools in the same turn."""
     learn = _is_learned(turn, number, where)
-    content = _content(turn)
+    content = _content(turn, number, where)
     calls = [Message("tool_call", call, learn) for call in _tool_calls(turn, number, where)]
     if calls and role != "assistant":
         raise RecordError(where, "broken tool call", f"turn {number} ({role}) calls tools; only the assistant can")
-    if isinstance(content, list):
-        content = _joined_parts(content, number, where)
     if calls and content is None:
         content = ""
     content = text(content, f"turn {number}", where)
-    thought = optional_text(turn.get("reasoning_content") or turn.get("thinking"), f"turn {number}'s thoughts", where)
+    thought = one_of(turn, ("reasoning_content", "thinking"), "two contents", f"turn {number}", where)
+    thought = optional_text(thought, f"turn {number}'s thoughts", where)
     said, blank = [], not content.strip()
     if thought is not None and role in ANSWERS:
         thought = f"<think>\n{thought}\n</think>\n\n"
@@ -234,9 +241,24 @@ def _messages(turn: dict[str, Any], role: str, number: int, where: str) -> list[
     return [Message(role, content, learn), *calls]
 
 
-def _content(turn: dict[str, Any]) -> Any:
-    content = turn.get("value")
-    return turn.get("content") if content is None else content
+def _content(turn: dict[str, Any], number: int, where: str) -> Any:
+    """What a turn says, "value" or "content"; parts are joined."""
+    content, other = turn.get("value"), turn.get("content")
+    if content is None:
+        return _joined_parts(other, number, where)
+    content = _joined_parts(content, number, where)
+    if other is not None and _joined_parts(other, number, where) != content:
+        raise RecordError(where, "two contents", f'turn {number} has two contents that differ: "value" '
+                          f'{found(content)}, "content" {found(other)}; leave one')  # fmt: skip
+    return content
+
+
+def one_of(holder: dict[str, Any], names: tuple[str, str], reason: str, what: str, where: str) -> Any:
+    """What stands under either of two names that mean the same. Raises RecordError where both do and differ."""
+    first, second = (holder.get(name) for name in names)
+    if first and second and first != second:
+        raise RecordError(where, reason, f'{what} has both "{names[0]}" and "{names[1]}", and they differ; leave one')
+    return first or second
 
 
 def _is_learned(turn: dict[str, Any], number: int, where: str) -> bool:
@@ -260,7 +282,11 @@ def _joined_parts(content: Any, number: int, where: str) -> Any:
 def _tool_calls(turn: dict[str, Any], number: int, where: str) -> list[str]:
     """OpenAI `tool_calls` (and the older `function_call`) as JSON objects {"name", "arguments"}."""
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    return [json.dumps(_call(call, number, where), ensure_ascii=False) for call in calls]
+    return [_call_text(call, number, where) for call in calls]
+
+
+def _call_text(call: Any, number: int, where: str) -> str:
+    return text(json.dumps(_call(call, number, where), ensure_ascii=False), f"turn {number}'s tool call", where)
 
 
 def _call(call: Any, number: int, where: str) -> dict[str, Any]:
@@ -281,11 +307,12 @@ def _calls_from_text(content: str, number: int, where: str) -> list[str]:
         raise RecordError(where, "empty turn", f"turn {number} (tool_call) is empty")
     calls = json_value(content, f"turn {number} (function_call)", where)
     if isinstance(calls, list) and calls:
-        return [json.dumps(_call(call, number, where), ensure_ascii=False) for call in calls]
+        return [_call_text(call, number, where) for call in calls]
     if not isinstance(calls, dict) or not isinstance(calls.get("name"), str):
         raise RecordError(where, "broken tool call", f"turn {number}: expected {{\"name\": …, \"arguments\": …}}, "
                           f"found {found(calls)}")  # fmt: skip
     _check_arguments(calls, number, where)
+    text(json.dumps(calls, ensure_ascii=False), f"turn {number}'s tool call", where)  # for what is escaped in it
     return [content]
 
 

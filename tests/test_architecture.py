@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {
+        "data_files",
+        "strict_json",
         "turns",
         "conversation",
         "blocks",

@@ -94,7 +94,7 @@ def test_data_in_a_form_that_is_not_read_is_refused_by_name(tmp_path, name):
     [
         ('{"text": NaN}', "broken JSON", "NaN is not a JSON value"),
         ('{"text": "a"', "broken JSON", "not JSON"),
-        ("[" * 100_000, "broken JSON", "not JSON"),
+        ("[" * 100_000, "nested too deep", "more than 100 deep"),
         ("[1]", "not an object", "found list"),
         ("null", "not an object", "found NoneType"),
         ('{"text": "诊断"}'.encode("gb18030") + b"\n", "wrong encoding", "byte 0xd5 at position 11 is not UTF-8"),
