@@ -71,7 +71,7 @@ def test_a_second_start_parses_and_encodes_nothing(share, setting, monkeypatch):
     first = read(setting, validation_split_percentage=share)
     rejected = setting.folder / "out/rejected.jsonl"
     said = rejected.read_text()
-    assert [json.loads(line)["reason"] for line in said.splitlines()] == ["unknown role", "nothing learned"]
+    assert [json.loads(line)["reason"] for line in said.splitlines()] == ["unknown role", "no room for an answer"]
     rejected.unlink()
     parsed, encoded = [], []
     monkeypatch.setattr(readers, "parse_line", lambda *given: parsed.append(given))
@@ -204,7 +204,7 @@ def test_an_error_of_the_one_that_encodes_is_the_error_of_the_one_that_waits(set
         encode.may.set()
         logger.remove(sink)
         for run in (first, second):
-            with pytest.raises(RecordError, match=r"^a\.jsonl:5: an odd record$"):
+            with pytest.raises(RecordError, match=r"^a\.jsonl:5: an odd record \(none of the next 3 records is bad"):
                 run.result(20)
     assert not parsed.is_set()
     assert entries(setting) == []

@@ -185,7 +185,7 @@ def test_what_is_cut_and_left_out_is_said(show, model, data):
     train = found[found.index("── train") : found.index("── validation")]
     # The first fits; the second is cut; the third loses an exchange; the question of 30 letters fills the limit.
     assert "6 records read, 3 kept, 3 left out, 2 cut" in train
-    assert "left out: 1 nothing learned" in train
+    assert "left out: 1 no room for an answer" in train
     assert "66.7% of the records (2) are cut at --model_max_length 12" in train
     left_out = found[found.index("── left out: 3 of 3 ──") :].splitlines()
     assert [line.split(": ")[0] for line in left_out[1:4]] == ["b.jsonl:2", "b.jsonl:3", "b.jsonl:1"]
