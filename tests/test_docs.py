@@ -322,12 +322,15 @@ def test_roles_and_reasons_on_the_page_are_the_parsers(name):
 
 
 def test_the_error_on_the_page_on_data_is_the_parsers():
+    from stagewise.bad_records import with_those_behind
     from stagewise.conversation import RecordError, parse_conversation
 
     turns = [("human", "a"), ("gpt", "b"), ("human", "c"), ("human", "d")]
     record = {"conversations": [{"from": who, "value": text} for who, text in turns]}
     with pytest.raises(RecordError) as error:
         parse_conversation(record, "english.jsonl:17")
+    behind = [RecordError("?", reason, "…") for reason in (*[error.value.reason] * 2, "another")] + [None] * 80
+    with_those_behind(error.value, behind)
     for name in ("docs/data.md", "docs/data_zh.md"):
         assert f"error: {error.value}\n" in read(name)
 
