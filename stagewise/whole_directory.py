@@ -1,14 +1,15 @@
 """A directory that appears whole or not at all, and replaces an earlier one without a moment when both could be lost.
 
-                      .NAME.writing-PID    NAME       .NAME.replaced    .NAME.removing-PID
-    while it fills    new                  earlier
-    1 rename          new                             earlier
-    2 rename                               new        earlier
-    3 rename                               new                          earlier
-    4 remove                               new
+                      .NAME.writing-HOST-PID    NAME       .NAME.replaced    .NAME.removing-PID
+    while it fills    new                       earlier
+    1 rename          new                                  earlier
+    2 rename                                    new        earlier
+    3 rename                                    new                          earlier
+    4 remove                                    new
 
-What a killed run left there is settled by the next one: after 1 it puts the earlier directory back, after 3 it removes
-it. After 2 it cannot know whether NAME was made anew by hand since 1, so it ends with an error that names both.
+What a killed run left there is settled by the next one: an unfinished directory is removed, after 1 the earlier one is
+put back, after 3 it is removed. After 2 nobody can know whether NAME was made anew by hand since 1, so the next run
+ends with an error that names both. A directory is locked while it is written, which tells it from one that was left.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import psutil
 from loguru import logger
 
 from stagewise.arguments import ArgumentError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class DirectoryError(ArgumentError):
@@ -72,7 +80,11 @@ def settle(place: Path) -> None:
     for path in place.parent.glob(f".{glob.escape(place.name)}.removing-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in place.parent.glob(f".{glob.escape(place.name)}.writing-*"):
-        logger.warning(f"{path}: left by a run that was killed, or another is writing it now; if not, remove it")
+        if _was_left(path):
+            logger.info(f"{path}: removed; a run that was killed left it")
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            logger.warning(f"{path}: another run is writing it now, or one on another machine left it; then remove it")
 
 
 @contextmanager
@@ -91,11 +103,16 @@ def whole_directory(place: Path, overwrite: bool, replaces: Sequence[str] = ("*"
             where that is.
     """
     place = Path(place).resolve()
-    folder = _beside(place, f"writing-{os.getpid()}")
+    folder = _beside(place, f"writing-{_host()}-{os.getpid()}")
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise DirectoryError(f"--output_dir {place}: {folder} cannot be made beside it: {error.strerror}") from error
+    with _locked(folder):
+        yield from _filled(folder, place, overwrite, replaces)
+
+
+def _filled(folder: Path, place: Path, overwrite: bool, replaces: Sequence[str]) -> Iterator[Path]:
     try:
         yield folder
         for path in folder.rglob("*"):
@@ -150,6 +167,43 @@ def _bring_along(place: Path, folder: Path, replaces: Sequence[str]) -> None:
             shutil.copytree(path, folder / path.name, symlinks=True, copy_function=take)
         else:
             take(str(path), str(folder / path.name))
+
+
+def _host() -> str:
+    return socket.gethostname() or "localhost"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks a directory while it is written, where the file system can; the lock goes with the process."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if handle is not None:
+            with suppress(OSError):  # NFS locks no directories: there the process's number decides
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _was_left(folder: Path) -> bool:
+    """Whether the process of this machine that was writing a directory has ended."""
+    host, _, number = folder.name.rpartition(".writing-")[2].rpartition("-")
+    if host != _host() or not number.isdecimal() or folder.is_symlink() or not folder.is_dir():
+        return False
+    if fcntl:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # no locks here
+        finally:
+            os.close(handle)
+    return not psutil.pid_exists(int(number))
 
 
 def _beside(place: Path, what: str) -> Path:

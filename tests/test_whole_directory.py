@@ -1,15 +1,17 @@
 """A directory that is replaced: whatever ends the process, and whenever, what was there or what is new is there."""
 
+import errno
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 from loguru import logger
 
 from stagewise import whole_directory as module
-from stagewise.whole_directory import DirectoryError, check_place, whole_directory
+from stagewise.whole_directory import DirectoryError, check_place, settle, whole_directory
 
 
 def content(folder: Path) -> str | None:
@@ -80,7 +82,7 @@ def test_a_kill_between_any_two_steps_loses_nothing(step, tmp_path):
     replace(place, "third")
     assert content(place) == "third"
     left = names(tmp_path)
-    assert [name.partition("-")[0] for name in left] == ([".out.writing"] if step < 4 else []) + ["out"]
+    assert left == ["out"]
 
 
 @pytest.mark.parametrize("step", range(2))
@@ -93,7 +95,7 @@ def test_a_rename_that_fails_leaves_both(step, tmp_path, monkeypatch):
         real(*args)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(DirectoryError, match=r"busy\)\. What is new is whole in .*/\.out\.writing-\d+") as error:
+    with pytest.raises(DirectoryError, match=r"busy\)\. What is new is whole in .*/\.out\.writing-.*-\d+") as error:
         replace(place, "new")
     assert content(place) == "earlier"
     assert content(Path(str(error.value).split("whole in ")[1].split(":")[0])) == "new"
@@ -192,8 +194,39 @@ def test_places_that_are_refused(tmp_path, monkeypatch):
 def test_a_directory_that_another_run_may_be_writing_is_named_and_left(tmp_path):
     lines: list[str] = []
     sink = logger.add(lambda message: lines.append(message.record["message"]))
-    other = make(tmp_path / ".out.writing-1", "other")
-    replace(tmp_path / "out", "new")
+    elsewhere = make(tmp_path / ".out.writing-elsewhere-1", "other")
+    with whole_directory(tmp_path / "out", True) as mine:
+        settle(tmp_path / "out")
+        assert mine.is_dir()
+        make(mine, "new")
     logger.remove(sink)
-    assert len(lines) == 1 and lines[0].startswith(f"{other}: left by a run that was killed")
-    assert content(other) == "other"
+    assert len(lines) == 2
+    for path in (mine, elsewhere):
+        assert any(line.startswith(f"{path}: another run is writing it now") for line in lines)
+    assert (content(elsewhere), content(tmp_path / "out")) == ("other", "new")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_run_had_begun_to_write_is_removed_by_the_next(tmp_path, monkeypatch, locks):
+    def no_locks(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    if not locks:  # as on NFS, where the number of the process decides
+        monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    pid = os.fork()
+    if pid == 0:
+        with whole_directory(tmp_path / "out", True) as folder:
+            make(folder, "half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (left,) = names(tmp_path)
+    assert left == f".out.writing-{socket.gethostname()}-{pid}"
+    replace(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "new"
+
+
+def test_without_locks_a_living_writer_is_known_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "fcntl", None)
+    living = make(tmp_path / f".out.writing-{socket.gethostname()}-{os.getppid()}", "other")
+    settle(tmp_path / "out")
+    assert content(living) == "other"
