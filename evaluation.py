@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from loguru import logger
 
+from stagewise.advice import LESS_MEMORY, advised
 from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
 from stagewise.bad_records import WAY_OUT, check_share, too_long_line
 from stagewise.conversation import RecordError, TooLongError, parse_conversation, parse_preference
@@ -292,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not job.args.compare:
             choose_device(job.model)  # makes the state that processes know each other by
-        with output_folder(job):
+        with advised("output_dir", job.args.output_dir, LESS_MEMORY, status=2), output_folder(job):
             if job.args.compare:
                 table, sentences = write_comparison(job.args.compare, job.work)
                 print(visible("\n".join([as_text(table), "", *sentences])))

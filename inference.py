@@ -68,6 +68,7 @@ from accelerate import PartialState
 from loguru import logger
 from tqdm import tqdm
 
+from stagewise.advice import LESS_MEMORY, advised
 from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
 from stagewise.arguments import ArgumentError
 from stagewise.command_line import parse
@@ -329,12 +330,13 @@ def main(argv: list[str] | None = None) -> None:
     which, sampling, args = parse(FLAGS, argv, description=__doc__)
     check(args, sampling)
     look_for_adapter(args, which)
-    if args.data_file:
-        answer_file(args, which, sampling)
-        return
-    speaker = Speaker.load(which, TEMPLATES)
-    speaker.longest_question(sampling.settled(speaker.defaults)["max_new_tokens"])
-    converse(Talk(speaker, sampling, args.system_prompt), open_input())
+    with advised("output_file", args.output_file, LESS_MEMORY, status=2):
+        if args.data_file:
+            answer_file(args, which, sampling)
+            return
+        speaker = Speaker.load(which, TEMPLATES)
+        speaker.longest_question(sampling.settled(speaker.defaults)["max_new_tokens"])
+        converse(Talk(speaker, sampling, args.system_prompt), open_input())
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from transformers import (
 )
 
 from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
+from stagewise.advice import advised
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.command_line import parse
 from stagewise.json_files import read_object
@@ -82,6 +83,10 @@ from stagewise.whole_directory import check_place, whole_directory
 from template import TEMPLATES
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
+LESS_MEMORY = (
+    "The check holds base and adapter in float32, 4 bytes per parameter: close what else uses memory, or merge on a "
+    "machine that has more."
+)
 ALONGSIDE = ("*.py", "preprocessor_config.json", "processor_config.json", "tokenizer.model", *LICENCE_FILES)
 
 
@@ -254,6 +259,11 @@ def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: d
 def main(argv: list[str] | None = None) -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     (args,) = parse(FLAGS, argv, description=__doc__)
+    with advised("output_dir", args.output_dir, LESS_MEMORY):
+        merge(args)
+
+
+def merge(args: MergeArguments) -> None:
     output_dir = Path(args.output_dir)
     read = {flag: getattr(args, flag) for flag in ("lora_model", "base_model", "tokenizer_path")}
     check_place(output_dir, args.overwrite_output_dir, read)

@@ -28,6 +28,7 @@ from typing import Any
 
 from loguru import logger
 
+from stagewise.advice import LESS_MEMORY, advised
 from stagewise.arguments import ArgumentError
 from stagewise.chats import ADAPTER, BASE, Chat, ChatError, Desk
 from stagewise.command_line import parse
@@ -389,7 +390,8 @@ def check(web: WebArguments, sampling: SamplingArguments) -> list[tuple[str, str
 def main(argv: list[str] | None = None) -> None:
     args, sampling, web = parse(FLAGS, argv, description=__doc__)
     pairs = check(web, sampling)
-    speaker = Speaker.load(args, TEMPLATES)
+    with advised("output_dir", None, LESS_MEMORY, status=2):
+        speaker = Speaker.load(args, TEMPLATES)
     speaker.longest_question(_beginning(sampling).settled(speaker.defaults)["max_new_tokens"])
     Page(speaker, sampling, web, compares=speaker.adapter is not None).serve(web, pairs)
 

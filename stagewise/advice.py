@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from stagewise.terminal_text import print_error
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITTEN = ("PytorchStreamWriter failed writing", "inline_container.cc")  # by torch.save
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+# Of programs in which a model speaks.
+LESS_MEMORY = (
+    "Lower --batch_size or --max_new_tokens, or load the model smaller: --torch_dtype bfloat16, --load_in_8bit, "
+    "--load_in_4bit."
+)
+
+
+@contextmanager
+def advised(flag: str, place: str | Path | None, less_memory: str, status: int = 1) -> Iterator[None]:
+    """Ends a program that trains nothing in one line where memory or disk ran out in the block; see `advice_on`.
+
+    Args:
+        flag: names the place that is written to.
+        place: what that flag says; None where nothing is written.
+        less_memory: what a user of this program can do about memory.
+        status: the exit code.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        if _is_out_of_memory(error):
+            advice = f"out of memory. {less_memory} ({said})"
+        elif _is_disk_full(error) and place is not None:
+            advice = (
+                f"--{flag} {place}: no space is left, or a file may not get so large. What stood there is untouched: "
+                f"make room, then start the same command again. ({said})"
+            )
+        else:
+            raise
+        print_error(advice)
+        raise SystemExit(status) from error
 
 
 def advice_on(error: BaseException, output_dir: Path) -> str | None:
@@ -45,9 +83,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return True
-    # safetensors and torch.save say it in errors of their own.
-    told = any(f"(os error {number})" in str(error) for number in NO_SPACE)
-    return (type(error).__name__ == "SafetensorError" and told) or "PytorchStreamWriter failed writing" in str(error)
+    # Libraries in Rust say it in errors of their own, tokenizers in a bare Exception; torch.save in a RuntimeError.
+    told = isinstance(error, Exception) and any(f"(os error {number})" in str(error) for number in NO_SPACE)
+    return told or any(text in str(error) for text in UNWRITTEN)
 
 
 def _within(path: str | bytes | None, folder: Path) -> bool:
