@@ -140,11 +140,11 @@ def check_earlier_adapter(adapter: Path, base: str) -> None:
     first = earlier[-1].get("merged_adapter")
     if first is None:
         return
-    merged = (read_manifest(base) or {}).get("adapter")
+    merged, below = (read_manifest(base) or {}).get("adapter"), earlier[-1].get("base_model")
     if merged is None or Path(merged).resolve() != Path(first).resolve():
         raise MergeError(
-            f"--lora_model {adapter}: was trained on {earlier[-1]['base_model']} with {first} merged in. Merge that: "
-            f"python merge_peft_adapter.py --base_model {earlier[-1]['base_model']} --lora_model {first} "
+            f"--lora_model {adapter}: was trained on {below} with {first} merged in. Merge that: "
+            f"python merge_peft_adapter.py --base_model {below} --lora_model {first} "
             "--output_dir MERGED; then give --base_model MERGED here"
         )
 

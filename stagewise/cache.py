@@ -21,6 +21,7 @@ from loguru import logger
 
 from stagewise.arguments import ArgumentError
 from stagewise.examples import Examples, read_examples
+from stagewise.json_files import inside, read_object
 
 LIBRARIES = ("tokenizers", "transformers")
 REJECTED = "rejected.jsonl"
@@ -65,12 +66,13 @@ def read_cache(path: Path, since: float | None = None) -> tuple[dict[str, Exampl
     try:
         if since is not None and about_file.stat().st_mtime < since:
             return None
-        about = json.loads(about_file.read_text(encoding="utf-8"))
-        splits = {name: read_examples(path / name, kind) for name, kind in about["kinds"].items()}
-    except (OSError, ValueError, KeyError) as error:
+        about = read_object(about_file, "made again")
+        splits = {name: read_examples(inside(path, name, about_file), kind) for name, kind in about["kinds"].items()}
+        accounts = about["accounts"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         logger.info(f"the cache {path} can't be read ({error}) and is made again")
         return None
-    return splits, about["accounts"]
+    return splits, accounts
 
 
 def copy_rejected(path: Path, rejected: Path | None) -> None:

@@ -24,6 +24,7 @@ from stagewise.evaluation_numbers import (
     differences,
 )
 from stagewise.evaluation_page import as_markdown, shown
+from stagewise.json_files import read_object
 from stagewise.json_lines import json_bytes
 
 METRICS = "metrics.json"
@@ -69,7 +70,7 @@ def _read(folder: str, name: str) -> Evaluation:
         )
     rows = {}
     try:
-        metrics = json.loads((path / METRICS).read_text(encoding="utf-8"))
+        metrics = read_object(path / METRICS, "evaluate again")
         for part, (file, _) in PARTS.items():
             if part not in metrics:
                 continue
@@ -77,7 +78,7 @@ def _read(folder: str, name: str) -> Evaluation:
                 raise ArgumentError(f"--compare {folder}: {file} is gone, which {METRICS} speaks of; evaluate again")
             with (path / file).open(encoding="utf-8") as lines:
                 rows[part] = {row["where"]: row for row in map(json.loads, lines)}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ArgumentError(f"--compare {folder}: its files are damaged ({error}); evaluate again") from error
     if not rows:
         raise ArgumentError(

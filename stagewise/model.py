@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,7 +128,7 @@ def _load(
             )
         except torch.OutOfMemoryError:
             raise  # the run has its own advice
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             report = "".join(told) if "above report" in str(error) else ""
             if full := re.search(r"OutOfMemoryError: (.*)", report):
                 raise torch.OutOfMemoryError(full[1]) from error

@@ -35,12 +35,12 @@ def check_predecessor(run: Run, args: PredecessorArguments, adapter: AdapterArgu
     earlier = read_manifest(adapter.peft_path) if adapter.peft_path else None
     if earlier is None:  # an adapter made elsewhere tells nothing of itself
         return
-    if earlier["stage"] != run.stage:
+    if earlier.get("stage") != run.stage:
         raise ArgumentError(
-            f"--peft_path {adapter.peft_path}: an adapter of stage {earlier['stage']}, and the reference would be the "
-            f"model without it; --checkpoint_dir {adapter.peft_path} makes it a part of both"
+            f"--peft_path {adapter.peft_path}: an adapter of stage {earlier.get('stage')}, and the reference would be "
+            f"the model without it; --checkpoint_dir {adapter.peft_path} makes it a part of both"
         )
-    merged = earlier["lineage"][-1].get("merged_adapter")
+    merged = (earlier.get("lineage") or [{}])[-1].get("merged_adapter")
     if merged != args.checkpoint_dir:
         raise ArgumentError(
             f"--peft_path {adapter.peft_path}: was trained with --checkpoint_dir {merged}, found "

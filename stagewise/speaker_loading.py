@@ -182,8 +182,8 @@ def with_predecessor(model: PreTrainedModel, args: SpeakerArguments, about: dict
     if merged is not None and Path(merged).resolve() == Path(first).resolve():
         return model
     way_out = (
-        f"python merge_peft_adapter.py --base_model {earlier['base_model']} --lora_model {first} --output_dir MERGED; "
-        "then give --base_model MERGED"
+        f"python merge_peft_adapter.py --base_model {earlier.get('base_model')} --lora_model {first} "
+        "--output_dir MERGED; then give --base_model MERGED"
     )
     if not (Path(first) / "adapter_config.json").is_file():
         raise SpeakerError(f"--lora_model {args.lora_model}: was trained with {first} merged into its base, which is "

@@ -14,6 +14,8 @@ import merge_peft_adapter
 from stagewise.adapter import load_adapter
 from stagewise.adapter_files import read_adapter_config
 from stagewise.arguments import ArgumentError, ModelArguments
+from stagewise.cache import read_cache
+from stagewise.evaluation_compare import PARTS, read_evaluations
 from stagewise.json_files import FileError
 from stagewise.manifest import read_manifest, write_manifest
 from stagewise.model import load_causal_lm
@@ -141,6 +143,30 @@ def test_a_broken_file_in_the_output_directory_is_one_line(stage, base, tmp_path
     with pytest.raises(SystemExit, match="2"):
         stage("supervised_finetuning", *words)
     assert f"error: {tmp_path}/out/run.json: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_of_an_evaluation_is_one_line(tmp_path, content):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_bytes(content)
+    folders = [str(tmp_path / "one"), str(tmp_path / "two")]
+    refused(lambda: read_evaluations(folders), f"{tmp_path}/one/metrics.json")
+
+
+@pytest.mark.parametrize("row", ["[]", "3", "{}", '{"where": []}', "{"])
+def test_a_broken_row_of_an_evaluation_is_one_line(tmp_path, row):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text('{"sft": {}}')
+        (tmp_path / name / PARTS["sft"][0]).write_text(row + "\n")
+    refused(lambda: read_evaluations([str(tmp_path / "one"), str(tmp_path / "two")]), f"--compare {tmp_path}/one")
+
+
+@pytest.mark.parametrize("about", ["[]", "null", '{"kinds": 3}', '{"kinds": {"../../x": "example"}}', '{"kinds": {}}'])
+def test_a_broken_cache_is_made_again(tmp_path, about):
+    (tmp_path / "about.json").write_text(about)
+    assert read_cache(tmp_path) is None
 
 
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
