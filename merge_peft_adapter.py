@@ -57,7 +57,7 @@ from stagewise.advice import advised
 from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
 from stagewise.command_line import parse
 from stagewise.json_files import read_object
-from stagewise.lineage import LICENCE_FILES, UNKNOWN, find_licence
+from stagewise.lineage import LICENCE_FILES, UNKNOWN, copy_beside, find_licence
 from stagewise.manifest import read_manifest, write_manifest
 from stagewise.merge_check import check_merged
 from stagewise.merging import Job, MergeError, merge_in_memory
@@ -228,10 +228,7 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
 
 def write_alongside(job: Job, folder: Path) -> None:
     """Tokenizer with its chat template, generation config, licence, and the files of a base with its own code."""
-    for pattern in ALONGSIDE:
-        for path in job.base.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, folder)
+    copy_beside(job.base, ALONGSIDE, folder)
     job.tokenizer.save_pretrained(folder)
     sources = [job.adapter / "generation_config.json", job.base / "generation_config.json"]
     for source in [path for path in sources if path.is_file() and not job.scores][:1]:

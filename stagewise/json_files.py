@@ -78,6 +78,16 @@ def inside(folder: str | Path, name: Any, named_by: str | Path) -> Path:
     return Path(folder) / name
 
 
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a file of a directory is a link to another place, which is not the cache of a hub that made the directory.
+
+    What is copied beside a model and published with it must not come from elsewhere on this machine.
+    """
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    return not any(path.resolve().is_relative_to(each) for each in homes)
+
+
 def write_durably(path: str | Path, content: bytes) -> None:
     """Writes a file that is there as a whole or not at all, also after a power failure.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from loguru import logger
 
+from stagewise.json_files import leads_outside
 from stagewise.manifest import read_manifest
 
 UNKNOWN = "unknown"
@@ -142,11 +143,17 @@ def find_licence(base: Path, called: str | None = None) -> dict[str, str]:
 
 def carry_licence(base: Path, folder: Path, called: str | None = None) -> dict[str, str]:
     """Copies the licence's text beside what was made from a model's directory; returns what `find_licence` finds."""
-    for pattern in LICENCE_FILES:
-        for path in base.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, folder)
+    copy_beside(base, LICENCE_FILES, folder)
     return find_licence(base, called)
+
+
+def copy_beside(base: Path, patterns: Sequence[str], folder: Path) -> None:
+    """Copies files of a model's directory beside what was made from it; links to other places stay behind."""
+    for path in (path for pattern in patterns for path in base.glob(pattern) if path.is_file()):
+        if leads_outside(path, base):
+            logger.warning(f"{path}: is a link to {path.resolve()}, outside of the model's directory: not copied")
+        else:
+            shutil.copy(path, folder)
 
 
 def _files(base: Path) -> Iterator[Path]:

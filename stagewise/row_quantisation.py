@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from stagewise.arguments import ArgumentError
+from stagewise.weight_files import check_hashes, check_weight_files
 
 METHOD = "row_wise"  # quant_method in config.json
 BITS = (4, 8)
@@ -206,7 +207,10 @@ def load_row_quantised(folder: str | Path, **options: Any) -> PreTrainedModel:
 
     Raises:
         RowQuantisationError: if the directory's config.json names another form, or none.
+        FileError: a file is cut, names others elsewhere, or is not what was saved.
     """
+    check_weight_files(Path(folder))
+    check_hashes(Path(folder))
     config = AutoConfig.from_pretrained(folder)
     found = getattr(config, "quantization_config", None) or {}
     method = found.get("quant_method") if isinstance(found, dict) else found.quant_method

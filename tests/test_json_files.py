@@ -3,7 +3,7 @@ import os
 import pytest
 
 from stagewise.file_hashes import hash_file, hash_files
-from stagewise.json_files import FileError, inside, read_json, read_object, write_durably
+from stagewise.json_files import FileError, inside, leads_outside, read_json, read_object, write_durably
 
 WAY_OUT = "take another"
 
@@ -72,6 +72,22 @@ OUTSIDE = [
 def test_a_file_elsewhere_is_refused_by_name(tmp_path, name):
     with pytest.raises(FileError, match=r"^index\.json: names the file .*, which is not below"):
         inside(tmp_path, name, "index.json")
+
+
+def test_a_link_out_of_a_directory_is_known_from_those_of_a_hub_s_cache(tmp_path):
+    cached = tmp_path / "models--a--b" / "snapshots" / "1234"
+    for folder in (tmp_path / "model" / "sub", tmp_path / "models--a--b" / "blobs", cached):
+        folder.mkdir(parents=True)
+    for path in ("secret", "model/plain", "models--a--b/blobs/5678"):
+        (tmp_path / path).write_text("text")
+    (tmp_path / "model" / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "model" / "NOTICE").symlink_to("plain")
+    (cached / "LICENSE").symlink_to("../../blobs/5678")
+    (cached / "NOTICE").symlink_to(tmp_path / "secret")
+    assert leads_outside(tmp_path / "model" / "LICENSE", tmp_path / "model")
+    assert not leads_outside(tmp_path / "model" / "NOTICE", tmp_path / "model")
+    assert not leads_outside(cached / "LICENSE", cached)
+    assert leads_outside(cached / "NOTICE", cached)
 
 
 def test_a_text_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):

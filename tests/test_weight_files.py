@@ -251,6 +251,17 @@ def test_a_tokenizer_names_no_file_elsewhere(base, adapter, tmp_path, file, key,
     refused(lambda: merge_peft_adapter.main([str(word) for word in words]), str(path), "is not below")
 
 
+def test_the_merge_copies_no_file_from_elsewhere_beside_the_model(base, adapter, tmp_path, logged):
+    (tmp_path / "secret").write_text("a private key")
+    (base / "LICENSE").symlink_to(tmp_path / "secret")
+    (base / "NOTICE").write_text("made by us")
+    words = ["--base_model", base, "--lora_model", adapter, "--output_dir", tmp_path / "out"]
+    merge_peft_adapter.main([str(word) for word in words])
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert (tmp_path / "out" / "NOTICE").read_text() == "made by us"
+    assert any(line.startswith(f"{base}/LICENSE: is a link to {tmp_path}/secret, outside of") for line in logged)
+
+
 def test_the_names_of_chat_templates_lead_nowhere_else(base):
     """Each is saved in a file of its name."""
     path = base / "tokenizer_config.json"
