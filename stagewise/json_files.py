@@ -79,7 +79,7 @@ def inside(folder: str | Path, name: Any, named_by: str | Path) -> Path:
 
 
 def leads_outside(path: Path, folder: Path) -> bool:
-    """Whether a file of a directory is a link to another place, which is not the cache of a hub that made the directory.
+    """Whether a file is a link out of its directory, and not into the hub's cache that the directory is a part of.
 
     What is copied beside a model and published with it must not come from elsewhere on this machine.
     """
