@@ -78,6 +78,15 @@ def _child(module, script: str, words: Sequence[str], log: Path, largest_file: i
         os._exit(code)
 
 
+def wait_for(there: Callable[[], bool]) -> None:
+    """Returns once something that a fork makes is there; raises TimeoutError where it never comes."""
+    until = time.monotonic() + PATIENCE
+    while not there():
+        if time.monotonic() > until:
+            raise TimeoutError(f"not there after {PATIENCE} s")
+        time.sleep(0.01)
+
+
 def _wait(pid: int, until: float) -> int:
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)

@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from forks import run_apart
+from forks import run_apart, wait_for
 from tiny_runs import is_same, manifest, moments_of, weights_of, words_of
 
 from stagewise.checkpoint import checkpoints, is_whole
@@ -47,8 +47,7 @@ def undisturbed(tmp_path_factory):
 
 def trains(log):
     """Waits until a fork's run has begun its steps."""
-    while not (log.is_file() and "step 1/" in log.read_text(errors="replace")):
-        time.sleep(0.005)
+    wait_for(lambda: log.is_file() and "step 1/" in log.read_text(errors="replace"))
 
 
 def goes_on_to_the_same_end(script, words, out, log, expected):
@@ -106,8 +105,7 @@ def interrupted(undisturbed, tmp_path_factory):
     out = tmp_path_factory.mktemp("interrupted") / "out"
 
     def kill(pid):
-        while not is_whole(out / "checkpoint-5"):
-            time.sleep(0.005)
+        wait_for(lambda: (out / "checkpoint-5" / "whole.json").is_file())
         os.kill(pid, signal.SIGKILL)
 
     run_apart("supervised_finetuning", [*words, "--output_dir", str(out)], out.parent / "log", during=kill)
