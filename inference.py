@@ -78,8 +78,10 @@ from stagewise.run import leave_processes, set_up_logging
 from stagewise.speaker import Answer, Speaker, SpeakerError
 from stagewise.speaker_loading import choose_device
 from stagewise.talk import HELP, Talk
+from stagewise.terminal import columns_of
 from stagewise.terminal_input import Lines, open_input
 from stagewise.terminal_text import visible
+from stagewise.word_wrap import WordWrap
 from template import TEMPLATES
 
 DEFAULT_SYSTEM = "the template's own, or none"
@@ -202,14 +204,18 @@ def tell(talk: Talk, ask: Any, *question: str) -> None:
 
 
 def printed(pieces: Generator[str, None, Answer]) -> Answer:
-    print("model: ", end="", flush=True)
+    """Prints an answer as it comes, on a terminal broken between words; returns it."""
+    head = "model: "
+    print(head, end="", flush=True)
+    wrap = WordWrap(partial(columns_of, sys.stdout), len(head)) if sys.stdout.isatty() else None
     try:
         while True:
-            print(visible(next(pieces)), end="", flush=True)
+            piece = visible(next(pieces))
+            print(wrap.add(piece) if wrap else piece, end="", flush=True)
     except StopIteration as end:
         return end.value
     finally:
-        print()
+        print(wrap.rest() if wrap else "")
 
 
 @contextmanager

@@ -43,6 +43,8 @@ launch ppo_training.py \
     --lr_scheduler_type constant \
     --lora_dropout 0 \
     --logging_steps 1 \
+    --eval_strategy steps \
+    --eval_steps 0.2 \
     --save_steps 100 \
     --save_total_limit 3 \
     --seed 42 \

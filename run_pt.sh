@@ -28,7 +28,7 @@ launch pretraining.py \
     --warmup_steps 0.05 \
     --logging_steps 10 \
     --eval_strategy steps \
-    --eval_steps 50 \
+    --eval_steps 0.2 \
     --save_steps 500 \
     --save_total_limit 3 \
     --seed 42 \

@@ -1,6 +1,7 @@
 """Tiny random models and tokenizers that the tests share. Nothing is downloaded; torch is imported at first use."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -174,6 +175,20 @@ def logged():
     sink = logger.add(lambda message: lines.append(message.record["message"]))
     yield lines
     logger.remove(sink)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium, or skip: of CHROMIUM, else the system's."""
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r requirements-dev.txt")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium: install your system's package chromium, or give its path in CHROMIUM")
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
 @pytest.fixture

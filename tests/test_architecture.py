@@ -82,6 +82,7 @@ LAYERS = [
         "generation",
         "decoding",
         "terminal_input",
+        "word_wrap",
         "results",
         "processes",
         "preemption",

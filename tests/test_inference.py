@@ -20,7 +20,7 @@ from launching import environment, python, run, torchrun
 import inference
 from stagewise.answer_file import AnswerFile, read_prompts
 from stagewise.conversation import Conversation, Message
-from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
+from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
 from stagewise.talk import Talk
 from stagewise.terminal_text import visible
 from template import TEMPLATES
@@ -332,6 +332,31 @@ def never_ending(folder: Path) -> Path:
     model.save_pretrained(folder)
     build_tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_answers_on_a_terminal_are_broken_between_words(monkeypatch):
+    def pieces():
+        yield from ("Boil the e", "ggs for seven min", "utes.\x1b[2J")
+        return Answer("all of it", (), True)
+
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 20, 0, 0))
+    with open(writer, "w", buffering=1, encoding="utf-8") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert inference.printed(pieces()) == Answer("all of it", (), True)
+        monkeypatch.undo()
+        assert os.read(reader, 1000).decode().split("\r\n") == [
+            "model: Boil the eggs", "for seven", "minutes.␛[2J", ""]  # fmt: skip
+    os.close(reader)
+
+
+def test_answers_into_a_pipe_are_as_they_are(capsys):
+    def pieces():
+        yield from ("word " * 40, "end")
+        return Answer("", (), True)
+
+    inference.printed(pieces())
+    assert capsys.readouterr().out == "model: " + "word " * 40 + "end\n"
 
 
 def test_a_talk_in_a_terminal(tmp_path):

@@ -52,6 +52,15 @@ def made(folder, *names):
         (folder / name / "config.json").write_text("{}")
 
 
+# --- evaluations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_run_of_any_length_is_evaluated_five_times(stage, tmp_path):
+    words, _ = dry(stage, OUTPUTS=str(tmp_path))
+    assert value(words, "--eval_strategy") == "steps" and value(words, "--eval_steps") == "0.2"
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 

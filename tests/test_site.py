@@ -60,18 +60,52 @@ def test_links_lead_to_the_pages_of_the_site():
     )
 
 
-def test_the_site_is_built_without_a_network_and_needs_none(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The folder of the site, built where every connection is refused."""
     pytest.importorskip("material", reason="the site needs requirements-docs.txt")
+    made = tmp_path_factory.mktemp("site")
     blocked = (
         "import socket, sys\n"
         "def refuse(*args): raise OSError('no network here')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "from mkdocs.__main__ import cli\n"
-        f"cli(['build', '--strict', '--site-dir', {str(tmp_path / 'site')!r}])\n"
+        f"cli(['build', '--strict', '--site-dir', {str(made)!r}])\n"
     )
     done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    made = tmp_path / "site"
+    return made
+
+
+# What a browser has to scroll sideways: the page, or one of its blocks of code.
+TOO_WIDE = """() => [document.documentElement, ...document.querySelectorAll('pre, pre code')]
+    .filter(part => part.scrollWidth > part.clientWidth + 1)
+    .map(part => part.innerText.split('\\n').sort((a, b) => b.length - a.length)[0].slice(0, 80))"""
+# Blocks whose lines of up to 119 characters are broken nevertheless.
+BROKEN = """() => [...document.querySelectorAll('pre code')].filter(code => {
+    const style = getComputedStyle(code), lines = code.innerText.replace(/\\n$/, '').split('\\n');
+    const height = code.clientHeight - parseFloat(style.paddingTop) - parseFloat(style.paddingBottom);
+    const wide = line => [...line].reduce((sum, letter) => sum + (letter > '\\u2e7f' ? 1.7 : 1), 0);
+    return Math.round(height / parseFloat(style.lineHeight)) > lines.length && Math.max(...lines.map(wide)) < 120;
+}).map(code => code.innerText.slice(0, 80))"""
+
+
+def test_no_page_is_scrolled_sideways_at_1280_pixels(site, browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.route("**/*.js", lambda route: route.abort())
+    page = context.new_page()
+    found = {}
+    for path in sorted(site.glob("*.html")):
+        page.goto(path.as_uri(), wait_until="domcontentloaded")
+        wrong = page.evaluate(TOO_WIDE) + page.evaluate(BROKEN)
+        if wrong:
+            found[path.name] = wrong
+    context.close()
+    assert not found
+
+
+def test_the_site_is_built_without_a_network_and_needs_none(site):
+    made = site
     assert {"index.html", "index_zh.html", "sft.html", "sft_zh.html", "benchmarks.html"} <= {
         p.name for p in made.iterdir()
     }
