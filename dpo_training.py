@@ -193,6 +193,7 @@ def main() -> None:
             args, model_args, data_args, chat_args, pair_args, adapter_args, predecessor_args
         )
         run.show_sample(tokenizer, splits.train or splits.validation)
+        run.identify(splits.train, template)
 
         # ── model, adapter and reference ─────────────────────────────────────────────────────────────────────────
         model = load_causal_lm(model_args, tokenizer=tokenizer, deepspeed_zero3=run.zero3)

@@ -329,6 +329,7 @@ def main() -> None:
             args, ppo_args.batch_size, ppo_args.mini_batch_size, ppo_args.ppo_epochs, ppo_args.rollouts, splits.train
         )
         run.show_sample(tokenizer, splits.train or splits.validation)
+        run.identify(splits.train, template)
 
         # ── reward model, policy and reference ───────────────────────────────────────────────────────────────────
         scorer = load_scorer(

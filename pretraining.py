@@ -88,6 +88,7 @@ def main() -> None:
         check_streaming(args, data_args, rows_args)
         splits, tokenizer = read_data(args, model_args, data_args, rows_args, pt_args)
         run.show_sample(tokenizer, splits.train or splits.validation)
+        run.identify(splits.train)
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
         model = load_causal_lm(model_args, tokenizer=tokenizer, deepspeed_zero3=run.zero3)

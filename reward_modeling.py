@@ -87,6 +87,7 @@ def main() -> None:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
         splits, tokenizer, template = read_data(args, model_args, data_args, chat_args, pair_args, adapter_args)
         run.show_sample(tokenizer, splits.train or splits.validation)
+        run.identify(splits.train, template)
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
         float32_head = adapter_args.trains_adapter or not run.zero3

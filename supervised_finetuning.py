@@ -128,6 +128,7 @@ def main() -> None:
             args, model_args, data_args, chat_args, rows_args, adapter_args, sft_args
         )
         run.show_sample(tokenizer, splits.train or splits.validation)
+        run.identify(splits.train, template)
 
         # ── model and adapter ────────────────────────────────────────────────────────────────────────────────────
         model = load_causal_lm(model_args, tokenizer=tokenizer, deepspeed_zero3=run.zero3)

@@ -25,6 +25,7 @@ from stagewise.processes import from_first
 MARK = "whole.json"
 LEFT = "left.json"  # what the mark is called of a checkpoint that a run left behind which went on from an earlier one
 WITHOUT = "the checkpoint does not count"
+YES = ("true", "yes", "1")  # to --resume_from_checkpoint: the last whole one
 
 
 def mark_whole(folder: str | Path) -> None:
@@ -169,7 +170,7 @@ def resume_point(output_dir: str, asked: str | None) -> Path | None:
 
 
 def _resume_point(output_dir: str, asked: str) -> Path | None:
-    if asked.lower() in ("true", "yes", "1"):
+    if asked.lower() in YES:
         folder = last_whole(output_dir)
         if folder is None:
             logger.warning(

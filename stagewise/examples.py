@@ -101,6 +101,10 @@ class Examples(Sequence):
         counted = np.concatenate([[0], np.cumsum(ends - np.maximum(starts, 1), dtype=np.int64)])
         return np.diff(counted[self._span_ends // 2], prepend=0).reshape(-1, self._rows)
 
+    def columns_of_tokens(self) -> list[np.ndarray]:
+        """All numbers that training reads: everything but where the records stand in their files."""
+        return [array for name, array in sorted(self._columns.items()) if not name.startswith("wheres")]
+
     def where(self, index: int) -> str:
         """Where the record behind an item stands in its file."""
         return self._where(self._rows * index)

@@ -19,6 +19,7 @@ from stagewise.finiteness import SkipsNonFinite
 from stagewise.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
 from stagewise.losses import token_nll
 from stagewise.packing import PackedRows, PaddedCollator, collate_packed
+from stagewise.place import KeepsPlace
 from stagewise.router import BalancesExperts, RouterLoss
 from stagewise.sampling import GroupsByLength
 from stagewise.speed import TellsSpeed
@@ -69,7 +70,7 @@ def training_rows(
 
 
 class LanguageModelTrainer(
-    TakesStreams, GroupsByLength, BalancesExperts, SkipsNonFinite, Resumes, TellsSpeed, Trainer
+    TakesStreams, KeepsPlace, GroupsByLength, BalancesExperts, SkipsNonFinite, Resumes, TellsSpeed, Trainer
 ):
     """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from loguru import logger
 
 from stagewise.arguments import ArgumentError
-from stagewise.checkpoint import checkpoints
-from stagewise.manifest import read_manifest
+from stagewise.checkpoint import YES, checkpoints
+from stagewise.manifest import MANIFEST, read_manifest
+from stagewise.processes import from_first
 from stagewise.settings import StageArguments
 
 
@@ -37,6 +42,51 @@ def check_output_dir(args: StageArguments) -> None:
         )
     if not manifest and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ArgumentError(f"--output_dir {folder}: holds a model that this run did not make; {way_out}")
+
+
+HOW = ("resume_from_checkpoint", "quiet")  # flags that say how a run is made, not which
+
+
+def says_finished(args: StageArguments, stage: str, flags: dict[str, Any]) -> bool:
+    """Whether --resume_from_checkpoint True meets a finished run of the same flags or steps; the log then says so.
+
+    Args:
+        args: the Trainer's flags.
+        stage: which stage this is.
+        flags: the flags of the command line, with their values.
+    """
+    if args.resume_from_checkpoint is None or args.overwrite_output_dir or args.dry_run or not args.do_train:
+        return False
+    if str(args.resume_from_checkpoint).lower() not in YES:
+        return False
+    return from_first(lambda: _is_same(args, flags) and is_finished(args.output_dir, stage))
+
+
+def _is_same(args: StageArguments, flags: dict[str, Any]) -> bool:
+    manifest = _manifest(args.output_dir)
+    before, now = (
+        {name: value for name, value in given.items() if name not in HOW}
+        for given in (manifest.get("flags") or {}, json.loads(json.dumps(flags, default=str)))
+    )
+    return before == now or manifest.get("steps") == args.max_steps
+
+
+def is_finished(folder: str | Path, stage: str) -> bool:
+    """Whether a directory holds all that a finished run of the stage leaves; the log then says so."""
+    folder, manifest = Path(folder), _manifest(folder)
+    has_model = any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if (manifest.get("status"), manifest.get("stage")) != ("finished", stage) or not has_model:
+        return False
+    logger.info(
+        f"{folder}: this run is finished already, after {manifest.get('steps')} steps; nothing was changed. Raise "
+        "--num_train_epochs or --max_steps to train on"
+    )
+    return True
+
+
+def _manifest(folder: str | Path) -> dict[str, Any]:
+    # Path.is_file would end with PermissionError below a folder that may not be looked into
+    return (read_manifest(folder) or {}) if os.path.isfile(os.path.join(folder, MANIFEST)) else {}
 
 
 # What a run writes; --overwrite_output_dir removes these and nothing else. rejected.jsonl is not among them: when this

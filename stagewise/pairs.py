@@ -15,6 +15,7 @@ from stagewise.conversation import parse_preference
 from stagewise.encoding import AnyTemplate, PreferenceEncoder
 from stagewise.eval_samples import Sample, chosen, scored_pairs
 from stagewise.finiteness import SkipsNonFinite
+from stagewise.place import KeepsPlace
 from stagewise.reward_form import Ending
 from stagewise.sampling import GroupsByLength
 from stagewise.speed import TellsSpeed
@@ -43,7 +44,7 @@ def read_pairs(
     )
 
 
-class PairTrainer(GroupsByLength, SkipsNonFinite, Resumes, TellsSpeed, Trainer):
+class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpeed, Trainer):
     """Batches are (2B, T), the B chosen rows first. The stage's subclass holds `rewards` and `compute_loss`.
 
     `compute_loss` is given the pairs of the whole batch, over all micro-batches and processes, as

@@ -12,6 +12,7 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.encoding import IGNORE_INDEX, Example
+from stagewise.json_files import read_object
 from stagewise.terminal_text import visible
 
 
@@ -19,6 +20,12 @@ def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
     """`train_results` and `eval_results`, as .json and as .txt."""
     (folder / f"{split}_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (folder / f"{split}_results.txt").write_text("".join(f"{k} = {v}\n" for k, v in metrics.items()))
+
+
+def read_results(folder: Path, split: str) -> dict[str, Any] | None:
+    """What `write_results` left, or None where there is nothing."""
+    path = folder / f"{split}_results.json"
+    return read_object(path, "delete it") if path.is_file() else None
 
 
 def has_colour(stream: TextIO) -> bool:

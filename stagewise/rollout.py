@@ -161,12 +161,31 @@ class RolloutTrainer(EvaluatesAnswers, SkipsNonFinite, Resumes, TellsSpeed, Trai
             state = {"value_head": head, "rollouts": self.rollouts, "kl_coef": self.kl_coef}
             torch.save(state, Path(output_dir or self.args.output_dir) / STATE)
 
+    def place(self) -> dict[str, int]:
+        """What a checkpoint keeps of the place in the prompts."""
+        return {"rollouts": self.rollouts}
+
+    def steps_left(self, checkpoint: Path) -> int:
+        """The rollouts behind a checkpoint that the flags ask for; below 0 where it is beyond their end."""
+        return self.schedule.last - saved_state(checkpoint)["rollouts"]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        if not self.queue and self.rollouts >= self.schedule.last:  # resumed behind the last one
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
         if resume_from_checkpoint:
-            state = torch.load(Path(resume_from_checkpoint) / STATE, map_location="cpu", weights_only=True)
+            state = saved_state(resume_from_checkpoint)
             self.model.value_head.load_state_dict(state["value_head"])
             self.rollouts, self.kl_coef = state["rollouts"], state["kl_coef"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def saved_state(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds beside transformers' own: value head, rollouts made, KL coefficient."""
+    return torch.load(Path(checkpoint) / STATE, map_location="cpu", weights_only=True)
 
 
 class RolloutBatches:

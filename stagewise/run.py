@@ -25,16 +25,17 @@ from stagewise.adapter import method_callbacks
 from stagewise.advice import advice_on
 from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments
 from stagewise.callbacks import EvaluationRows, IntervalsOfNow, WholeCheckpoints
-from stagewise.checkpoint import check_resumable, leave_later, resume_point, step_of
+from stagewise.checkpoint import check_resumable, leave_later, resume_point, step_of, trained_steps
 from stagewise.command_line import Given, parse
 from stagewise.curves import write_pictures
 from stagewise.dry_run import dry_run
-from stagewise.encoding import Example, PreferenceExample
+from stagewise.encoding import AnyTemplate, Example, PreferenceExample
 from stagewise.eval_samples import EvaluationSamples
 from stagewise.finiteness import SKIPPED, NonFiniteError
 from stagewise.first_look import say_error
 from stagewise.flag_checks import check_shared
 from stagewise.generation_config import finish_generation_config
+from stagewise.identity import Identity, KeepsIdentity
 from stagewise.lineage import begin_step, earlier_steps, finished_step
 from stagewise.manifest import (
     MANIFEST,
@@ -48,9 +49,10 @@ from stagewise.manifest import (
     write_manifest,
 )
 from stagewise.methods import check_methods
-from stagewise.output_dir import check_output_dir, remove_earlier_run
+from stagewise.output_dir import check_output_dir, is_finished, remove_earlier_run, says_finished
 from stagewise.preemption import PREEMPTED, Preemption
-from stagewise.results import has_colour, show_sample, write_results
+from stagewise.processes import from_first
+from stagewise.results import has_colour, read_results, show_sample, write_results
 from stagewise.rope import kept_rope
 from stagewise.run_page import PAGE, write_page
 from stagewise.settings import (
@@ -154,7 +156,13 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         settle_long_context(stage, parts)
         if args.dry_run and is_deepspeed_zero3_enabled():
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
+        flags = given_flags([args, *parts], names)
+        if says_finished(args, stage, flags):
+            leave_processes(0)
+            raise SystemExit(0)
         check_output_dir(args)
+        identity = Identity(stage, args, parts, _resume_point(args))
+        identity.check_flags()
     except ValueError as error:
         say_error(str(error))
         raise SystemExit(2) from error
@@ -165,11 +173,21 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
     if args.quiet:
         quieten()
     set_seed(args.seed)
-    flags = given_flags([args, *parts], names)
     effective, replaced = effective_words([word for name, values in given for word in (f"--{name}", *values)])
-    run = Run(stage, args, parts, flags, preemption)
+    run = Run(stage, args, parts, flags, identity, preemption)
     run.note(effective=effective, replaced=replaced, settled=settled_flags(said, flags))
     return run, *parts
+
+
+def _resume_point(args: StageArguments) -> Path | None:
+    """The checkpoint to resume from; the flag then holds its folder, for those who read more from it."""
+    if not args.do_train or args.dry_run:
+        return None
+    folder = resume_point(args.output_dir, args.resume_from_checkpoint)
+    args.resume_from_checkpoint = str(folder) if folder else None
+    if folder:
+        check_resumable(folder)
+    return folder
 
 
 class Run:
@@ -184,9 +202,10 @@ class Run:
         args: StageArguments,
         parts: Sequence[Any],
         flags: dict[str, Any],
+        identity: Identity,
         preemption: Preemption,
     ):
-        self.stage, self.args = stage, args
+        self.stage, self.args, self.identity = stage, args, identity
         self.output_dir = Path(args.output_dir)
         self.started = time.time()
         self.preemption = preemption
@@ -288,6 +307,15 @@ class Run:
             first = examples[0]
             show_sample(tokenizer, first.chosen if isinstance(first, PreferenceExample) else first)
 
+    def identify(self, examples: Any, template: AnyTemplate | None = None) -> None:
+        """Compares the training records, or their stream, with those of the checkpoint to resume from.
+
+        Raises:
+            ArgumentError: they are others, or so is the template or the model.
+        """
+        if self.args.do_train and not self.args.dry_run:
+            self.identity.check_data(examples, template)
+
     def attach(self, trainer: Trainer, table: EvaluationTable | None) -> None:
         """Puts the callbacks of every stage onto a trainer."""
         trainer.remove_callback(ProgressCallback)
@@ -295,7 +323,11 @@ class Run:
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.trainer = trainer
         own: list[TrainerCallback] = [IntervalsOfNow(), self.progress, self.preemption]
-        own += [*method_callbacks(trainer, self.adapter), WholeCheckpoints(keep)]
+        own += [
+            *method_callbacks(trainer, self.adapter),
+            KeepsIdentity(self.identity, trainer),
+            WholeCheckpoints(keep),
+        ]
         if table is not None and self.args.save_eval_records:
             own.append(EvaluationRows(table))
         for callback in own:
@@ -322,13 +354,13 @@ class Run:
         if not args.do_train:
             self._evaluate_only(trainer, stop)
             return
+        resume = self.identity.checkpoint
+        self.identity.check_trainer(trainer)
+        if resume and not self._has_steps_left(trainer, resume):
+            return
         self._watch(trainer, stop)
-        resume = resume_point(args.output_dir, args.resume_from_checkpoint)
-        args.resume_from_checkpoint = str(resume) if resume else None  # for those who read more from it
-        if resume:
-            check_resumable(resume)
-            if is_main():
-                leave_later(args.output_dir, resume)
+        if resume and is_main():
+            leave_later(args.output_dir, resume)
         if args.overwrite_output_dir and resume is None and is_main():
             remove_earlier_run(args.output_dir)
         self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"), **({"resumed_from": resume.name} if resume else {}))
@@ -343,7 +375,7 @@ class Run:
                 "from it"
             )
             raise SystemExit(PREEMPTED)
-        metrics = {"train": result.metrics}
+        metrics = {"train": self._train_metrics(result.metrics, resume)}
         self._save(trainer, stop)  # before evaluation, for which --bf16_full_eval rounds the weights
         if args.do_eval:
             metrics["eval"] = self._evaluated_at_end() or trainer.evaluate()
@@ -362,6 +394,29 @@ class Run:
         folder = self.output_dir
         logger.info(f"finished in {self.manifest['seconds']:.0f} s; {folder}/{MANIFEST} holds the account")
         logger.info(f"to look at: {folder}/{PAGE} in a browser")
+
+    def _has_steps_left(self, trainer: Trainer, resume: Path) -> bool:
+        """Whether training, or what follows it, is still to be done; of a finished run nothing is touched.
+
+        Raises:
+            ArgumentError: the checkpoint lies beyond the end that the flags ask for.
+        """
+        left = trainer.steps_left(resume)
+        if left < 0:
+            name = next((n for n in ("rollouts", "max_steps") if n in self.manifest["flags"]), "num_train_epochs")
+            given = f"{self.manifest['flags'].get(name, self.args.num_train_epochs)}".removesuffix(".0")
+            raise ArgumentError(
+                f"--{name} {given}: {resume} has been trained for longer ({trained_steps(resume)} steps); give more, "
+                "or resume from an earlier checkpoint: --resume_from_checkpoint FOLDER"
+            )
+        return left > 0 or not from_first(lambda: is_finished(self.output_dir, self.stage))
+
+    def _train_metrics(self, metrics: dict[str, float], resume: Path | None) -> dict[str, float]:
+        """The metrics of training; those that stand in the results already where no step was left to be taken."""
+        if resume is None or self.trainer.state.global_step > trained_steps(resume):
+            return metrics
+        there = from_first(lambda: read_results(self.output_dir, "train"))
+        return there or {name: value for name, value in metrics.items() if name != "train_loss"}
 
     def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """What shows the run while it goes on: samples, TensorBoard, and the page; in this order at an evaluation."""
