@@ -51,7 +51,17 @@ ARGPARSE = (
 )  # scripts that have a plain argparse parser
 WITHOUT_FLAGS = {"run_pipeline.sh", "tools.document_flags", "tools.check_environment"}
 # Files that a run, or its reader, makes.
-MADE = {"run.json", "run.yaml", "rejected.jsonl", "whole.json", "config.json", "alpaca.json", "faq.csv", "sft.jsonl"}
+MADE = {
+    "run.json",
+    "run.yaml",
+    "rejected.jsonl",
+    "whole.json",
+    "belongs.json",
+    "config.json",
+    "alpaca.json",
+    "faq.csv",
+    "sft.jsonl",
+}
 MADE |= {"users.txt", "generation_config.json", "trainer_state.json"}
 MADE |= {"stream-N.json", "rejected-N.jsonl", "quantization.json", "tokenizer.json", "generation_config.json"}
 # Files and flags of other projects.
