@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from loguru import logger
 from torch.optim.lr_scheduler import LambdaLR
+from torch.serialization import register_package
 from transformers import TrainerCallback
 
 from stagewise.checkpoint import mark_whole, rotate, unmark
 from stagewise.validation import EvaluationTable
+
+
+def _load_on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """The storage itself for "cpu:0": torch.load reads to "cpu" alone, and accelerate numbers the CPU of each of
+    several processes, to which transformers before 5.23 loads the optimizer's state."""
+    return storage if re.fullmatch(r"cpu:\d+", location) else None
+
+
+register_package(11, lambda storage: None, _load_on_cpu)  # asked after torch's own for "cpu", whose priority is 10
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -25,6 +25,7 @@ from stagewise.processes import from_first
 MARK = "whole.json"
 LEFT = "left.json"  # what the mark is called of a checkpoint that a run left behind which went on from an earlier one
 WITHOUT = "the checkpoint does not count"
+REMOVED = ".removed"  # behind the name of a checkpoint while its files are deleted
 YES = ("true", "yes", "1")  # to --resume_from_checkpoint: the last whole one
 
 
@@ -201,10 +202,16 @@ def check_resumable(folder: Path) -> None:
 
 
 def rotate(output_dir: str | Path, keep: int | None, best: str | None = None) -> None:
-    """Removes the oldest whole checkpoints beyond `keep`, never the best one, never the newest whole one."""
+    """Removes the oldest whole checkpoints beyond `keep`, never the best one, never the newest whole one.
+
+    Each is renamed first: a run that is killed meanwhile leaves no checkpoint with half of its files, and the next
+    call removes the rest.
+    """
     if not keep or keep < 1:
         return
+    for folder in Path(output_dir).glob(f"checkpoint-*{REMOVED}"):
+        shutil.rmtree(folder)
     whole = [p for p in checkpoints(output_dir) if is_whole(p, contents=False)]
     spare = [p for p in whole[:-1] if best is None or p.resolve() != Path(best).resolve()]
     for folder in spare[: max(0, len(whole) - keep)]:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + REMOVED)))

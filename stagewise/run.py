@@ -358,6 +358,7 @@ class Run:
         self.identity.check_trainer(trainer)
         if resume and not self._has_steps_left(trainer, resume):
             return
+        before = trained_steps(resume) if resume else 0  # --save_total_limit may remove that checkpoint in training
         self._watch(trainer, stop)
         if resume and is_main():
             leave_later(args.output_dir, resume)
@@ -375,13 +376,13 @@ class Run:
                 "from it"
             )
             raise SystemExit(PREEMPTED)
-        metrics = {"train": self._train_metrics(result.metrics, resume)}
+        metrics = {"train": self._train_metrics(result.metrics, before)}
         self._save(trainer, stop)  # before evaluation, for which --bf16_full_eval rounds the weights
         if args.do_eval:
             metrics["eval"] = self._evaluated_at_end() or trainer.evaluate()
-        before = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_runtime" in log]
-        if before:
-            metrics["eval_before"] = before[0]
+        at_start = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_runtime" in log]
+        if at_start:
+            metrics["eval_before"] = at_start[0]
         if is_main():
             trainer.save_state()
             for split in ("train", "eval"):
@@ -411,9 +412,9 @@ class Run:
             )
         return left > 0 or not from_first(lambda: is_finished(self.output_dir, self.stage))
 
-    def _train_metrics(self, metrics: dict[str, float], resume: Path | None) -> dict[str, float]:
-        """The metrics of training; those that stand in the results already where no step was left to be taken."""
-        if resume is None or self.trainer.state.global_step > trained_steps(resume):
+    def _train_metrics(self, metrics: dict[str, float], before: int) -> dict[str, float]:
+        """The metrics of training; those that stand in the results already if no step was left after `before`."""
+        if before == 0 or self.trainer.state.global_step > before:
             return metrics
         there = from_first(lambda: read_results(self.output_dir, "train"))
         return there or {name: value for name, value in metrics.items() if name != "train_loss"}

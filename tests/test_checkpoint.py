@@ -9,6 +9,7 @@ from conftest import adapter_weights
 from transformers import Trainer
 from xxhash import xxh3_128_hexdigest
 
+from stagewise import callbacks
 from stagewise.arguments import ArgumentError
 from stagewise.checkpoint import (
     LEFT,
@@ -213,6 +214,29 @@ def test_rotate_keeps_the_newest_the_best_and_what_is_broken(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
     rotate(tmp_path, None)
     assert len(checkpoints(tmp_path)) == 3
+
+
+def test_a_run_killed_while_it_removes_a_checkpoint_leaves_none_with_half_its_files(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+
+    def killed(folder):
+        next(path for path in sorted(folder.rglob("*")) if path.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("stagewise.checkpoint.shutil.rmtree", killed)
+        rotate(tmp_path, 2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    rotate(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_state_is_loaded_to_the_numbered_cpu_of_one_of_several_processes(tmp_path):
+    assert callbacks.Resumes  # whose module makes torch.load know it
+    torch.save({"step": torch.arange(3)}, tmp_path / "optimizer.pt")
+    found = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu", 1), weights_only=True)
+    assert found["step"].tolist() == [0, 1, 2]
 
 
 @pytest.fixture
