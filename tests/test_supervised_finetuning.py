@@ -275,6 +275,26 @@ def test_dry_run_writes_nothing(stage, words, tmp_path, capsys):
     assert "dry run: 4 steps, about" in capsys.readouterr().err
 
 
+def test_a_dry_run_on_a_cpu_scales_a_short_row_to_the_batch(stage, words, capsys, monkeypatch):
+    sizes = []
+
+    def measure(trainer, batch):
+        sizes.append(tuple(batch["input_ids"].shape))
+        assert "dry run: measures 256 tokens for a batch of 1 × " in capsys.readouterr().err or len(sizes) > 1
+        return 2.0, 1000.0, 5000 * 2**30, 1000 * 2**30  # loss, seconds, bytes held before and grown by
+
+    monkeypatch.setattr("stagewise.dry_run.measure", measure)
+    stage("supervised_finetuning", *words(model_max_length=800, max_steps=6), "--dry_run")
+    error = capsys.readouterr().err
+    assert sizes == [(1, 256)] * 2, "once to warm up, once to measure"
+    step = float(re.search(r"a step of the run takes about ([\d.]+) s", error)[1])
+    minutes, gib = map(float, re.search(r"6 steps, about ([\d.]+) minutes and ([\d.]+) GiB", error).groups())
+    times = (gib - 5000) / 1000  # the batch's tokens by the short row's
+    assert times > 1.5
+    assert 1000 * times < step < 1000 * times**2, "weights are linear in the row's length, attention is quadratic"
+    assert minutes == pytest.approx(step * 6 / 60, abs=0.1)
+
+
 def test_an_adapter_as_base_says_merge_first(stage, words, capsys):
     out = stage("supervised_finetuning", *words(max_steps=1))
     with pytest.raises(SystemExit):
