@@ -21,9 +21,11 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from loguru import logger
@@ -32,9 +34,9 @@ from stagewise.advice import LESS_MEMORY, advised
 from stagewise.arguments import ArgumentError
 from stagewise.chats import ADAPTER, BASE, Chat, ChatError, Desk
 from stagewise.command_line import parse
-from stagewise.page_texts import CHINESE, ENGLISH, said
+from stagewise.page_texts import CHINESE, CHINESE_TAGS, ENGLISH, said
 from stagewise.run import set_up_logging
-from stagewise.speaker import Speaker
+from stagewise.speaker import Answer, Speaker
 from stagewise.speaker_arguments import DRAWING, SamplingArguments, SpeakerError
 from stagewise.terminal_text import print_error
 from template import TEMPLATES
@@ -49,6 +51,7 @@ except ImportError as error:
 
 BOTH = "both"
 SPEAKERS = {ADAPTER: (ADAPTER,), BASE: (BASE,), BOTH: (ADAPTER, BASE)}
+EXAMPLES = ("example", "other_example")  # questions that an empty conversation offers
 LONGEST = 8192  # most tokens of an answer that the page offers
 WAITING = 32  # questions that may wait for the model
 FRAME = 0.06  # seconds between two looks of a growing answer
@@ -60,7 +63,12 @@ STYLE = """
 .pane .bubble-wrap { margin-top: 38px; min-height: 0 }
 #under { flex-wrap: nowrap }
 #under button { min-width: 0 }
-#note { opacity: .7; text-align: center; font-size: .85em }
+#note, #speed { opacity: .7; text-align: center; font-size: .85em }
+#about { opacity: .8; font-size: .9em; overflow-wrap: anywhere }
+#speed { min-height: 1.6em }
+#examples { flex-wrap: wrap; justify-content: center }
+#examples button { width: auto; flex: none; max-width: 100%; white-space: normal }
+footer { display: none !important }
 #chats label { width: 100% }
 #chats label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 #chats .wrap { max-height: 38vh; overflow-y: auto; flex-wrap: nowrap; flex-direction: column }
@@ -91,9 +99,18 @@ class Page:
         speaker: what answers; `stream` is called as `Speaker.stream` is.
         sampling: what the settings begin with, and what they have no slider for.
         compares: whether there is an adapter that can be switched off.
+        about: the names of model, adapter and template, which stand below the title.
     """
 
-    def __init__(self, speaker: Speaker, sampling: SamplingArguments, args: WebArguments, *, compares: bool):
+    def __init__(
+        self,
+        speaker: Speaker,
+        sampling: SamplingArguments,
+        args: WebArguments,
+        *,
+        compares: bool,
+        about: dict[str, str] | None = None,
+    ):
         self.speaker, self.sampling, self.compares = speaker, sampling, compares
         self.start = {**_beginning(sampling).settled(speaker.defaults), "seed": sampling.seed}
         if not self.start["do_sample"]:
@@ -101,7 +118,8 @@ class Page:
         # what a flag asks for is offered even where the page alone would not
         self.longest = max(min(LONGEST, max(speaker.context - 64, 16)), self.start["max_new_tokens"])
         self.desks: weakref.WeakValueDictionary[str, Desk] = weakref.WeakValueDictionary()  # by browser session
-        self.words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
+        english, chinese = ({**words, "about": _about(words, about or {})} for words in (ENGLISH, CHINESE))
+        self.words = gr.I18n(en=english, **dict.fromkeys(CHINESE_TAGS, chinese))
         with gr.Blocks(title=args.title, analytics_enabled=False, fill_height=True) as self.blocks:
             self.desk = gr.State(Desk(args.system_prompt))
             self.language = gr.Textbox(visible=False)
@@ -111,6 +129,8 @@ class Page:
             with gr.Row(elem_id="head"):
                 gr.Markdown(f"## {shown(args.title)}")
                 self.dark = gr.Button(self.words("dark"), size="sm", variant="secondary", elem_id="dark")
+            if about:
+                gr.Markdown(self.words("about"), elem_id="about")
             self._talk()
             self._wire()
 
@@ -151,7 +171,7 @@ class Page:
     def _talk(self) -> None:
         words = self.words
         looks = {
-            "height": "calc(100dvh - 250px)",
+            "height": "calc(100dvh - 330px)",
             "min_height": 240,
             "editable": "user",
             "buttons": ["copy"],
@@ -168,6 +188,9 @@ class Page:
             self.panes = {ADAPTER: gr.Chatbot(label=label, elem_id="pane-adapter", **looks)}
             if self.compares:
                 self.panes[BASE] = gr.Chatbot(label=words("base"), elem_id="pane-base", visible=False, **looks)
+        with gr.Row(elem_id="examples") as self.examples:
+            self.example = {key: gr.Button(words(key), size="sm") for key in EXAMPLES}
+        self.speed = gr.Markdown(elem_id="speed")
         self.box = gr.Textbox(
             placeholder=words("question"), show_label=False, lines=1, max_lines=10, submit_btn=True, autofocus=True,
             elem_id="box",
@@ -180,13 +203,15 @@ class Page:
     # ── what happens ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _wire(self) -> None:
-        self.view = [*self.panes.values(), self.chats, self.box, self.system]
+        self.view = [*self.panes.values(), self.chats, self.box, self.speed, self.system, self.examples]
         # What may be refused goes through a queue (not the model's): only from there a message is shown.
         told = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         plain = {"inputs": self.desk, "outputs": self.view, **at_once}
         self._asks(self.box.submit, self.ask, [self.desk, self.system, self.who, self.box], told)
         self._asks(self.again.click, self.retry, [self.desk, self.system, self.who], told)
+        for key, button in self.example.items():
+            self._asks(button.click, partial(self.ask_example, key), [self.desk, self.system, self.who], told)
         for who, pane in self.panes.items():
             self._asks(pane.edit, self.edit, [self.desk, self.system, self.who, gr.State(who)], told)
             self._asks(pane.retry, self.retry, [self.desk, self.system, gr.State(who)], told)
@@ -209,7 +234,7 @@ class Page:
         """What begins a job, followed by the job itself: one at a time over all visitors."""
         asked = trigger(begin, inputs, self.view, **{**options, "trigger_mode": "multiple"})
         asked.then(
-            self.answer, [self.desk, *self.sliders.values()], [*self.panes.values(), self.chats, self.box],
+            self.answer, [self.desk, *self.sliders.values()], self.view[:-2],
             concurrency_limit=1, concurrency_id="model", trigger_mode="multiple", show_progress="minimal",
             api_visibility="private",
         )  # fmt: skip
@@ -228,6 +253,10 @@ class Page:
     def ask(self, desk: Desk, system: str, who: str, question: str) -> list:
         """Puts the question into the chat that is open."""
         return self._job(desk, system, lambda chat: chat.ask(question, SPEAKERS[who]), emptied=True)
+
+    def ask_example(self, key: str, desk: Desk, system: str, who: str) -> list:
+        """Asks one of the questions that an empty conversation offers, in the visitor's language."""
+        return self._job(desk, system, lambda chat: chat.ask(said(key, desk.language), SPEAKERS[who]))
 
     def retry(self, desk: Desk, system: str, who: str) -> list:
         return self._job(desk, system, lambda chat: chat.retry(SPEAKERS[who]))
@@ -260,22 +289,25 @@ class Page:
         """Answers the oldest question of this visitor, piece by piece."""
         job = desk.next_job()
         if job is None:
-            yield [gr.skip()] * (len(self.panes) + 2)
+            yield [gr.skip()] * (len(self.panes) + 3)
             return
         try:
             sampling = self.chosen(dict(zip(self.sliders, settings, strict=True)))
             for who in job.speakers:
-                text, seen = "", 0.0
+                text, seen, began = "", 0.0, time.monotonic()
                 if job.stop.is_set():
                     break
                 conversation = job.chat.conversation(job.turn, who)
-                for piece in self.speaker.stream(conversation, sampling, adapter=who == ADAPTER, stop=job.stop):
+                pieces = Pieces(self.speaker.stream(conversation, sampling, adapter=who == ADAPTER, stop=job.stop))
+                for piece in pieces:
                     text += piece
                     job.turn.answers[who] = text
                     if time.monotonic() - seen > FRAME:
                         seen = time.monotonic()
                         yield self._growing(desk, job.chat)
                 job.turn.answers[who] = text
+                if pieces.answer is not None:
+                    job.turn.costs[who] = len(pieces.answer.token_ids), time.monotonic() - began
         except SpeakerError as error:
             gr.Warning(str(error))
         except Exception:
@@ -289,9 +321,11 @@ class Page:
     def _growing(self, desk: Desk, chat: Chat) -> list:
         """What changes while `chat` is answered; nothing where the visitor looks at another one."""
         if desk.current is not chat:
-            return [gr.skip()] * (len(self.panes) + 2)
+            return [gr.skip()] * (len(self.panes) + 3)
         panes = [self.messages(desk, who) for who in self.panes]
-        return [*panes, gr.skip() if chat.job else self._titles(desk), gr.skip() if chat.job else self._box(chat)]
+        if chat.job:
+            return [*panes, gr.skip(), gr.skip(), gr.skip()]
+        return [*panes, self._titles(desk), self._box(chat), self._speed(desk)]
 
     def chosen(self, values: dict[str, Any]) -> SamplingArguments:
         """The settings of the page; at temperature 0 what shapes a draw is left out, the seed too."""
@@ -336,7 +370,9 @@ class Page:
     def look(self, desk: Desk) -> list:
         """All that shows the chat that is open."""
         chat = desk.current
-        return [*(self.messages(desk, who) for who in self.panes), self._titles(desk), self._box(chat), chat.system]
+        panes = [self.messages(desk, who) for who in self.panes]
+        examples = gr.Row(visible=not chat.turns)
+        return [*panes, self._titles(desk), self._box(chat), self._speed(desk), chat.system, examples]
 
     def show_panes(self, who: str) -> list:
         return [gr.Chatbot(visible=pane in SPEAKERS[who]) for pane in self.panes]
@@ -344,6 +380,15 @@ class Page:
     def _titles(self, desk: Desk) -> gr.Radio:
         choices = [(chat.title or said("untitled", desk.language), chat.number) for chat in desk.chats]
         return gr.Radio(choices, value=desk.current.number)
+
+    def _speed(self, desk: Desk) -> str:
+        """How fast the last question was answered, by each speaker that answered it."""
+        turns, language = desk.current.turns, desk.language
+        found = []
+        for who, (tokens, seconds) in (turns[-1].costs if turns else {}).items():
+            words = said("tokens_per_second", language).format(tokens=tokens, speed=f"{tokens / seconds:.1f}")
+            found.append(f"{said(who, language)}: {words}" if self.compares else words)
+        return " · ".join(found)
 
     @staticmethod
     def _box(chat: Chat) -> gr.Textbox:
@@ -372,6 +417,38 @@ class Page:
         return serve(self.blocks, web, pairs, i18n=self.words, css=STYLE, wait=wait)
 
 
+class Pieces:
+    """A stream of pieces that keeps what the stream returns at its end: the Answer, or None."""
+
+    def __init__(self, stream: Generator[str, None, Answer]):
+        self.stream, self.answer = stream, None
+
+    def __iter__(self) -> Iterator[str]:
+        self.answer = yield from self.stream
+
+
+def _about(words: dict[str, str], about: dict[str, str]) -> str:
+    """One line of Markdown: which model, adapter and template answer."""
+    return " · ".join(f"{words[f'has_{name}']} **{shown(value)}**" for name, value in about.items())
+
+
+def names_of(speaker: Speaker, adapter: str | None) -> dict[str, str]:
+    """What answers, without the folders of this machine: the names of model, adapter and template."""
+    found = {"model": short_name(speaker.base.name_or_path)}
+    if adapter and speaker.adapter is not None:
+        found["adapter"] = f"{short_name(adapter)} ({speaker.adapter.peft_type.value})"
+    return found | {"template": speaker.template.name}
+
+
+def short_name(source: str) -> str:
+    """A hub name as it is; of a directory its last part, of a checkpoint the run's name too."""
+    path = Path(source)
+    if not path.is_dir():
+        return source
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
+
+
 def _beginning(sampling: SamplingArguments) -> SamplingArguments:
     """The flags without the seed, which waits at temperature 0 until the page's slider is moved."""
     return replace(sampling, seed=None)
@@ -393,7 +470,8 @@ def main(argv: list[str] | None = None) -> None:
     with advised("output_dir", None, LESS_MEMORY, status=2):
         speaker = Speaker.load(args, TEMPLATES)
     speaker.longest_question(_beginning(sampling).settled(speaker.defaults)["max_new_tokens"])
-    Page(speaker, sampling, web, compares=speaker.adapter is not None).serve(web, pairs)
+    about = names_of(speaker, args.lora_model)
+    Page(speaker, sampling, web, compares=speaker.adapter is not None, about=about).serve(web, pairs)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Turn:
 
     question: str
     answers: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, tuple[int, float]] = field(default_factory=dict)  # tokens and seconds of each finished answer
 
     def answer(self, speaker: str) -> tuple[str | None, bool]:
         """What `speaker` said, else what the other one did; and whether it is its own."""

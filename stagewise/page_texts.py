@@ -37,6 +37,12 @@ ENGLISH = {
     "nothing_to_retry": "There is no question yet.",
     "gone": "This is not there any more.",
     "failed": "The answer failed; the server's own output says why.",
+    "has_model": "Model",
+    "has_adapter": "adapter",
+    "has_template": "template",
+    "example": "How do I keep basil on the windowsill alive?",
+    "other_example": "Write three short tips for packing a suitcase.",
+    "tokens_per_second": "{tokens} tokens, {speed} tokens per second",
     "note": "A model's answers may be wrong. They are shown as text: nothing in them is run or loaded.",
 }
 CHINESE = {
@@ -76,8 +82,17 @@ CHINESE = {
     "nothing_to_retry": "还没有问题。",
     "gone": "它已经不在了。",
     "failed": "回答失败;原因见服务器的输出。",
+    "has_model": "模型",
+    "has_adapter": "适配器",
+    "has_template": "模板",
+    "example": "窗台上的罗勒怎样才养得活?",
+    "other_example": "写三条收拾行李箱的小建议。",
+    "tokens_per_second": "{tokens} 个 token,每秒 {speed} 个",
     "note": "模型的回答可能有误。回答只作为文本显示:其中的任何内容都不会被运行或加载。",
 }
+
+# gradio takes a browser's language literally, then without its last part, then English.
+CHINESE_TAGS = ("zh", "zh-CN", "zh-TW", "zh-HK", "zh-MO", "zh-SG", "zh-Hans", "zh-Hant", "zh-Hans-CN", "zh-Hant-TW")
 
 
 def said(key: str, language: str) -> str:

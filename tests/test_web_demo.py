@@ -1,8 +1,6 @@
 """The web page, read and used in a real Chromium; what answers is scripted, or a model."""
 
-import os
 import re
-import shutil
 import socket
 import threading
 import time
@@ -16,10 +14,9 @@ from stagewise.arguments import ArgumentError
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-web.txt")
 
 import web_demo  # noqa: E402
-from stagewise.speaker import Speaker  # noqa: E402
+from stagewise.speaker import Answer, Speaker  # noqa: E402
 from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments, SpeakerError  # noqa: E402
 
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 60_000  # milliseconds that the page has for anything
 EVIL = """<script>window.ran = 1</script> before <img src=x onerror="window.ran = 2"> <b>bold?</b> **bold**
 
@@ -79,6 +76,7 @@ class Scripted:
                 yield "w" * 400 + "\n\n```\n" + "c" * 400 + "\n```\n\n|" + " cell cell |" * 40 + "\n|" + "---|" * 40
             else:
                 yield f"{who} heard {question}"
+                return Answer(f"{who} heard {question}", (5, 6, 7), True)
         finally:
             self.ends.append(question)
 
@@ -96,7 +94,8 @@ def free_port() -> int:
 
 def opened(speaker, **web) -> tuple[web_demo.Page, str]:
     args = web_demo.WebArguments(server_port=free_port(), **web)
-    page = web_demo.Page(speaker, SamplingArguments(), args, compares=speaker.adapter is not None)
+    about = {"model": "some/base", "adapter": "<b>sft</b> (LORA)", "template": "chatml"}
+    page = web_demo.Page(speaker, SamplingArguments(), args, compares=speaker.adapter is not None, about=about)
     return page, page.serve(args, web_demo.check(args, SamplingArguments()), wait=False)
 
 
@@ -105,19 +104,6 @@ def address(speaker):
     page, address = opened(speaker, system_prompt="Be brief.")
     yield address
     page.blocks.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A real Chromium, or skip: of CHROMIUM, else the system's."""
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r requirements-dev.txt")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    if path is None:
-        pytest.skip("no Chromium: install your system's package chromium, or give its path in CHROMIUM")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture
@@ -400,6 +386,51 @@ def test_base_and_adapter_side_by_side(visit, speaker):
     wait_for(page, "answered by the base alone")  # the adapter was not asked the third one
 
 
+def test_the_page_names_what_answers(visit):
+    page = visit()
+    assert page.inner_text("#about") == "Model some/base · adapter <b>sft</b> (LORA) · template chatml"
+    assert page.locator("footer").count() == 0 or not page.locator("footer").is_visible()
+    assert visit(locale="zh-CN").inner_text("#about").startswith("模型 some/base · 适配器")
+
+
+@pytest.mark.parametrize(
+    ("locale", "question"),
+    [("en-US", "How do I keep basil on the windowsill alive?"), ("zh-CN", "窗台上的罗勒怎样才养得活?")],
+)
+def test_an_empty_conversation_offers_questions(visit, speaker, locale, question):
+    page = visit(locale=locale)
+    page.wait_for_selector(f"#examples button:has-text('{question}')")
+    assert page.locator("#examples button").count() == 2
+    page.click("#examples button >> nth=0")
+    wait_for(page, f"adapter heard {question}")
+    finished(page)
+    assert speaker.asked[-1].conversation.messages[-1].content == question
+    page.wait_for_selector("#examples", state="hidden")
+    page.click("#new")
+    page.wait_for_selector("#examples button")
+
+
+def test_the_page_says_how_fast_an_answer_came(visit):
+    page = visit()
+    page.click("#who label:has-text('side by side')")
+    ask(page, "one")
+    wait_for(page, "base heard one", pane="base")
+    finished(page)
+    page.wait_for_selector("#speed:has-text('tokens per second')")
+    found = page.inner_text("#speed")
+    pattern = r"base \+ adapter: 3 tokens, [\d.]+ tokens per second · base alone: 3 tokens, [\d.]+ tokens per second"
+    assert re.fullmatch(pattern, found.strip())
+    page.click("#new")
+    page.wait_for_function("() => !document.querySelector('#speed').innerText.includes('tokens')")
+
+
+def test_names_have_no_folders_of_the_server_in_them(tmp_path):
+    (tmp_path / "sft" / "checkpoint-5").mkdir(parents=True)
+    assert web_demo.short_name(str(tmp_path / "sft")) == "sft"
+    assert web_demo.short_name(str(tmp_path / "sft" / "checkpoint-5")) == "sft/checkpoint-5"
+    assert web_demo.short_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
 # --- what an answer cannot do ----------------------------------------------------------------------------------------
 
 
@@ -473,7 +504,12 @@ def test_dark_mode_follows_the_system_and_a_button(visit):
 
 
 @pytest.mark.parametrize(
-    ("locale", "new", "untitled"), [("en-US", "New conversation", "New conversation"), ("zh-CN", "新对话", "新对话")]
+    ("locale", "new", "untitled"),
+    [
+        ("en-US", "New conversation", "New conversation"),
+        ("de-DE", "New conversation", "New conversation"),
+        *((locale, "新对话", "新对话") for locale in ("zh-CN", "zh-HK", "zh-SG", "zh-Hans-CN")),
+    ],
 )
 def test_the_page_speaks_the_browsers_language(visit, locale, new, untitled):
     page = visit(locale=locale)
