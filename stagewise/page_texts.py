@@ -91,8 +91,9 @@ CHINESE = {
     "note": "模型的回答可能有误。回答只作为文本显示:其中的任何内容都不会被运行或加载。",
 }
 
-# gradio takes a browser's language literally, then without its last part, then English.
-CHINESE_TAGS = ("zh", "zh-CN", "zh-TW", "zh-HK", "zh-MO", "zh-SG", "zh-Hans", "zh-Hant", "zh-Hans-CN", "zh-Hant-TW")
+# The Chinese locales of gradio's frontend. It looks for the browser's language literally, then for its first part, then
+# takes English: with any other Chinese tag (zh, zh-HK, zh-SG, zh-Hans-CN) the page is in English.
+CHINESE_TAGS = ("zh-CN", "zh-TW")
 
 
 def said(key: str, language: str) -> str:

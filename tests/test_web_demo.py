@@ -508,7 +508,8 @@ def test_dark_mode_follows_the_system_and_a_button(visit):
     [
         ("en-US", "New conversation", "New conversation"),
         ("de-DE", "New conversation", "New conversation"),
-        *((locale, "新对话", "新对话") for locale in ("zh-CN", "zh-HK", "zh-SG", "zh-Hans-CN")),
+        ("zh-CN", "新对话", "新对话"),
+        ("zh-TW", "新对话", "新对话"),
     ],
 )
 def test_the_page_speaks_the_browsers_language(visit, locale, new, untitled):
@@ -571,26 +572,6 @@ def test_a_port_that_is_taken_is_an_error(speaker, address):
     page = web_demo.Page(speaker, SamplingArguments(), args, compares=True)
     with pytest.raises(ArgumentError, match=f"--server_port {port}"):
         page.serve(args, None, wait=False)
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["--num_beams", "4"], "--num_beams"),
-        (["--share"], "--share: opens the page to everyone on the internet; give --auth"),
-        (["--auth", "justaname"], "--auth: expected NAME:PASSWORD"),
-        (["--auth", "name:"], "--auth: expected NAME:PASSWORD"),
-        (["--server_port", "0"], "--server_port: expected 1 to 65535, found 0"),
-        (["--top_p", "2"], "--top_p"),
-        (["--colour", "red"], "--colour"),
-        (["--temperature", "0", "--top_k", "3"], "--top_k has no effect"),
-    ],
-)
-def test_flags_are_refused_by_name_before_anything_is_loaded(words, named, monkeypatch):
-    monkeypatch.setattr(Speaker, "load", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(ArgumentError) as error:
-        web_demo.main(["--base_model", "nowhere", *words])
-    assert named in str(error.value)
 
 
 def test_torchrun_is_refused_and_a_seed_waits_for_the_slider(speaker, monkeypatch):

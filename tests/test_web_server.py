@@ -9,6 +9,8 @@ from stagewise.arguments import ArgumentError
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-web.txt")
 
+import web_demo  # noqa: E402
+from stagewise.speaker import Speaker  # noqa: E402
 from stagewise.web_server import LARGEST, WebArguments, check_web, host_of, hosts_of, serve  # noqa: E402
 
 
@@ -157,3 +159,23 @@ def test_names_in_host_headers(header, name):
 def test_an_allowed_host_is_a_name(name):
     with pytest.raises(ArgumentError, match="--allowed_hosts .*: expected a name such as chat.example.org"):
         check_web(WebArguments(allowed_hosts=[name]))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--num_beams", "4"], "--num_beams"),
+        (["--share"], "--share: opens the page to everyone on the internet; give --auth"),
+        (["--auth", "justaname"], "--auth: expected NAME:PASSWORD"),
+        (["--auth", "name:"], "--auth: expected NAME:PASSWORD"),
+        (["--server_port", "0"], "--server_port: expected 1 to 65535, found 0"),
+        (["--top_p", "2"], "--top_p"),
+        (["--colour", "red"], "--colour"),
+        (["--temperature", "0", "--top_k", "3"], "--top_k has no effect"),
+    ],
+)
+def test_flags_are_refused_by_name_before_anything_is_loaded(words, named, monkeypatch):
+    monkeypatch.setattr(Speaker, "load", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ArgumentError) as error:
+        web_demo.main(["--base_model", "nowhere", *words])
+    assert named in str(error.value)
