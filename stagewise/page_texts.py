@@ -91,8 +91,8 @@ CHINESE = {
     "note": "模型的回答可能有误。回答只作为文本显示:其中的任何内容都不会被运行或加载。",
 }
 
-# The Chinese locales of gradio's frontend. It looks for the browser's language literally, then for its first part, then
-# takes English: with any other Chinese tag (zh, zh-HK, zh-SG, zh-Hans-CN) the page is in English.
+# The Chinese locales of gradio's frontend. It looks for the browser's language literally, then for its first part,
+# then takes English: with any other Chinese tag (zh, zh-HK, zh-SG, zh-Hans-CN) the page is in English.
 CHINESE_TAGS = ("zh-CN", "zh-TW")
 
 
