@@ -33,8 +33,10 @@ if __name__ == "__main__":  # a wrong flag or path is answered before torch has 
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapter import attach_adapter
+from stagewise.attention import rows_by_flags
 from stagewise.conversation import parse_text
 from stagewise.encoding import TextEncoder
+from stagewise.examples import Examples
 from stagewise.language_model import LanguageModelTrainer, training_rows
 from stagewise.metrics import language_model_metrics
 from stagewise.model import load_causal_lm
@@ -61,10 +63,13 @@ def read_data(
     model_args: ModelArguments,
     data_args: DataArguments,
     rows_args: LanguageModelArguments,
+    adapter_args: AdapterArguments,
     pt_args: PTArguments,
 ) -> tuple[Splits, PreTrainedTokenizerBase]:
     """Encoded blocks of text, and the tokenizer; `python -m tools.show_data` shows them."""
-    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    config = load_config(model_args)  # a wrong --model_type or architecture ends here, before any data is read
+    because, shifted = adapter_args.padded_because, model_args.shift_attn
+    padded = rows_by_flags(config, rows_args.packing, because, shifted)[0] is False
     tokenizer = load_tokenizer(model_args)
     splits = SplitReader(data_args, model_args, args, TEXT_FILES).read(
         lambda record, where: (parse_text(record, where), where),
@@ -72,6 +77,8 @@ def read_data(
         train=args.do_train,
         validation=args.do_eval,
         stream=rows_args.shuffle_buffer if rows_args.streaming else None,
+        counts_blocks=True,
+        packed_to=None if padded else pt_args.block_size,
         tokenizer=tokenizer,
         template=None,
         limits={"block_size": pt_args.block_size},
@@ -86,7 +93,7 @@ def main() -> None:
     with run:
         # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
         check_streaming(args, data_args, rows_args)
-        splits, tokenizer = read_data(args, model_args, data_args, rows_args, pt_args)
+        splits, tokenizer = read_data(args, model_args, data_args, rows_args, adapter_args, pt_args)
         run.show_sample(tokenizer, splits.train or splits.validation)
         run.identify(splits.train)
 
@@ -95,6 +102,8 @@ def main() -> None:
         rows, collate, how = training_rows(
             splits.train, model, tokenizer, pt_args.block_size, rows_args.packing, adapter_args.padded_because
         )
+        if isinstance(rows, Examples) and 0 <= data_args.max_train_samples < len(rows):
+            rows = splits.keep_blocks(data_args.max_train_samples)
         if adapter_args.trains_adapter:
             model = attach_adapter(model, adapter_args, "CAUSAL_LM")
 

@@ -67,7 +67,7 @@ def stagewise(args: argparse.Namespace) -> dict[str, object]:
     if args.stage == "pt":
         import pretraining as script
 
-        parts = rows, script.PTArguments(block_size=args.cutoff)
+        parts = rows, adapter, script.PTArguments(block_size=args.cutoff)
     elif args.stage == "rm":
         import reward_modeling as script
 

@@ -110,8 +110,12 @@ class DataArguments:
     validation_split_percentage: int | None = field(
         default=None, metadata={"help": "Hold out this share of the training records, if no validation set is given."}
     )
-    max_train_samples: int = field(default=-1, metadata={"help": "Use at most this many training records; -1 = all."})
-    max_eval_samples: int = field(default=-1, metadata={"help": "The same for validation records."})
+    max_train_samples: int = field(
+        default=-1, metadata={"help": "Use at most this many training records; in PT rows of --block_size; -1 = all."}
+    )
+    max_eval_samples: int = field(
+        default=-1, metadata={"help": "The same for validation records; in PT blocks, which are not packed."}
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that encode the data; default: one a core, at most four."}
     )

@@ -143,6 +143,17 @@ def known_to_pack(config: PretrainedConfig) -> tuple[bool | None, str]:
     return None, f"{config.model_type} is not a tested family"
 
 
+def rows_by_flags(
+    config: PretrainedConfig, packing: bool, padded_because: str | None, shifted: bool
+) -> tuple[bool | None, str]:
+    """Whether rows will be packed, as far as that is known before weights load (None where it is not), and why."""
+    if not packing:
+        return False, "--packing False"
+    if padded_because:
+        return False, padded_because
+    return (False, SHIFTED) if shifted else known_to_pack(config)
+
+
 def packs_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:
     """Says whether rows of several documents give the logits that the documents give alone.
 

@@ -4,6 +4,8 @@ ids       5 6 7 8 9 | 4 5 6 | …        4 bytes a token, row behind row
 spans     2 5       | 1 3   | …        which tokens of a row are learned, from – to
 """
 
+import os
+import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -105,6 +107,14 @@ class Examples(Sequence):
         """All numbers that training reads: everything but where the records stand in their files."""
         return [array for name, array in sorted(self._columns.items()) if not name.startswith("wheres")]
 
+    def first(self, count: int) -> "Examples":
+        """The first `count` of them."""
+        rows, columns = count * self._rows, {}
+        for name in COLUMNS:
+            ends = self._columns[f"{name}_ends"][:rows]
+            columns |= {name: self._columns[name][: ends[-1] if rows else 0], f"{name}_ends": ends}
+        return Examples(self.kind, columns)
+
     def where(self, index: int) -> str:
         """Where the record behind an item stands in its file."""
         return self._where(self._rows * index)
@@ -148,6 +158,13 @@ class ExampleWriter:
                 self._columns[name].extend(part)
                 self._columns[f"{name}_ends"].append(self._columns[name].size)
 
+    def truncate(self, rows: int) -> None:
+        """Takes back all rows but the first `rows`."""
+        for name in COLUMNS:
+            ends = self._columns[f"{name}_ends"]
+            self._columns[name].truncate(ends.at(rows - 1) if rows else 0)
+            ends.truncate(rows)
+
     def finish(self) -> Examples:
         return Examples(self.kind or "Example", {name: column.finish() for name, column in self._columns.items()})
 
@@ -187,6 +204,22 @@ class _Column:
         else:
             self._buffer.extend(part)
         self._spill()
+
+    def at(self, index: int) -> int:
+        """The number at `index`."""
+        if index >= self._written:
+            return self._buffer[index - self._written]
+        size = self._buffer.itemsize
+        self._file.flush()
+        return int.from_bytes(os.pread(self._file.fileno(), size, HEADER + index * size), sys.byteorder, signed=True)
+
+    def truncate(self, size: int) -> None:
+        """Takes back all numbers but the first `size`."""
+        del self._buffer[max(0, size - self._written) :]
+        if size < self._written:
+            self._file.seek(HEADER + size * self._buffer.itemsize)
+            self._file.truncate()
+            self._written = size
 
     def finish(self) -> np.ndarray:
         if self._file is None and self._folder is None:

@@ -112,6 +112,7 @@ class Recipe:
         capacity: tokens of a packed row; None: every example is a row.
         lanes: how many there are.
         seed: of all orders.
+        last: (number of the last record of a pass, how many of its blocks are used); None: all of all records.
     """
 
     sources: tuple[Files, ...]
@@ -123,6 +124,7 @@ class Recipe:
     capacity: int | None = None
     lanes: int = 1
     seed: int = 0
+    last: tuple[int, int] | None = None
 
     def is_mine(self, lane: int, source: int, passes: int, record: int) -> bool:
         """Whether a record falls to a lane: of each group of as many records as there are lanes, every lane gets one.
@@ -261,7 +263,8 @@ class Lane:
         return window
 
     def _take(self, share: Share, window: Window) -> None:
-        line = share.files.read(share.take())
+        place = share.take()
+        line = share.files.read(place)
         try:
             (encoded,) = self.recipe.encode.many([line.parsed(self.recipe.parse)])
             if isinstance(encoded, RecordError):
@@ -271,6 +274,8 @@ class Lane:
                 raise error.saying(f"{error.message} ({WAY_OUT})") from error.__cause__
             window.refused.append(Refusal(share.source, error, line.as_read()))
             return
+        if self.recipe.last is not None and place.start.record == self.recipe.last[0]:
+            encoded = encoded._replace(items=encoded.items[: self.recipe.last[1]])
         window.add(share.source, encoded)
 
     def _rows(self, window: Window, began: LaneState) -> Iterator[LaneRow]:

@@ -4,6 +4,8 @@ import itertools
 import os
 import sys
 import threading
+from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -39,6 +41,18 @@ class Encoder(Protocol):
         """Called first in each thread that encodes."""
 
 
+class Limit(Protocol):
+    """How many of the blocks of texts are kept: see stagewise/block_limit.py."""
+
+    reason: str
+
+    def reached(self, blocks: int, tokens: int) -> bool:
+        """Whether so many blocks, of so many tokens in all, are enough."""
+
+    def kept(self, lengths: Sequence[int]) -> int:
+        """How many of the first blocks, of so many tokens each, are kept."""
+
+
 def encode_all(
     records: Iterable[Any],
     encode: Encoder,
@@ -52,6 +66,7 @@ def encode_all(
     raw: Callable[[str], str] | None = None,
     description: str = "Encoding",
     quiet: bool = False,
+    limit: Limit | None = None,
 ) -> Examples:
     """The examples of all records, in order, with a progress bar on the main process's terminal.
 
@@ -68,6 +83,7 @@ def encode_all(
         alone: whether the run's other processes on this machine wait, so that all cores are this one's.
         raw: where → the record as it was read, for `rejected_path`.
         quiet: no bar.
+        limit: how many blocks of texts are kept; no more is read than that takes.
 
     Raises:
         RecordError, and ArgumentError where no record is left, or more are too long than fit and none may be skipped.
@@ -75,10 +91,12 @@ def encode_all(
     check_on_bad_record(on_bad_record)
     writer, seen, found = ExampleWriter(folder), 0, Account()
     first_too_long: RecordError | None = None
+    tokens = 0
+    lengths, ends, source = array("i"), [], iter(records)
     total = len(records) if hasattr(records, "__len__") else None
     quiet = quiet or os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
     with tqdm(total=total, desc=description, unit=" records", disable=quiet, leave=False) as bar:
-        outcomes = _outcomes(iter(records), encode, num_workers, _cores(alone))
+        outcomes = _outcomes(source, encode, num_workers, _cores(alone))
         for record, outcome in outcomes:
             seen += 1
             bar.update()
@@ -93,9 +111,24 @@ def encode_all(
             found.cut += outcome.cut
             for rows in outcome.items:
                 writer.add(outcome.kind, rows)
+            if limit is not None:
+                lengths.extend(len(row.ids) for (row,) in outcome.items)
+                ends.append(len(lengths))
+                tokens += sum(lengths[ends[-2] if len(ends) > 1 else 0 :])
+                if limit.reached(len(lengths), tokens):
+                    break
+        outcomes.close()
+    if hasattr(source, "close"):  # a generator, whose account is settled then
+        source.close()
     account.cut += found.cut
     account.kept -= sum(found.left_out.values())
     account.leave_out_as(found)
+    if limit is not None:
+        blocks = limit.kept(lengths)
+        writer.truncate(blocks)
+        kept = bisect_left(ends, blocks) + 1 if blocks else 0  # records with a block among them
+        account.leave_out(limit.reason, account.kept - kept)
+        account.kept, account.blocks_beyond = kept, len(lengths) - blocks
     if on_bad_record == "error":
         check_share(found.left_out, seen - sum(found.left_out.values()), first_too_long, description)
     examples = writer.finish()

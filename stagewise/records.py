@@ -32,7 +32,7 @@ class Account:
 
     `cut` counts kept records that were shortened to a length limit. `sources` says the same of each of several
     sources. `control` counts records with the text of a control token. `again` gives the text of a record by its
-    place, as it was read.
+    place, as it was read. `blocks_beyond` counts the blocks of texts that were read which are beyond a limit.
     """
 
     read: int = 0
@@ -43,6 +43,7 @@ class Account:
     sources: list[dict[str, Any]] = field(default_factory=list)
     control: int = 0
     first_control: str = ""
+    blocks_beyond: int = 0
     again: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
@@ -60,7 +61,8 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json; `Account(**…)` makes it again."""
-        unsaid = {"again", *(name for name in ("sources", "control", "first_control") if not getattr(self, name))}
+        optional = ("sources", "control", "first_control", "blocks_beyond")
+        unsaid = {"again", *(name for name in optional if not getattr(self, name))}
         return {name: value for name, value in vars(self).items() if name not in unsaid}
 
 
@@ -208,28 +210,30 @@ class Records(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         account, kept = self.account, 0
         lines = self.lines()
-        for place, line in enumerate(lines):
-            if 0 <= self.max_samples <= kept:
-                break
-            account.read += 1
-            try:
-                record = line.parsed(self.parse)
-            except RecordError as error:
-                if not self.skip:
-                    raise with_those_behind(error, parsed(lines, self.parse)) from error.__cause__
-                account.leave_out(error.reason)
-                write_rejected(self.rejected_path, error, line.as_read())
-                continue
-            if self.seen is not None:
-                key = content_key(record)
-                if key in self.seen:
-                    account.leave_out("duplicate")
+        try:
+            for place, line in enumerate(lines):
+                if 0 <= self.max_samples <= kept:
+                    break
+                account.read += 1
+                try:
+                    record = line.parsed(self.parse)
+                except RecordError as error:
+                    if not self.skip:
+                        raise with_those_behind(error, parsed(lines, self.parse)) from error.__cause__
+                    account.leave_out(error.reason)
+                    write_rejected(self.rejected_path, error, line.as_read())
                     continue
-                self.seen.add(key)
-            self.places.append(place)
-            kept += 1
-            yield record
-        account.kept += kept
+                if self.seen is not None:
+                    key = content_key(record)
+                    if key in self.seen:
+                        account.leave_out("duplicate")
+                        continue
+                    self.seen.add(key)
+                self.places.append(place)
+                kept += 1
+                yield record
+        finally:  # also where no more records are wanted
+            account.kept += kept
         if account.left_out:
             left_out = sum(account.left_out.values())
             logger.info(f"{left_out} of {account.read} records left out: {account.reasons()}")

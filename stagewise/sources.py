@@ -75,12 +75,14 @@ class InOrder(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         taken = 0
-        for part in self.parts:
-            left = [most for most in (part.max_samples, self.limit - taken) if most >= 0 and self.limit >= 0]
-            part.max_samples = min(left, default=part.max_samples)
-            yield from part
-            taken += len(part.places)
-        _settle(self.account, self.parts)
+        try:
+            for part in self.parts:
+                left = [most for most in (part.max_samples, self.limit - taken) if most >= 0 and self.limit >= 0]
+                part.max_samples = min(left, default=part.max_samples)
+                yield from part
+                taken += len(part.places)
+        finally:  # also where no more records are wanted
+            _settle(self.account, self.parts)
         if not taken:
             raise nothing_left(self.account)
 

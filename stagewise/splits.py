@@ -16,9 +16,10 @@ from loguru import logger
 
 from stagewise.arguments import ArgumentError, DataArguments, ModelArguments
 from stagewise.bad_records import check_share, too_long_line
+from stagewise.block_limit import BlockLimit
 from stagewise.cache import CacheWriter, cache_path, copy_rejected, read_cache, write_cache
 from stagewise.control_tokens import control_line, watched
-from stagewise.data_summary import Summary, measure, summarise
+from stagewise.data_summary import Summary, counted, measure, summarise
 from stagewise.examples import Examples
 from stagewise.locks import Turn, turn
 from stagewise.preparation import Encoder, encode_all
@@ -38,6 +39,13 @@ VALIDATION_NAMES = ("validation", "valid", "dev", "eval", "test")
 HEAD_START = 1.0  # seconds that the first process has for itself: the bar and the log of the one that encodes are seen
 
 
+def beyond_line(account: Account, split: str) -> str:
+    """What of the texts that were read is beyond the limit, for a person."""
+    flag = "--max_train_samples" if split == "train" else "--max_eval_samples"
+    blocks = counted(account.blocks_beyond, "block", "blocks")
+    return f"{blocks} of the texts that were read are beyond {flag}, which counts rows of --block_size tokens"
+
+
 @dataclass
 class Splits:
     """Encoded examples of both splits and what became of the records; a split that is not needed stays empty."""
@@ -46,6 +54,17 @@ class Splits:
     validation: list[Any] = field(default_factory=list)
     accounts: dict[str, Account] = field(default_factory=dict)
     summary: dict[str, Summary] = field(default_factory=dict)
+
+    def keep_blocks(self, most: int) -> Examples:
+        """The training examples, the first `most` of them, where only the loaded model told that none are packed."""
+        examples, account = self.train, self.accounts["train"]
+        self.train = examples.first(most)
+        kept = len({examples.where(number) for number in range(most)})
+        account.leave_out("beyond --max_train_samples", account.kept - kept)
+        account.kept, account.blocks_beyond = kept, account.blocks_beyond + len(examples) - most
+        limits = self.summary["train"].limits
+        self.summary["train"] = summarise(measure(self.train), kept, account.cut, limits)
+        return self.train
 
     def as_dict(self) -> dict[str, Any]:
         accounts = {name: account.as_dict() for name, account in self.accounts.items()}
@@ -89,6 +108,8 @@ class SplitReader:
         limits: Mapping[str, int] | None = None,
         parse_always: bool = False,
         stream: int | None = None,
+        counts_blocks: bool = False,
+        packed_to: int | None = None,
         **key: Any,
     ) -> Splits:
         """Records → parsed → encoded examples.
@@ -101,6 +122,8 @@ class SplitReader:
             limits: the token limits that `encode` keeps to, by the names of their flags.
             parse_always: call `parse` also where the cache has the examples, because it keeps something for itself.
             stream: read training records while training runs, shuffled among so many of them (--streaming).
+            counts_blocks: --max_train_samples and --max_eval_samples count rows of encoded text, and not records.
+            packed_to: tokens of such a row of training records; None: each block of a text is a row.
             key: what `encode` depends on beside the records (tokenizer, template, limits …), for the cache.
 
         Raises:
@@ -109,12 +132,14 @@ class SplitReader:
         if self.rejected and self.is_first:
             self.rejected.unlink(missing_ok=True)
         limits = dict(limits or {})
+        self.counts_blocks, self.packed_to = counts_blocks, packed_to
         self._tokenizer = key.get("tokenizer")
         streamed = self._stream(parse, encode, stream) if train and stream is not None else None
         train = train and streamed is None
         entry = None
         if train or validation:
-            entry = self._cache_entry(parse, encode, {**key, "limits": limits, "splits": (train, validation)})
+            settings = {"limits": limits, "splits": (train, validation), "rows": (counts_blocks, packed_to)}
+            entry = self._cache_entry(parse, encode, {**key, **settings})
         splits, made = self._cached(entry), False
         if splits is None:
             splits, made = self._made(entry, parse, encode, train, validation)
@@ -130,7 +155,9 @@ class SplitReader:
     def _stream(self, parse: Callable[[dict[str, Any], str], T], encode: Encoder, buffer: int):
         skip = self.data.on_bad_record == "skip"
         sources, limit = self._sources("train"), self.data.max_train_samples
-        return stream_of(sources, limit, parse, encode, buffer=buffer, skip=skip, rejected=self.rejected)
+        stream = stream_of(sources, limit, parse, encode, self._block_limit("train"), buffer=buffer, skip=skip,
+                           rejected=self.rejected)  # fmt: skip
+        return stream
 
     def _made(
         self,
@@ -237,8 +264,8 @@ class SplitReader:
     ) -> tuple[InOrder[T] | Drawn[T], Account]:
         data = self.data
         limit = data.max_train_samples if split == "train" else data.max_eval_samples
-        if split == "train" and data.validation_split_percentage is not None:
-            limit = -1  # the limit counts what is left after the split
+        if self.counts_blocks or (split == "train" and data.validation_split_percentage is not None):
+            limit = -1  # it counts what is encoded, or what is left after the split
         seen: set[bytes] | None = set() if split == "train" and data.deduplicate else None
         options = {"on_bad_record": data.on_bad_record, "rejected_path": rejected, "seen": seen}
         if sources := self._sources(split):
@@ -314,13 +341,20 @@ class SplitReader:
             raw=account.again,
             description=f"encode {split}",
             quiet=self.quiet,
+            limit=self._block_limit(split),
         )
         count_shares(account.sources, examples)
         return examples
 
-    @staticmethod
-    def _limit(samples: int) -> int | None:
-        return None if samples == -1 else samples
+    def _limit(self, samples: int) -> int | None:
+        return None if samples == -1 or self.counts_blocks else samples
+
+    def _block_limit(self, split: str) -> BlockLimit | None:
+        name = "max_train_samples" if split == "train" else "max_eval_samples"
+        rows = getattr(self.data, name)
+        if not self.counts_blocks or rows == -1:
+            return None
+        return BlockLimit(rows, self.packed_to if split == "train" else None, f"beyond --{name}")
 
     def _say(self, splits: Splits, limits: dict[str, int]) -> None:
         folders = [f and Path(f).resolve() for f in (self.data.train_file_dir, self.data.validation_file_dir)]
@@ -332,6 +366,8 @@ class SplitReader:
                 f"{name}: {account.read} records read, {account.kept} kept, {left_out} left out, "
                 f"{account.cut} cut short"
             )
+            if account.blocks_beyond:
+                logger.info(f"{name}: {beyond_line(account, name)}")
             for line in filter(None, (too_long_line(account.left_out, account.kept, limits), control_line(account))):
                 logger.info(f"{name}: {line}")
             if examples := getattr(splits, name):

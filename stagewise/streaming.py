@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from transformers import TrainingArguments
 
 from stagewise.arguments import ArgumentError
 from stagewise.bad_records import too_long_line
+from stagewise.block_limit import BlockLimit
 from stagewise.conversation import RecordError
 from stagewise.data_summary import Measures
 from stagewise.examples import Example, Examples, ExampleWriter
@@ -111,6 +113,28 @@ class RecordStream(IterableDataset):
         none = (Account(),) * len(self.recipe.sources)
         account = together(counting(none, window.kept, window.refused))
         return writer.finish(), account, [refusal.error for refusal in window.refused]
+
+    def end_behind(self, limit: BlockLimit) -> None:
+        """Every pass ends behind as much text as makes so many rows; to find that place the text is encoded once."""
+        (files,) = self.recipe.sources
+        lane, lengths, ends, places = Lane(replace(self.recipe, buffer=1, lanes=1), 0), [], [], []
+        record = tokens = 0
+        while not limit.reached(len(lengths), tokens):
+            window = lane.first(1)
+            if not (window.kept or window.refused):
+                break  # the end of the files
+            if window.kept:
+                lengths += [len(row.ids) for row in window.rows]
+                ends.append(len(lengths))
+                places.append(record)
+            record, tokens = record + 1, tokens + window.tokens
+        blocks = limit.kept(lengths)
+        if blocks:
+            last = bisect_left(ends, blocks)
+            own = blocks - (ends[last - 1] if last else 0)
+            self.recipe = replace(
+                self.recipe, sources=(Files(files.paths, places[last] + 1, files.names),), last=(places[last], own)
+            )
 
     def pack_to(self, capacity: int | None) -> None:
         """Rows hold several examples, up to `capacity` tokens; None: one each."""
@@ -201,7 +225,7 @@ class RecordStream(IterableDataset):
         return {
             "the files of --train_file_dir, with their sizes,": [source.fingerprint() for source in recipe.sources],
             "--data_weights": recipe.weights and list(recipe.weights),
-            "--max_train_samples": [source.limit for source in recipe.sources],
+            "--max_train_samples": [*(source.limit for source in recipe.sources), *(recipe.last or ())],
             "--shuffle_buffer": recipe.buffer,
             "--data_seed (or --seed)": recipe.seed,
             "the length of a packed row": recipe.capacity,
@@ -260,9 +284,12 @@ def stream_of(
     limit: int,
     parse: Callable[[dict[str, Any], str], Any],
     encode: Encoder,
+    blocks: BlockLimit | None = None,
     **options: Any,
 ) -> RecordStream:
     """A stream of weighted sources, or of all sources' files in order, of which `limit` records are read (−1: all).
+
+    With `blocks` so many rows of text are read, and `limit` says no more than whether there is a limit.
 
     Raises ArgumentError for limits that a stream does not keep.
     """
@@ -276,9 +303,13 @@ def stream_of(
     if len(sources) > 1 and any(source.max_samples >= 0 for source in sources):
         raise ArgumentError("--train_file_dir: max_samples of sources without a weight: not with --streaming, which "
                             "reads them as one; give them weights")  # fmt: skip
-    most = min((number for number in (limit, sources[0].max_samples) if number >= 0), default=-1)
+    limits = (-1 if blocks else limit, sources[0].max_samples)
+    most = min((number for number in limits if number >= 0), default=-1)
     whole = Files([path for source in sources for path in source.files], most, list(names))
-    return RecordStream(sources, [whole], parse, encode, **options)
+    stream = RecordStream(sources, [whole], parse, encode, **options)
+    if blocks:
+        stream.end_behind(blocks)
+    return stream
 
 
 class StreamLoader:

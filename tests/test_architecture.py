@@ -61,6 +61,7 @@ LAYERS = [
     {
         "data_summary",
         "packing",
+        "block_limit",
         "losses",
         "metrics",
         "evaluation_compare",

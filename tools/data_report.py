@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.arguments import ModelArguments
-from stagewise.attention import SHIFTED, known_to_pack
+from stagewise.attention import rows_by_flags
 from stagewise.bad_records import too_long_line
 from stagewise.control_tokens import control_line
 from stagewise.data_summary import (
@@ -33,7 +33,7 @@ from stagewise.model_config import load_config
 from stagewise.packing import pack
 from stagewise.results import marked
 from stagewise.settings import StageArguments
-from stagewise.splits import Splits
+from stagewise.splits import Splits, beyond_line
 from stagewise.terminal_text import visible
 
 CAPACITY = {"pt": "block_size", "sft": "model_max_length"}  # the flag that says how many tokens a packed row holds
@@ -72,6 +72,8 @@ def account_lines(shown: Shown, split: str) -> list[str]:
         f"{account.cut:,} cut"
     ]
     lines += [f"  left out: {count:,} {reason}" for reason, count in account.left_out.items()]
+    if account.blocks_beyond:
+        lines.append(beyond_line(account, split))
     lines += filter(None, [too_long_line(account.left_out, account.kept), control_line(account)])
     for source in account.sources:
         asked = "" if source["weight"] is None else f" (weight {source['weight']:.1%})"
@@ -108,13 +110,8 @@ def step_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
     if shown.stage not in CAPACITY:
         return [*lines, padded]
     capacity = shown.flag(CAPACITY[shown.stage])
-    exact, reason = known_to_pack(load_config(shown.flags[ModelArguments]))
-    if not shown.flag("packing"):
-        exact, reason = False, "--packing False"
-    elif because := shown.flag("padded_because"):
-        exact, reason = False, because
-    elif shown.flag("shift_attn"):
-        exact, reason = False, SHIFTED
+    config, how = load_config(shown.flags[ModelArguments]), ("packing", "padded_because", "shift_attn")
+    exact, reason = rows_by_flags(config, *map(shown.flag, how))
     rows = len(pack(measures.lengths.tolist(), capacity))
     packed = step_line(packed_step(measures, rows, capacity, size), streamed)
     if exact is None:

@@ -100,8 +100,10 @@ CHINESE: dict[str, str] = {
     "Hold out this share of the training records, if no validation set is given.": (
         "没有给出验证集时,从训练数据中留出的百分比。"
     ),
-    "Use at most this many training records; -1 = all.": "最多使用多少条训练数据;-1 = 全部。",
-    "The same for validation records.": "验证数据,同上。",
+    "Use at most this many training records; in PT rows of --block_size; -1 = all.": (
+        "最多使用多少条训练数据,PT 中为多少行 --block_size;-1 = 全部。"
+    ),
+    "The same for validation records; in PT blocks, which are not packed.": "验证数据,同上;PT 中为多少个块,不打包。",
     "Processes that encode the data; default: one a core, at most four.": "编码数据的进程数;默认每核一个,最多四个。",
     "Encode again what --cache_dir already holds.": "重新编码 --cache_dir 中已有的数据。",
     "error: stop at the first; skip: count it, write it to rejected.jsonl.": (

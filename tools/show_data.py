@@ -116,7 +116,7 @@ from stagewise.streaming import RecordStream
 from stagewise.terminal_text import print_error
 from tools.data_report import Shown, draw, report
 
-STREAMED = 10_000  # records that stand for a stream, unless --max_train_samples says how many
+STREAMED = 10_000  # records that stand for a stream, unless --max_train_samples asks for more
 # Flags that say where a stage computes or writes, which is not done here.
 ELSEWHERE = {
     *("use_cpu", "fp16", "bf16", "tf32", "fp16_full_eval", "bf16_full_eval", "deepspeed", "fsdp", "fsdp_config"),
@@ -173,7 +173,7 @@ def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
     splits, tokenizer, *others = read_data(**{name: flags[kind] for name, kind in wanted.items() if name != "return"})
     refused = []
     if isinstance(splits.train, RecordStream):
-        refused = first_of_stream(splits, flags[DataArguments].max_train_samples)
+        refused = first_of_stream(splits, max(STREAMED, flags[DataArguments].max_train_samples))
     path = Path(folder, "rejected.jsonl")
     rejected = [*map(str, refused), *(f"{entry['where']}: {entry['message']}" for entry in read_json_lines(path))]
     return Shown(stage, STAGES[stage], flags, splits, tokenizer, others[0].name if others else None, rejected)
@@ -181,7 +181,7 @@ def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
 
 def first_of_stream(splits: Splits, limit: int) -> list[RecordError]:
     """Puts the first records of a stream in its place; returns what was wrong with others on the way."""
-    examples, account, refused = splits.train.first(STREAMED if limit == -1 else limit)
+    examples, account, refused = splits.train.first(limit)
     if not examples:
         why = account.reasons() + remedy(account.left_out)
         raise ArgumentError(f"--train_file_dir: none of the first {account.read} records is left: {why}")
