@@ -83,7 +83,7 @@ def encode_all(
         alone: whether the run's other processes on this machine wait, so that all cores are this one's.
         raw: where → the record as it was read, for `rejected_path`.
         quiet: no bar.
-        limit: how many blocks of texts are kept; no more is read than that takes.
+        limit: how many blocks of texts are kept; records are read a little ahead of that, and no further.
 
     Raises:
         RecordError, and ArgumentError where no record is left, or more are too long than fit and none may be skipped.

@@ -32,7 +32,7 @@ class Account:
 
     `cut` counts kept records that were shortened to a length limit. `sources` says the same of each of several
     sources. `control` counts records with the text of a control token. `again` gives the text of a record by its
-    place, as it was read. `blocks_beyond` counts the blocks of texts that were read which are beyond a limit.
+    place, as it was read. `blocks_beyond` counts the blocks of encoded texts that lie beyond a limit.
     """
 
     read: int = 0

@@ -40,10 +40,11 @@ HEAD_START = 1.0  # seconds that the first process has for itself: the bar and t
 
 
 def beyond_line(account: Account, split: str) -> str:
-    """What of the texts that were read is beyond the limit, for a person."""
+    """How much of the encoded texts lies beyond the limit, for a person."""
     flag = "--max_train_samples" if split == "train" else "--max_eval_samples"
     blocks = counted(account.blocks_beyond, "block", "blocks")
-    return f"{blocks} of the texts that were read are beyond {flag}, which counts rows of --block_size tokens"
+    counts = "rows of --block_size tokens, not texts" if split == "train" else "blocks, not texts"
+    return f"{blocks} more of the encoded texts not used: {flag} counts {counts}"
 
 
 @dataclass
