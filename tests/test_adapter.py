@@ -15,7 +15,6 @@ from torch import nn
 from stagewise.adapter import attach_adapter, fold, load_adapter, merge_in_memory
 from stagewise.adapter_files import read_adapter_config
 from stagewise.arguments import AdapterArguments
-from stagewise.json_files import FileError
 from stagewise.methods import check_continuation
 from stagewise.model_source import AdapterError
 from stagewise.targets import fused_experts, linear_targets
@@ -348,7 +347,7 @@ def test_what_is_missing_is_named(tmp_path, adapter):
     with pytest.raises(AdapterError, match=r"no adapter_model.safetensors"):
         read_adapter_config(adapter)
     (adapter / "adapter_model.bin").touch()
-    with pytest.raises(FileError, match=r"adapter_model.bin: is empty"):
+    with pytest.raises(AdapterError, match=r"adapter_model.bin: is empty"):
         read_adapter_config(adapter)
     torch.save({}, adapter / "adapter_model.bin")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "NEVERHEARD"}))
