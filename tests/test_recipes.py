@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
@@ -69,8 +70,9 @@ def test_one_process_without_a_gpu(stage, tmp_path):
     words, _ = dry(stage, OUTPUTS=str(tmp_path))
     assert words[:2] == [sys.executable, SCRIPTS[stage]]
     assert value(words, "--output_dir") == str(tmp_path / stage)
-    assert value(words, "--torch_dtype") == "bfloat16"
-    assert "--bf16" in words
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere bfloat16 is some fifty times slower than float32
+    assert value(words, "--torch_dtype") == ("bfloat16" if fast else "float32")
+    assert ("--bf16" in words) == fast
     for flag in ("--train_file_dir", "--validation_file_dir"):
         assert (ROOT / value(words, flag)).is_dir()
 
