@@ -24,7 +24,7 @@ from stagewise.evaluation_numbers import (
     differences,
 )
 from stagewise.evaluation_page import as_markdown, shown
-from stagewise.json_files import read_object
+from stagewise.json_files import FileError, read_object
 from stagewise.json_lines import json_bytes
 
 METRICS = "metrics.json"
@@ -70,7 +70,10 @@ def _read(folder: str, name: str) -> Evaluation:
         )
     rows = {}
     try:
-        metrics = read_object(path / METRICS, "evaluate again")
+        try:
+            metrics = read_object(path / METRICS, "evaluate again")
+        except FileError as error:
+            raise ArgumentError(f"--compare {folder}: {error}") from error
         for part, (file, _) in PARTS.items():
             if part not in metrics:
                 continue
