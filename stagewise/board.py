@@ -134,6 +134,6 @@ class Board(TrainerCallback):
 
 def _as_hyperparameter(value: Any) -> int | float | str | bool:
     """A setting as TensorBoard takes it."""
-    if isinstance(value, int | float) and value != math.inf:  # bool, too
-        return value
+    if isinstance(value, int | float):  # bool, too
+        return str(value) if value == math.inf else value
     return visible(value) if isinstance(value, str) else json.dumps(value, default=str)
