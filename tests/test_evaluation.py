@@ -577,6 +577,17 @@ def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, c
     assert re.search(r"chosen longer by 50 or more +1 ", capsys.readouterr().out)
 
 
+def same_up_to(tolerance: float, one, two) -> bool:
+    """Whether two values of JSON are equal, numbers with a fraction up to `tolerance`."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(same_up_to(tolerance, one[key], two[key]) for key in one)
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(same_up_to(tolerance, *pair) for pair in zip(one, two, strict=True))
+    if isinstance(one, float) and isinstance(two, float):
+        return abs(one - two) <= tolerance
+    return type(one) is type(two) and one == two
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
@@ -607,7 +618,9 @@ def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
         files = sorted(path.name for path in (tmp_path / f"{name}-1").iterdir())
         assert files == sorted(path.name for path in (tmp_path / f"{name}-2").iterdir())
         for file in (file for file in files if file.endswith(".jsonl")):
-            assert lines(tmp_path / f"{name}-1" / file) == lines(tmp_path / f"{name}-2" / file)
+            one, two = (lines(tmp_path / f"{name}-{processes}" / file) for processes in (1, 2))
+            # With other threads, some CPUs' products differ in their last bit; files hold 6 decimals.
+            assert same_up_to(2e-6, one, two), file
     assert len(lines(tmp_path / "scored-2/rejected.jsonl")) == 1  # not one for each process
     folders = [tmp_path / "asked-1", tmp_path / "asked-2"]
     launched(torchrun("evaluation", "--compare", *folders, "--output_dir", tmp_path / "compared"))

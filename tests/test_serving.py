@@ -97,7 +97,8 @@ def test_transformers_own_server_answers_as_we_do(server, merged, ours):
             request = urllib.request.Request(address, json.dumps(asked).encode(), {"Content-Type": "application/json"})
             answer = json.load(urllib.request.urlopen(request, timeout=120))
         (choice,) = answer["choices"]
-        assert choice["message"]["content"] == text
+        # The token limit may cut a character: the server then ends with U+FFFD, inference.py before that character.
+        assert choice["message"]["content"].removesuffix("\N{REPLACEMENT CHARACTER}") == text
         assert choice["finish_reason"] == ("stop" if ended else "length")
         assert answer["usage"]["prompt_tokens"] == len(prompt)
 
