@@ -21,24 +21,17 @@ from typing import Any
 from loguru import logger
 from tqdm import tqdm
 
-from stagewise.bad_records import with_those_behind
-from stagewise.blocks import COMPRESSED, suffixes_of
-from stagewise.conversation import (
-    Conversation,
-    Message,
-    RecordError,
-    form_of,
-    parse_conversation,
-    parse_preference,
-    parse_text,
-)
-from stagewise.data_files import trouble_with
-from stagewise.json_lines import json_bytes
-from stagewise.json_values import CutError, Line, parsed
-from stagewise.paths import path_of
-from stagewise.readers import READERS, read_file
-from stagewise.records import Account, write_rejected
-from stagewise.terminal_text import visible
+from stagewise.config.paths import path_of
+from stagewise.data.bad_records import with_those_behind
+from stagewise.data.records import Account, write_rejected
+from stagewise.errors import CutError, RecordError
+from stagewise.formats.byte_stream import COMPRESSED, suffixes_of
+from stagewise.formats.data_files import trouble_with
+from stagewise.formats.json_lines import json_bytes
+from stagewise.formats.json_stream import Line, parsed
+from stagewise.formats.parsers import Conversation, Message, form_of, parse_conversation, parse_preference, parse_text
+from stagewise.formats.readers import READERS, read_file
+from stagewise.reports.terminal_text import visible
 
 QUESTION = ("question", "query", "prompt", "input", "instruction")
 ANSWER = ("answer", "response", "output", "completion")

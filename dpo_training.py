@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.arguments import (
+from stagewise.config.arguments import (
     AdapterArguments,
-    ArgumentError,
     ChatArguments,
     DataArguments,
     ModelArguments,
     PairArguments,
     PredecessorArguments,
 )
-from stagewise.first_look import first_look
+from stagewise.errors import ArgumentError
+from stagewise.training.first_look import first_look
 
 
 @dataclass
@@ -59,26 +59,26 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stagewise.adapter import attach_adapter
-from stagewise.encoding import AnyTemplate
-from stagewise.eval_samples import chosen, continued
-from stagewise.forward import learned_logits, takes_kept_logits
+from stagewise.adapters.attach import attach_adapter
+from stagewise.chat.encoding import AnyTemplate
+from stagewise.chat.select import choose_template
+from stagewise.data.packing import PreferenceCollator
+from stagewise.data.splits import SplitReader, Splits
+from stagewise.formats.readers import RECORD_FILES
 from stagewise.losses import dpo_loss, sequence_logps
-from stagewise.metrics import pair_metrics
-from stagewise.model import load_causal_lm
-from stagewise.model_config import load_config
-from stagewise.model_source import find_source, refuse_adapter
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.own_template import choose_template
-from stagewise.packing import PreferenceCollator
-from stagewise.pairs import PairTrainer, read_pairs
-from stagewise.predecessor import check_predecessor, merge_predecessor
-from stagewise.readers import RECORD_FILES
-from stagewise.router import BalancesExperts, RouterLoss, router_loss
-from stagewise.run import start
-from stagewise.settings import StageArguments
-from stagewise.splits import SplitReader, Splits
-from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
+from stagewise.models.config import load_config
+from stagewise.models.forward import learned_logits, takes_kept_logits
+from stagewise.models.hub import find_source, refuse_adapter
+from stagewise.models.loading import load_causal_lm
+from stagewise.models.router_loss import BalancesExperts, RouterLoss, router_loss
+from stagewise.models.tokenizer import load_tokenizer
+from stagewise.training.evaluation_set import EvaluationTable, ValidationSet, WithIndex
+from stagewise.training.metrics import pair_metrics
+from stagewise.training.pair_trainer import PairTrainer, read_pairs
+from stagewise.training.resume.checkpoint_dir import check_predecessor, merge_predecessor
+from stagewise.training.run import start
+from stagewise.training.sample_generations import chosen, continued
+from stagewise.training.settings import StageArguments
 from template import TEMPLATES
 
 

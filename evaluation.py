@@ -17,8 +17,8 @@ every answer as a line of jsonl, and examples.html, a page of the best and the w
 
 from __future__ import annotations
 
-from stagewise.evaluation_arguments import FLAGS, Job, read_flags, refuse
-from stagewise.first_look import first_look
+from stagewise.evaluation.arguments import FLAGS, Job, read_flags, refuse
+from stagewise.training.first_look import first_look
 
 if __name__ == "__main__":
     first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
@@ -33,16 +33,17 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from loguru import logger
 
-from stagewise.advice import LESS_MEMORY, advised
-from stagewise.arguments import ArgumentError, ChatArguments, PairArguments
-from stagewise.bad_records import WAY_OUT, check_share, too_long_line
-from stagewise.conversation import RecordError, TooLongError, parse_conversation, parse_preference
-from stagewise.evaluation_answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
-from stagewise.evaluation_benchmarks import Benchmarks
-from stagewise.evaluation_compare import METRICS, PARTS, write_comparison
-from stagewise.evaluation_folder import COMPARISON, PAGE, output_folder
-from stagewise.evaluation_numbers import BENCHMARK_METRICS, LEVEL, RM_METRICS, SFT_METRICS, by_length, measure
-from stagewise.evaluation_page import (
+from stagewise.artifacts.manifest import given_flags, read_manifest, versions
+from stagewise.artifacts.processes import everywhere
+from stagewise.config.arguments import ChatArguments, PairArguments
+from stagewise.data.bad_records import WAY_OUT, check_share, too_long_line
+from stagewise.data.records import Account, find_files, load_records, nothing_left, write_rejected
+from stagewise.errors import ArgumentError, RecordError, SpeakerError, TooLongError
+from stagewise.evaluation.answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
+from stagewise.evaluation.compare import METRICS, PARTS, write_comparison
+from stagewise.evaluation.folder import COMPARISON, PAGE, output_folder
+from stagewise.evaluation.lm_eval import Benchmarks
+from stagewise.evaluation.page import (
     answer_section,
     as_text,
     benchmark_section,
@@ -51,19 +52,19 @@ from stagewise.evaluation_page import (
     pair_section,
     shown,
 )
-from stagewise.evaluation_pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
-from stagewise.evaluation_text import PACKAGES, check_packages
-from stagewise.first_look import say_error
-from stagewise.json_lines import json_bytes, write_json_lines
-from stagewise.manifest import given_flags, read_manifest, versions
-from stagewise.processes import everywhere
-from stagewise.readers import RECORD_FILES
-from stagewise.records import Account, find_files, load_records, nothing_left, write_rejected
-from stagewise.reward import load_scorer
-from stagewise.run import is_main, leave_processes, set_up_logging
-from stagewise.speaker import SamplingArguments, Speaker, SpeakerArguments, SpeakerError
-from stagewise.speaker_loading import choose_device, for_loading, local_adapter, with_base
-from stagewise.terminal_text import visible
+from stagewise.evaluation.pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
+from stagewise.evaluation.statistics import BENCHMARK_METRICS, LEVEL, RM_METRICS, SFT_METRICS, by_length, measure
+from stagewise.evaluation.text_metrics import PACKAGES, check_packages
+from stagewise.formats.json_lines import json_bytes, write_json_lines
+from stagewise.formats.parsers import parse_conversation, parse_preference
+from stagewise.formats.readers import RECORD_FILES
+from stagewise.inference.chat_model import SamplingArguments, Speaker, SpeakerArguments
+from stagewise.inference.loading import choose_device, for_loading, local_adapter, with_base
+from stagewise.reports.terminal_text import visible
+from stagewise.rl.reward_model import load_scorer
+from stagewise.training.error_hints import LESS_MEMORY, advised
+from stagewise.training.first_look import say_error
+from stagewise.training.run import is_main, leave_processes, set_up_logging
 from template import TEMPLATES
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")

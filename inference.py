@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.first_look import first_look
-from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments
+from stagewise.inference.arguments import SamplingArguments, SpeakerArguments
+from stagewise.training.first_look import first_look
 
 
 @dataclass
@@ -68,20 +68,20 @@ from accelerate import PartialState
 from loguru import logger
 from tqdm import tqdm
 
-from stagewise.advice import LESS_MEMORY, advised
-from stagewise.answer_file import AnswerFile, Prompt, fingerprint, read_prompts
-from stagewise.arguments import ArgumentError
-from stagewise.command_line import parse
-from stagewise.first_look import say_error
-from stagewise.processes import everywhere, from_first, together
-from stagewise.run import leave_processes, set_up_logging
-from stagewise.speaker import Answer, Speaker, SpeakerError
-from stagewise.speaker_loading import choose_device
-from stagewise.talk import HELP, Talk
-from stagewise.terminal import columns_of
-from stagewise.terminal_input import Lines, open_input
-from stagewise.terminal_text import visible
-from stagewise.word_wrap import WordWrap
+from stagewise.artifacts.processes import everywhere, from_first, together
+from stagewise.config.command_line import parse
+from stagewise.errors import ArgumentError, SpeakerError
+from stagewise.inference.batch_file import AnswerFile, Prompt, fingerprint, read_prompts
+from stagewise.inference.chat_model import Answer, Speaker
+from stagewise.inference.loading import choose_device
+from stagewise.inference.repl import HELP, Talk
+from stagewise.inference.terminal_input import Lines, open_input
+from stagewise.inference.word_wrap import WordWrap
+from stagewise.reports.console import columns_of
+from stagewise.reports.terminal_text import visible
+from stagewise.training.error_hints import LESS_MEMORY, advised
+from stagewise.training.first_look import say_error
+from stagewise.training.run import leave_processes, set_up_logging
 from template import TEMPLATES
 
 DEFAULT_SYSTEM = "the template's own, or none"

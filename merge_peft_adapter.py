@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.first_look import first_look
+from stagewise.training.first_look import first_look
 
 
 @dataclass
@@ -52,34 +52,35 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from stagewise.adapter_files import read_adapter_config, refuse_unmergeable
-from stagewise.advice import advised
-from stagewise.arguments import ArgumentError, ChatArguments, ModelArguments
-from stagewise.command_line import parse
-from stagewise.json_files import read_object
-from stagewise.lineage import LICENCE_FILES, UNKNOWN, copy_beside, find_licence
-from stagewise.manifest import read_manifest, write_manifest
-from stagewise.merge_check import check_merged
-from stagewise.merging import Job, MergeError, merge_in_memory
-from stagewise.model_card import called, write_card
-from stagewise.model_config import load_config
-from stagewise.model_source import check_adapter, find_source, hub_options
-from stagewise.model_tokenizer import open_tokenizer
-from stagewise.own_template import choose_template
-from stagewise.reward_form import (
+from stagewise.adapters.files import read_adapter_config, refuse_unmergeable
+from stagewise.adapters.merge import Job, merge_in_memory
+from stagewise.adapters.merge_check import check_merged
+from stagewise.adapters.merge_sharded import Plan, merge_shards, plan_shards, tied_names
+from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.artifacts.json_files import read_object
+from stagewise.artifacts.lineage import LICENCE_FILES, UNKNOWN, copy_beside, find_licence
+from stagewise.artifacts.manifest import read_manifest, write_manifest
+from stagewise.artifacts.weight_files import AGAIN, check_hashes
+from stagewise.chat.reward_template import (
     Reading,
     carry_reward_form,
     is_older_reward_model,
     older_notice,
     saved_reading,
 )
-from stagewise.rope import write_rope
-from stagewise.run import set_up_logging
-from stagewise.scalar_head import reward_config
-from stagewise.shards import Plan, merge_shards, plan_shards, tied_names
-from stagewise.terminal_text import print_error
-from stagewise.weight_files import AGAIN, check_hashes
-from stagewise.whole_directory import check_place, whole_directory
+from stagewise.chat.select import choose_template
+from stagewise.config.arguments import ChatArguments, ModelArguments
+from stagewise.config.command_line import parse
+from stagewise.errors import ArgumentError, MergeError
+from stagewise.models.attention.rope import write_rope
+from stagewise.models.config import load_config
+from stagewise.models.hub import check_adapter, find_source, hub_options
+from stagewise.models.reward_head import reward_config
+from stagewise.models.tokenizer import open_tokenizer
+from stagewise.reports.model_card import called, write_card
+from stagewise.reports.terminal_text import print_error
+from stagewise.training.error_hints import advised
+from stagewise.training.run import set_up_logging
 from template import TEMPLATES
 
 PREFIX = "base_model.model."  # before every name in an adapter's file

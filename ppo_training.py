@@ -17,16 +17,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.arguments import (
+from stagewise.config.arguments import (
     AdapterArguments,
-    ArgumentError,
     ChatArguments,
     DataArguments,
     ModelArguments,
     PairArguments,
     PredecessorArguments,
 )
-from stagewise.first_look import first_look
+from stagewise.errors import ArgumentError
+from stagewise.training.first_look import first_look
 
 
 @dataclass
@@ -116,27 +116,27 @@ from loguru import logger
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from stagewise.adapter import attach_adapter
-from stagewise.answer_evaluation import COLUMNS, answer_metrics
-from stagewise.conversation import Conversation
-from stagewise.encoding import IGNORE_INDEX, AnyTemplate, Example
-from stagewise.generation import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
+from stagewise.adapters.attach import attach_adapter
+from stagewise.chat.encoding import IGNORE_INDEX, AnyTemplate, Example
+from stagewise.chat.select import choose_template
+from stagewise.data.splits import SplitReader, Splits
+from stagewise.formats.parsers import Conversation
+from stagewise.formats.readers import RECORD_FILES
+from stagewise.inference.sampling import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
 from stagewise.losses import adapted_kl_coef, gae, kl_to_older, moments, ppo_policy_loss, value_loss, whiten
-from stagewise.model import load_causal_lm
-from stagewise.model_config import load_config
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.own_template import choose_template
-from stagewise.policy import Batch, Policy
-from stagewise.predecessor import check_predecessor, merge_predecessor
-from stagewise.readers import RECORD_FILES
-from stagewise.reward import Scorer, load_scorer
-from stagewise.rollout import RolloutEnds, RolloutTrainer, end_ids, read_prompts
-from stagewise.router import BalancesExperts, RouterLoss, router_loss
-from stagewise.run import Run, start
-from stagewise.schedule import Schedule, settle_batches
-from stagewise.settings import StageArguments
-from stagewise.splits import SplitReader, Splits
-from stagewise.validation import EvaluationTable, ValidationSet
+from stagewise.models.config import load_config
+from stagewise.models.loading import load_causal_lm
+from stagewise.models.router_loss import BalancesExperts, RouterLoss, router_loss
+from stagewise.models.tokenizer import load_tokenizer
+from stagewise.rl.evaluation import COLUMNS, answer_metrics
+from stagewise.rl.policy import Batch, Policy
+from stagewise.rl.reward_model import Scorer, load_scorer
+from stagewise.rl.rollout import RolloutEnds, RolloutTrainer, end_ids, read_prompts
+from stagewise.rl.schedule import Schedule, settle_batches
+from stagewise.training.evaluation_set import EvaluationTable, ValidationSet
+from stagewise.training.resume.checkpoint_dir import check_predecessor, merge_predecessor
+from stagewise.training.run import Run, start
+from stagewise.training.settings import StageArguments
 from template import TEMPLATES
 
 

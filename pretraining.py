@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
-from stagewise.first_look import first_look
-from stagewise.readers import TEXT_FILES
+from stagewise.config.arguments import AdapterArguments, DataArguments, LanguageModelArguments, ModelArguments
+from stagewise.formats.readers import TEXT_FILES
+from stagewise.training.first_look import first_look
 
 
 @dataclass
@@ -32,22 +32,22 @@ if __name__ == "__main__":  # a wrong flag or path is answered before torch has 
 
 from transformers import PreTrainedTokenizerBase
 
-from stagewise.adapter import attach_adapter
-from stagewise.attention import rows_by_flags
-from stagewise.conversation import parse_text
-from stagewise.encoding import TextEncoder
-from stagewise.examples import Examples
-from stagewise.language_model import LanguageModelTrainer, training_rows
-from stagewise.metrics import language_model_metrics
-from stagewise.model import load_causal_lm
-from stagewise.model_config import load_config
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.router import router_loss
-from stagewise.run import start
-from stagewise.settings import StageArguments
-from stagewise.splits import SplitReader, Splits
-from stagewise.streamed_training import check_streaming
-from stagewise.validation import EvaluationTable, ValidationSet
+from stagewise.adapters.attach import attach_adapter
+from stagewise.chat.encoding import TextEncoder
+from stagewise.data.examples import Examples
+from stagewise.data.splits import SplitReader, Splits
+from stagewise.formats.parsers import parse_text
+from stagewise.models.attention.choose import rows_by_flags
+from stagewise.models.config import load_config
+from stagewise.models.loading import load_causal_lm
+from stagewise.models.router_loss import router_loss
+from stagewise.models.tokenizer import load_tokenizer
+from stagewise.training.evaluation_set import EvaluationTable, ValidationSet
+from stagewise.training.lm_trainer import LanguageModelTrainer, training_rows
+from stagewise.training.metrics import language_model_metrics
+from stagewise.training.run import start
+from stagewise.training.settings import StageArguments
+from stagewise.training.stream_trainer import check_streaming
 
 
 class PTTrainer(LanguageModelTrainer):

@@ -13,8 +13,8 @@ The score's head is trained in full and saved with the adapter; `merge_peft_adap
 
 from __future__ import annotations
 
-from stagewise.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
-from stagewise.first_look import first_look
+from stagewise.config.arguments import AdapterArguments, ChatArguments, DataArguments, ModelArguments, PairArguments
+from stagewise.training.first_look import first_look
 
 FLAGS = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments]
 if __name__ == "__main__":
@@ -24,22 +24,22 @@ if __name__ == "__main__":
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
-from stagewise.adapter import attach_adapter
-from stagewise.encoding import AnyTemplate
+from stagewise.adapters.attach import attach_adapter
+from stagewise.chat.encoding import AnyTemplate
+from stagewise.chat.reward_template import is_older_reward_model, older_notice, settle_reward_form
+from stagewise.chat.select import choose_template
+from stagewise.data.packing import PreferenceCollator
+from stagewise.data.splits import SplitReader, Splits
+from stagewise.formats.readers import RECORD_FILES
 from stagewise.losses import pairwise_loss
-from stagewise.metrics import pair_metrics
-from stagewise.model import load_reward_model
-from stagewise.model_config import load_config
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.own_template import choose_template
-from stagewise.packing import PreferenceCollator
-from stagewise.pairs import PairTrainer, read_pairs
-from stagewise.readers import RECORD_FILES
-from stagewise.reward_form import is_older_reward_model, older_notice, settle_reward_form
-from stagewise.run import start
-from stagewise.settings import StageArguments
-from stagewise.splits import SplitReader, Splits
-from stagewise.validation import EvaluationTable, ValidationSet, WithIndex
+from stagewise.models.config import load_config
+from stagewise.models.loading import load_reward_model
+from stagewise.models.tokenizer import load_tokenizer
+from stagewise.training.evaluation_set import EvaluationTable, ValidationSet, WithIndex
+from stagewise.training.metrics import pair_metrics
+from stagewise.training.pair_trainer import PairTrainer, read_pairs
+from stagewise.training.run import start
+from stagewise.training.settings import StageArguments
 from template import TEMPLATES
 
 

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.arguments import (
+from stagewise.config.arguments import (
     AdapterArguments,
-    ArgumentError,
     ChatArguments,
     DataArguments,
     LanguageModelArguments,
     ModelArguments,
 )
-from stagewise.first_look import first_look
+from stagewise.errors import ArgumentError
+from stagewise.training.first_look import first_look
 
 
 @dataclass
@@ -48,22 +48,22 @@ if __name__ == "__main__":
 
 from transformers import PreTrainedTokenizerBase
 
-from stagewise.adapter import attach_adapter
-from stagewise.conversation import parse_conversation
-from stagewise.encoding import AnyTemplate, ConversationEncoder
-from stagewise.language_model import LanguageModelTrainer, training_rows
-from stagewise.metrics import language_model_metrics
-from stagewise.model import load_causal_lm
-from stagewise.model_config import load_config
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.own_template import choose_template
-from stagewise.readers import RECORD_FILES
-from stagewise.router import router_loss
-from stagewise.run import start
-from stagewise.settings import StageArguments
-from stagewise.splits import SplitReader, Splits
-from stagewise.streamed_training import check_streaming
-from stagewise.validation import EvaluationTable, ValidationSet
+from stagewise.adapters.attach import attach_adapter
+from stagewise.chat.encoding import AnyTemplate, ConversationEncoder
+from stagewise.chat.select import choose_template
+from stagewise.data.splits import SplitReader, Splits
+from stagewise.formats.parsers import parse_conversation
+from stagewise.formats.readers import RECORD_FILES
+from stagewise.models.config import load_config
+from stagewise.models.loading import load_causal_lm
+from stagewise.models.router_loss import router_loss
+from stagewise.models.tokenizer import load_tokenizer
+from stagewise.training.evaluation_set import EvaluationTable, ValidationSet
+from stagewise.training.lm_trainer import LanguageModelTrainer, training_rows
+from stagewise.training.metrics import language_model_metrics
+from stagewise.training.run import start
+from stagewise.training.settings import StageArguments
+from stagewise.training.stream_trainer import check_streaming
 from template import TEMPLATES
 
 

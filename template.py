@@ -1,5 +1,5 @@
 """The table of chat templates: read it, extend it. `--template_name` chooses one; what the pieces mean is said in
-`stagewise.rendering.Template`, and docs/templates.md tells how to add a family.
+`stagewise.chat.template.Template`, and docs/templates.md tells how to add a family.
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
     └────────────── user ───────────┘└────────lead────────┘└answer┘└─ end ──┘└after
@@ -8,8 +8,8 @@ Above each entry stands where its family publishes the form. Where a public form
 has one only behind the last, every answer here ends with the tokenizer's eos token, which generation can stop at.
 """
 
-from stagewise.rendering import Template
-from stagewise.tool_forms import DEEPSEEK, GLM4, LLAMA3, MISTRAL, QWEN
+from stagewise.chat.template import Template
+from stagewise.chat.tool_formats import DEEPSEEK, GLM4, LLAMA3, MISTRAL, QWEN
 
 CHATML = {
     "system": "<|im_start|>system\n{content}<|im_end|>\n",

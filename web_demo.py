@@ -11,8 +11,8 @@ gradio.
 
 from __future__ import annotations
 
-from stagewise.first_look import first_look
-from stagewise.web_server import FLAGS, WebArguments, check_web, serve
+from stagewise.training.first_look import first_look
+from stagewise.web.server import FLAGS, WebArguments, check_web, serve
 
 if __name__ == "__main__":
     first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
@@ -30,22 +30,22 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.advice import LESS_MEMORY, advised
-from stagewise.arguments import ArgumentError
-from stagewise.chats import ADAPTER, BASE, Chat, ChatError, Desk
-from stagewise.command_line import parse
-from stagewise.page_texts import CHINESE, CHINESE_TAGS, ENGLISH, said
-from stagewise.run import set_up_logging
-from stagewise.speaker import Answer, Speaker
-from stagewise.speaker_arguments import DRAWING, SamplingArguments, SpeakerError
-from stagewise.terminal_text import print_error
+from stagewise.config.command_line import parse
+from stagewise.errors import ArgumentError, ChatError, SpeakerError
+from stagewise.inference.arguments import DRAWING, SamplingArguments
+from stagewise.inference.chat_model import Answer, Speaker
+from stagewise.reports.terminal_text import print_error
+from stagewise.training.error_hints import LESS_MEMORY, advised
+from stagewise.training.run import set_up_logging
+from stagewise.web.conversations import ADAPTER, BASE, Chat, Desk
+from stagewise.web.translations import CHINESE, CHINESE_TAGS, ENGLISH, said
 from template import TEMPLATES
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 try:
     import gradio as gr
 
-    from stagewise.shown_text import FORMULAS, shown, written
+    from stagewise.web.markdown import FORMULAS, shown, written
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed: bash launch.sh set_up requirements-web.txt")
 

@@ -46,7 +46,7 @@ WORKERS = 2
 def stagewise(args: argparse.Namespace) -> dict[str, object]:
     """Flags → packed rows, or pairs, the way the stage's script does it."""
     sys.path.insert(0, str(ROOT))
-    from stagewise.arguments import (
+    from stagewise.config.arguments import (
         AdapterArguments,
         ChatArguments,
         DataArguments,
@@ -54,8 +54,8 @@ def stagewise(args: argparse.Namespace) -> dict[str, object]:
         ModelArguments,
         PairArguments,
     )
-    from stagewise.model_tokenizer import load_tokenizer
-    from stagewise.packing import PackedRows
+    from stagewise.data.packing import PackedRows
+    from stagewise.models.tokenizer import load_tokenizer
 
     model = ModelArguments(model_name_or_path=args.model, cache_dir=str(args.output_dir / "cache"))
     data = DataArguments(train_file_dir=str(args.file), on_bad_record="skip")

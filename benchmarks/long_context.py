@@ -24,11 +24,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from stagewise.arguments import ModelArguments  # noqa: E402
-from stagewise.model import load_causal_lm  # noqa: E402
-from stagewise.model_config import load_config  # noqa: E402
-from stagewise.model_tokenizer import load_tokenizer  # noqa: E402
-from stagewise.rope import context_of  # noqa: E402
+from stagewise.config.arguments import ModelArguments  # noqa: E402
+from stagewise.models.attention.rope import context_of  # noqa: E402
+from stagewise.models.config import load_config  # noqa: E402
+from stagewise.models.loading import load_causal_lm  # noqa: E402
+from stagewise.models.tokenizer import load_tokenizer  # noqa: E402
 
 CHUNK = 2048  # positions whose logits are in memory at a time
 

@@ -34,14 +34,14 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationMethod
 
 from benchmarks.memory_shapes import EXPERTS_IN_4_BIT, SHAPES, WARM_UP, Cell, has_experts
-from stagewise import memory
-from stagewise.adapter import attach_adapter
-from stagewise.arguments import AdapterArguments, ModelArguments
-from stagewise.attention import choose_attention
-from stagewise.experts import hold, pack
-from stagewise.layers import skeleton
-from stagewise.quantisation import guard_4bit
-from stagewise.settings import StageArguments
+from stagewise.adapters.attach import attach_adapter
+from stagewise.config.arguments import AdapterArguments, ModelArguments
+from stagewise.models.attention.choose import choose_attention
+from stagewise.models.memory import estimate
+from stagewise.models.memory.structure import skeleton
+from stagewise.models.quantization.bnb import guard_4bit
+from stagewise.models.quantization.experts import hold, pack
+from stagewise.training.settings import StageArguments
 from supervised_finetuning import SFTTrainer
 
 ATTENTION_LAYERS = "q_proj,k_proj,v_proj,o_proj"  # what the adapter takes of experts' models, but for qlora4_all
@@ -74,11 +74,11 @@ def with_adapter(model: PreTrainedModel, cell: Cell) -> nn.Module:
 # ── the estimate ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def predicted(cell: Cell) -> memory.Memory:
-    """What stagewise/memory.py says that the cell takes."""
+def predicted(cell: Cell) -> estimate.Memory:
+    """What stagewise/models/memory/estimate.py says that the cell takes."""
     model = skeleton(make_config(cell.shape), AutoModelForCausalLM, dtype_of(cell))
-    in_bits = memory.layers_in_bits(model) if cell.bits else set()
-    step = memory.Step(
+    in_bits = estimate.layers_in_bits(model) if cell.bits else set()
+    step = estimate.Step(
         rows=1,
         tokens=cell.tokens,
         logit_tokens=cell.tokens,
@@ -88,7 +88,7 @@ def predicted(cell: Cell) -> memory.Memory:
         bits=cell.bits,
         experts_in_bits=cell.method in EXPERTS_IN_4_BIT,
     )
-    return memory.estimate(with_adapter(model, cell), step, in_bits)
+    return estimate.estimate(with_adapter(model, cell), step, in_bits)
 
 
 # ── the model ───────────────────────────────────────────────────────────────────────────────────────────────────────

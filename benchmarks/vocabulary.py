@@ -88,7 +88,7 @@ def measure(model: Path, adapter: Path | None, text: str, window: int, device: s
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stagewise.adapter import load_adapter
+    from stagewise.adapters.attach import load_adapter
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     network = AutoModelForCausalLM.from_pretrained(model, local_files_only=True, dtype=torch.float32)

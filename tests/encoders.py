@@ -4,9 +4,9 @@ from array import array
 
 import numpy as np
 
-from stagewise.conversation import RecordError
-from stagewise.encoding import IGNORE_INDEX, TextEncoder
-from stagewise.examples import Encoded, Example, PreferenceExample, Row
+from stagewise.chat.encoding import IGNORE_INDEX, TextEncoder
+from stagewise.data.examples import Encoded, Example, PreferenceExample, Row
+from stagewise.errors import RecordError
 
 
 class OneByOne:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapter_weights
 
-from stagewise.conversation import parse_preference
-from stagewise.encoding import encode_preference
-from stagewise.packing import PreferenceCollator
+from stagewise.chat.encoding import encode_preference
+from stagewise.data.packing import PreferenceCollator
+from stagewise.formats.parsers import parse_preference
 from template import TEMPLATES
+from tests.conftest import adapter_weights
 
 # prompt turns (user first), chosen, rejected; the first prompt has a history
 PAIRS = [

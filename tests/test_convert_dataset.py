@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 import convert_dataset
-from stagewise.conversation import form_of, parse_conversation, parse_preference, parse_text
-from stagewise.records import load_records
+from stagewise.data.records import load_records
+from stagewise.formats.parsers import form_of, parse_conversation, parse_preference, parse_text
 
 PARSERS = {"preference": parse_preference, "text": parse_text}
 

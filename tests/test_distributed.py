@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import adapter_weights
-from launching import environment, free_port, python, run, torchrun
 
-from stagewise.run import Run
+from stagewise.training.run import Run
+from tests.conftest import adapter_weights
+from tests.launching import environment, free_port, python, run, torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

@@ -4,18 +4,27 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapter_weights
 from datasets import Dataset
-from pair_runs import batch_of, both_agree, chat_columns, evaluation_rows, flags_of, history, manifest, preferences
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_training import DPOTrainer
-from stagewise.adapter import attach_adapter, merge_in_memory
-from stagewise.arguments import AdapterArguments
-from stagewise.packing import PreferenceCollator
-from stagewise.settings import StageArguments
+from stagewise.adapters.attach import attach_adapter, merge_in_memory
+from stagewise.config.arguments import AdapterArguments
+from stagewise.data.packing import PreferenceCollator
+from stagewise.training.settings import StageArguments
 from template import TEMPLATES
+from tests.conftest import adapter_weights
+from tests.pair_runs import (
+    batch_of,
+    both_agree,
+    chat_columns,
+    evaluation_rows,
+    flags_of,
+    history,
+    manifest,
+    preferences,
+)
 
 BETA = 0.3
 

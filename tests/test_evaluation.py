@@ -12,17 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import environment, torchrun
-from launching import run as launched
 from safetensors.torch import save_file
 
 import evaluation
-from stagewise import evaluation_benchmarks, evaluation_csv, evaluation_page
-from stagewise.arguments import ArgumentError
-from stagewise.conversation import RecordError, parse_conversation
-from stagewise.evaluation_compare import compared, read_evaluations, sentence, write_comparison
-from stagewise.evaluation_numbers import RM_METRICS, SFT_METRICS, measure
+from stagewise.errors import ArgumentError, RecordError
+from stagewise.evaluation import benchmark_csv, page
+from stagewise.evaluation import lm_eval as evaluation_benchmarks
+from stagewise.evaluation.compare import compared, read_evaluations, sentence, write_comparison
+from stagewise.evaluation.statistics import RM_METRICS, SFT_METRICS, measure
+from stagewise.formats.parsers import parse_conversation
 from template import TEMPLATES
+from tests.launching import environment, torchrun
+from tests.launching import run as launched
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rouge_chinese", "jieba", "rouge_score", "sacrebleu", "lm_eval")
@@ -85,7 +86,7 @@ def write_csv(path: Path, name: str, keys: str) -> None:
 
 def made_up(folder: Path, name: str, shots: str = "AC") -> Path:
     """A folder in the layout in which a benchmark was published."""
-    layout = evaluation_csv.LAYOUTS[name]
+    layout = benchmark_csv.LAYOUTS[name]
     for which, keys in KEYS.items():
         subject = SUBJECTS[name][which]
         suffix = "" if name == "cmmlu" else f"_{layout.split}"
@@ -97,11 +98,11 @@ def made_up(folder: Path, name: str, shots: str = "AC") -> Path:
 @pytest.mark.parametrize("name", ["mmlu", "cmmlu", "ceval"])
 def test_published_layouts_are_read(tmp_path, name):
     made_up(tmp_path / name, name)
-    place = evaluation_csv.find_benchmark(str(tmp_path), name, alone=False)
+    place = benchmark_csv.find_benchmark(str(tmp_path), name, alone=False)
     assert place == tmp_path / name
-    assert evaluation_csv.find_benchmark(str(place), name, alone=True) == place
+    assert benchmark_csv.find_benchmark(str(place), name, alone=True) == place
     subject = SUBJECTS[name]["first"]
-    found = evaluation_csv.read_subject(place, name, subject, 2)
+    found = benchmark_csv.read_subject(place, name, subject, 2)
     asked, choices = "question 0, with\na line", {"A": "one", "B": "two", "C": "three", "D": "four"}
     first = {
         "mmlu": {"question": asked, "choices": ["one", "two", "three", "four"], "answer": 1},
@@ -127,26 +128,26 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, text, name, message):
     path = tmp_path / "anatomy.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ArgumentError, match=message):
-        evaluation_csv.read_questions(path, name)
+        benchmark_csv.read_questions(path, name)
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
     path = tmp_path / "anatomy.csv"
     path.write_bytes("问题,a,b,c,d,A\n".encode("gbk"))
     with pytest.raises(ArgumentError, match=r"anatomy.csv: not text in UTF-8"):
-        evaluation_csv.read_questions(path, "mmlu")
+        benchmark_csv.read_questions(path, "mmlu")
 
 
 def test_examples_that_are_not_there(tmp_path):
     made_up(tmp_path, "mmlu")
     with pytest.raises(ArgumentError, match=r"--num_fewshot 5: .*anatomy_dev.csv has 2 examples"):
-        evaluation_csv.read_subject(tmp_path, "mmlu", "anatomy", 5)
+        benchmark_csv.read_subject(tmp_path, "mmlu", "anatomy", 5)
     (tmp_path / "dev/anatomy_dev.csv").unlink()
     with pytest.raises(ArgumentError, match=r"anatomy_dev.csv is not there; --num_fewshot 0 shows no examples"):
-        evaluation_csv.read_subject(tmp_path, "mmlu", "anatomy", 1)
-    assert len(evaluation_csv.read_subject(tmp_path, "mmlu", "anatomy", 0)["test"]) == 4
+        benchmark_csv.read_subject(tmp_path, "mmlu", "anatomy", 1)
+    assert len(benchmark_csv.read_subject(tmp_path, "mmlu", "anatomy", 0)["test"]) == 4
     with pytest.raises(ArgumentError, match=r"--benchmark_dir .*: holds no ceval/val/\*_val.csv"):
-        evaluation_csv.find_benchmark(str(tmp_path), "ceval", alone=True)
+        benchmark_csv.find_benchmark(str(tmp_path), "ceval", alone=True)
 
 
 # ── models whose answers are known ──────────────────────────────────────────────────────────────────────────────────
@@ -330,7 +331,8 @@ def test_what_lm_eval_cuts(tiny_tokenizer):
 
 
 def test_questions_of_one_context_stay_in_one_process(monkeypatch):
-    from stagewise import evaluation_harness, processes
+    from stagewise.artifacts import processes
+    from stagewise.evaluation import harness
 
     requests = [SimpleNamespace(args=(context, choice)) for context in "abc" for choice in (" A", " B")]
 
@@ -340,11 +342,11 @@ def test_questions_of_one_context_stay_in_one_process(monkeypatch):
     parts = []
     for index in range(4):  # the last of them gets nothing
         state = SimpleNamespace(num_processes=4, process_index=index, is_main_process=index == 0)
-        for module in (evaluation_harness, processes):
+        for module in (harness, processes):
             monkeypatch.setattr(module, "PartialState", lambda state=state: state)
         everywhere = [[dict.fromkeys(range(6), "other"), None]]
         monkeypatch.setattr(processes, "gather_object", lambda own, everywhere=everywhere: everywhere + own)
-        parts.append(evaluation_harness.SharedModel._shared(ask, requests, False))
+        parts.append(harness.SharedModel._shared(ask, requests, False))
     assert parts[0] == [("a", " A"), ("a", " B"), *["other"] * 4]
     assert parts[2] == [*["other"] * 4, ("c", " A"), ("c", " B")]
     assert parts[3] == ["other"] * 6
@@ -550,7 +552,7 @@ def test_scores_are_what_transformers_says(tmp_path, tiny_checkpoint, adapter, c
         model = get_peft_model(model, config)
         model.save_pretrained(tmp_path / "adapter")
         flags = ["--lora_model", tmp_path / "adapter" if adapter == "folder" else adapter]
-        for hub in ("stagewise.speaker_loading.snapshot_download", "stagewise.model_source._download_modelscope"):
+        for hub in ("stagewise.inference.loading.snapshot_download", "stagewise.models.hub._download_modelscope"):
             monkeypatch.setattr(hub, lambda *_, **__: str(tmp_path / "adapter"))
     model.eval()
     file = write_lines(tmp_path / "pairs.jsonl", PAIRS)
@@ -722,8 +724,8 @@ def answer_row(number: int, **changes) -> dict:
 def test_the_page_escapes_what_models_and_records_say():
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
     row = answer_row(1, answer=evil, reference=evil, prompt=[{"role": "user", "content": evil}], where=evil)
-    section = evaluation_page.answer_section([row, answer_row(2)], [["", evil], [evil, "1"]])
-    text = evaluation_page.page(evil, {evil: evil}, [section])
+    section = page.answer_section([row, answer_row(2)], [["", evil], [evil, "1"]])
+    text = page.page(evil, {evil: evil}, [section])
     assert "<script" not in text
     assert "<img" not in text
     # title twice, a fact's name and value, two cells; the record's place, question, answer and reference
@@ -733,11 +735,11 @@ def test_the_page_escapes_what_models_and_records_say():
 
 def test_the_page_shows_the_best_and_the_worst_once():
     rows = [answer_row(n, answer=f"answer {n}.") for n in range(1, 6)]
-    best, worst = evaluation_page.ends(rows, "rougeL")
+    best, worst = page.ends(rows, "rougeL")
     assert [row["where"] for row in best] == ["test.jsonl:5", "test.jsonl:4", "test.jsonl:3"]
     assert [row["where"] for row in worst] == ["test.jsonl:1", "test.jsonl:2"]
     many = [answer_row(n) for n in range(100)]
-    best, worst = evaluation_page.ends(many, "rougeL")
+    best, worst = page.ends(many, "rougeL")
     assert [len(best), len(worst), best[0]["rougeL"], worst[0]["rougeL"]] == [10, 10, 9.9, 0]
 
 
@@ -745,23 +747,23 @@ def test_the_page_shows_choices_with_their_letters():
     question = {"question": "How many?", "choices": ["two", "<b>"], "answer": 1}
     row = {"where": "mmlu_anatomy:1", "question": question, "probabilities": {"A": 0.4, "B": 0.6}}
     row |= {"answer": "B", "target": "B", "correct": 1.0}
-    text = evaluation_page.benchmark_section("mmlu", [row], [["mmlu", "accuracy"], ["in all", "1.0"]])
+    text = page.benchmark_section("mmlu", [row], [["mmlu", "accuracy"], ["in all", "1.0"]])
     assert "How many?" in text
     assert '<span class="label">choices</span><pre>A. two\nB. &lt;b&gt;</pre></article>' in text
     assert "answers B with 60%, right is B" in text
     words = {"where": "gsm8k:1", "question": {"question": "?"}, "target": "3", "answer": ["3"], "correct": 1.0}
-    text = evaluation_page.benchmark_section("gsm8k", [words], [["gsm8k", "accuracy"], ["in all", "1.0"]])
+    text = page.benchmark_section("gsm8k", [words], [["gsm8k", "accuracy"], ["in all", "1.0"]])
     assert "<h3>" not in text
 
 
 def test_a_table_of_chinese_names_is_straight():
-    text = evaluation_page.as_text([["", "值"], ["法律", "0.5"], ["law", "0.25"]])
+    text = page.as_text([["", "值"], ["法律", "0.5"], ["law", "0.25"]])
     assert text.splitlines() == ["        值", "----  ----", "法律   0.5", "law   0.25"]
 
 
 def test_a_table_that_is_too_wide_goes_on_below():
     rows = [["", "all", "chinese", "other"], ["ROUGE-L", "0.1", "0.2", "0.3"]]
-    assert evaluation_page.as_text(rows, 24).splitlines() == [
+    assert page.as_text(rows, 24).splitlines() == [
         "         all  chinese",
         "-------  ---  -------",
         "ROUGE-L  0.1      0.2",
@@ -770,8 +772,8 @@ def test_a_table_that_is_too_wide_goes_on_below():
         "-------  -----",
         "ROUGE-L    0.3",
     ]
-    assert len(evaluation_page.as_text(rows, 28).splitlines()) == 3
-    assert len(evaluation_page.as_text(rows, 3).splitlines()) == 11  # a column at least
+    assert len(page.as_text(rows, 28).splitlines()) == 3
+    assert len(page.as_text(rows, 3).splitlines()) == 11  # a column at least
 
 
 def write_evaluation(folder: Path, stage: str | None, rouge: float, nll: float) -> Path:

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS_ID, build_tiny_model, build_tiny_tokenizer
-from launching import environment, python, run, torchrun
 
 import inference
-from stagewise.answer_file import AnswerFile, read_prompts
-from stagewise.conversation import Conversation, Message
-from stagewise.speaker import Answer, SamplingArguments, Speaker, SpeakerArguments, SpeakerError
-from stagewise.talk import Talk
-from stagewise.terminal_text import visible
+from stagewise.errors import SpeakerError
+from stagewise.formats.parsers import Conversation, Message
+from stagewise.inference.batch_file import AnswerFile, read_prompts
+from stagewise.inference.chat_model import Answer, SamplingArguments, Speaker, SpeakerArguments
+from stagewise.inference.repl import Talk
+from stagewise.reports.terminal_text import visible
 from template import TEMPLATES
+from tests.conftest import EOS_ID, build_tiny_model, build_tiny_tokenizer
+from tests.launching import environment, python, run, torchrun
 
 RECORDS = [
     {"id": 1, "conversations": [{"from": "human", "value": "a fever"}, {"from": "gpt", "value": "rest"}]},

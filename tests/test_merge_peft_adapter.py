@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, build_tiny_model, build_tiny_tokenizer
 from loguru import logger
 from peft import (
     AdaLoraConfig,
@@ -33,10 +32,12 @@ from transformers import (
 
 import merge_peft_adapter
 from merge_peft_adapter import MergeError, main
-from stagewise import merge_check
-from stagewise.adapter import AdapterError, attach_adapter
-from stagewise.arguments import AdapterArguments, ArgumentError
-from stagewise.quantisation import guard_4bit
+from stagewise.adapters import merge_check
+from stagewise.adapters.attach import attach_adapter
+from stagewise.config.arguments import AdapterArguments
+from stagewise.errors import AdapterError, ArgumentError
+from stagewise.models.quantization.bnb import guard_4bit
+from tests.conftest import FAMILIES, ROOT, build_tiny_model, build_tiny_tokenizer
 
 ROW = torch.tensor([[11, 12, 13, 14, 15, 16, 17]])
 AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}

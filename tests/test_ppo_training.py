@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build_tiny_tokenizer
-from launching import run as run_command
-from launching import torchrun
 
 import ppo_training
 from stagewise.losses import adapted_kl_coef, gae, kl_to_older, moments, ppo_policy_loss, value_loss, whiten
+from tests.conftest import adapter_weights, build_tiny_tokenizer
+from tests.launching import run as run_command
+from tests.launching import torchrun
 from tools import judging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -383,9 +383,9 @@ def test_full_training_holds_a_frozen_copy_as_reference(stage, words):
 
 
 def test_an_sft_adapter_is_merged_into_policy_and_reference(stage, words, tmp_path):
-    from stagewise.adapter import attach_adapter
-    from stagewise.arguments import AdapterArguments, ModelArguments
-    from stagewise.model import load_causal_lm
+    from stagewise.adapters.attach import attach_adapter
+    from stagewise.config.arguments import AdapterArguments, ModelArguments
+    from stagewise.models.loading import load_causal_lm
 
     flags = words("out")
     base = flags[flags.index("--model_name_or_path") + 1]

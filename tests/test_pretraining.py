@@ -2,9 +2,10 @@ import json
 
 import pytest
 import torch
-from conftest import adapter_weights
-from encoders import encode_text
 from transformers import AutoModelForCausalLM
+
+from tests.conftest import adapter_weights
+from tests.encoders import encode_text
 
 
 @pytest.fixture

@@ -5,14 +5,11 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from conftest import build_tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from odd_tokenizers import lossy_tokenizer, sentencepiece_tokenizer
 from tokenizers import AddedToken
 
-from stagewise.conversation import Conversation, Message, Preference, RecordError
-from stagewise.encoding import (
+from stagewise.chat.encoding import (
     IGNORE_INDEX,
     ConversationEncoder,
     PreferenceEncoder,
@@ -21,7 +18,11 @@ from stagewise.encoding import (
     encode_preference,
     encode_prompt,
 )
+from stagewise.errors import RecordError
+from stagewise.formats.parsers import Conversation, Message, Preference
 from template import TEMPLATES
+from tests.conftest import build_tiny_tokenizer
+from tests.odd_tokenizers import lossy_tokenizer, sentencepiece_tokenizer
 
 KINDS = ("byte-level", "byte-level with bos", "metaspace", "legacy metaspace", "wordpiece")
 FORMS = ("vicuna", "alpaca", "llama2", "phoenix", "rwkv", "chatml", "llama3", "gemma")

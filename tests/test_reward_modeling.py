@@ -8,18 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapter_weights
 from datasets import Dataset
-from pair_runs import batch_of, both_agree, chat_columns, evaluation_rows, flags_of, history, manifest, preferences
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_modeling import RewardTrainer
-from stagewise.adapter import attach_adapter
-from stagewise.arguments import AdapterArguments
-from stagewise.packing import PreferenceCollator
-from stagewise.settings import StageArguments
+from stagewise.adapters.attach import attach_adapter
+from stagewise.config.arguments import AdapterArguments
+from stagewise.data.packing import PreferenceCollator
+from stagewise.training.settings import StageArguments
 from template import TEMPLATES
+from tests.conftest import adapter_weights
+from tests.pair_runs import (
+    batch_of,
+    both_agree,
+    chat_columns,
+    evaluation_rows,
+    flags_of,
+    history,
+    manifest,
+    preferences,
+)
 
 
 @pytest.fixture

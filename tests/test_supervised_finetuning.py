@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from conftest import adapter_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stagewise.adapter import attach_adapter, load_adapter
-from stagewise.arguments import AdapterArguments
+from stagewise.adapters.attach import attach_adapter, load_adapter
+from stagewise.config.arguments import AdapterArguments
+from tests.conftest import adapter_weights
 
 QUESTIONS = ["fever", "rest", "water", "a cold", "sleep", "diet", "pain", "exercise"]
 
@@ -283,7 +283,7 @@ def test_a_dry_run_on_a_cpu_scales_a_short_row_to_the_batch(stage, words, capsys
         assert "dry run: measures 256 tokens for a batch of 1 × " in capsys.readouterr().err or len(sizes) > 1
         return 2.0, 1000.0, 5000 * 2**30, 1000 * 2**30  # loss, seconds, bytes held before and grown by
 
-    monkeypatch.setattr("stagewise.dry_run.measure", measure)
+    monkeypatch.setattr("stagewise.training.dry_run.measure", measure)
     stage("supervised_finetuning", *words(model_max_length=800, max_steps=6), "--dry_run")
     error = capsys.readouterr().err
     assert sizes == [(1, 256)] * 2, "once to warm up, once to measure"
@@ -431,7 +431,7 @@ def test_flags_about_labels_reach_the_training_set(flags, turns, limit, stage, w
         seen.extend(tokenizer.decode(each) for each in ids)
         raise SystemExit
 
-    monkeypatch.setattr("stagewise.run.Run.show_sample", stop)
+    monkeypatch.setattr("stagewise.training.run.Run.show_sample", stop)
     with pytest.raises(SystemExit):
         stage("supervised_finetuning", *words(train_file_dir=path.parent, model_max_length=limit), *flags)
     assert [turn for turn, word in ((1, "FIRST"), (2, "SECOND")) if word in seen[0]] == turns

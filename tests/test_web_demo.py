@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from stagewise.arguments import ArgumentError
+from stagewise.errors import ArgumentError
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-web.txt")
 
 import web_demo  # noqa: E402
-from stagewise.speaker import Answer, Speaker  # noqa: E402
-from stagewise.speaker_arguments import SamplingArguments, SpeakerArguments, SpeakerError  # noqa: E402
+from stagewise.errors import SpeakerError
+from stagewise.inference.arguments import SamplingArguments, SpeakerArguments  # noqa: E402
+from stagewise.inference.chat_model import Answer, Speaker  # noqa: E402
 
 PATIENCE = 60_000  # milliseconds that the page has for anything
 EVIL = """<script>window.ran = 1</script> before <img src=x onerror="window.ran = 2"> <b>bold?</b> **bold**
@@ -602,7 +603,7 @@ def test_the_page_says_what_the_speaker_says(tiny_checkpoint):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from stagewise.conversation import Conversation, Message
+    from stagewise.formats.parsers import Conversation, Message
     from template import TEMPLATES
 
     base = tiny_checkpoint("llama")
@@ -619,7 +620,7 @@ def test_the_page_says_what_the_speaker_says(tiny_checkpoint):
 
 @pytest.mark.real
 def test_the_small_model_answers_on_the_page(smollm, visit):
-    from stagewise.conversation import Conversation, Message
+    from stagewise.formats.parsers import Conversation, Message
     from template import TEMPLATES
 
     speaker = Speaker.load(SpeakerArguments(str(smollm)), TEMPLATES)

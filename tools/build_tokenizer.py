@@ -22,11 +22,11 @@ from typing import Any
 from loguru import logger
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from stagewise.arguments import ArgumentError
-from stagewise.paths import path_of
-from stagewise.subwords import SPACE, VocabularyError, read_texts
-from stagewise.terminal_text import print_error
-from stagewise.whole_directory import check_place, whole_directory
+from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.config.paths import path_of
+from stagewise.errors import ArgumentError, VocabularyError
+from stagewise.reports.terminal_text import print_error
+from stagewise.tokenizer.vocabulary_files import SPACE, read_texts
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stagewise.arguments import ModelArguments
-from stagewise.attention import rows_by_flags
-from stagewise.bad_records import too_long_line
-from stagewise.control_tokens import control_line
-from stagewise.data_summary import (
+from stagewise.config.arguments import ModelArguments
+from stagewise.data.bad_records import too_long_line
+from stagewise.data.control_tokens import control_line
+from stagewise.data.examples import Example, PreferenceExample
+from stagewise.data.packing import pack
+from stagewise.data.splits import Splits, beyond_line
+from stagewise.data.statistics import (
     UNITS,
     Measures,
     Step,
@@ -28,13 +30,11 @@ from stagewise.data_summary import (
     percent,
     rollout_contents,
 )
-from stagewise.examples import Example, PreferenceExample
-from stagewise.model_config import load_config
-from stagewise.packing import pack
-from stagewise.results import marked
-from stagewise.settings import StageArguments
-from stagewise.splits import Splits, beyond_line
-from stagewise.terminal_text import visible
+from stagewise.models.attention.choose import rows_by_flags
+from stagewise.models.config import load_config
+from stagewise.reports.results import marked
+from stagewise.reports.terminal_text import visible
+from stagewise.training.settings import StageArguments
 
 CAPACITY = {"pt": "block_size", "sft": "model_max_length"}  # the flag that says how many tokens a packed row holds
 REJECTED = 10  # records that were left out for what is wrong with them, of which is said what that is

@@ -34,18 +34,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stagewise.arguments import RunArguments
-from stagewise.command_line import ALWAYS_SO, NOT_YET, RENAMED, RENAMED_OPTIMIZERS
-from stagewise.flags import Flag
-from stagewise.flags import flags_of as flags_by_name
-from stagewise.settings import StageArguments
-from stagewise.transformers_flags import MOST_USED
+from stagewise.config.arguments import RunArguments
+from stagewise.config.command_line import ALWAYS_SO, NOT_YET, RENAMED, RENAMED_OPTIMIZERS
+from stagewise.config.flags import Flag
+from stagewise.config.flags import flags_of as flags_by_name
+from stagewise.config.transformers_flags import MOST_USED
+from stagewise.training.settings import StageArguments
 from tools.flag_texts import CHINESE, TRAINING
 from tools.stage_scripts import STAGES, dataclasses_of
 
 MERGE = "merge_peft_adapter"
 # Scripts that use a model, and where the list of their dataclasses is.
-USERS = {"inference": "inference", "evaluation": "stagewise.evaluation_arguments", "web_demo": "stagewise.web_server"}
+USERS = {"inference": "inference", "evaluation": "stagewise.evaluation.arguments", "web_demo": "stagewise.web.server"}
 DOCUMENTS = {"en": Path("docs/arguments.md"), "zh": Path("docs/arguments_zh.md")}
 # The page that has all flags of a script, without its language.
 PAGES = {

@@ -21,11 +21,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from stagewise.arguments import ArgumentError
-from stagewise.json_files import read_object
-from stagewise.paths import path_of
-from stagewise.terminal_text import print_error
-from stagewise.weight_files import AGAIN, check_hashes, check_weight_files
+from stagewise.artifacts.json_files import read_object
+from stagewise.artifacts.weight_files import AGAIN, check_hashes, check_weight_files
+from stagewise.config.paths import path_of
+from stagewise.errors import ArgumentError
+from stagewise.reports.terminal_text import print_error
 
 PACKAGE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -89,7 +89,7 @@ if __name__ == "__main__":  # a wrong flag or model is answered before transform
 from gguf import GGUFReader
 from transformers import PreTrainedTokenizerBase
 
-from stagewise.model_tokenizer import open_tokenizer
+from stagewise.models.tokenizer import open_tokenizer
 
 # ── the converter ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stagewise.first_look import look_at_models
-from stagewise.paths import name_of, path_of
+from stagewise.config.paths import name_of, path_of
+from stagewise.training.first_look import look_at_models
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,18 +66,19 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from stagewise.arguments import ArgumentError, ModelArguments
-from stagewise.lineage import carry_licence
-from stagewise.manifest import read_manifest, write_manifest
-from stagewise.model import load_causal_lm
-from stagewise.model_card import called
-from stagewise.model_config import load_config
-from stagewise.model_source import find_source, hub_options, refuse_adapter
-from stagewise.model_tokenizer import open_tokenizer
-from stagewise.subwords import VocabularyError, read_pieces, read_texts, read_words
-from stagewise.terminal_text import log_visible_text, print_error, visible
-from stagewise.vocabulary import Extension, extend
-from stagewise.whole_directory import check_place, whole_directory
+from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.artifacts.lineage import carry_licence
+from stagewise.artifacts.manifest import read_manifest, write_manifest
+from stagewise.config.arguments import ModelArguments
+from stagewise.errors import ArgumentError, VocabularyError
+from stagewise.models.config import load_config
+from stagewise.models.hub import find_source, hub_options, refuse_adapter
+from stagewise.models.loading import load_causal_lm
+from stagewise.models.tokenizer import open_tokenizer
+from stagewise.reports.model_card import called
+from stagewise.reports.terminal_text import log_visible_text, print_error, visible
+from stagewise.tokenizer.extend import Extension, extend
+from stagewise.tokenizer.vocabulary_files import read_pieces, read_texts, read_words
 
 # Scripts that are written without spaces: a word of theirs stands inside a text, not behind a space.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")

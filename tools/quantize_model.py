@@ -6,7 +6,7 @@ r"""Saves a model in 4 or 8 bit, with its size and its perplexity on a text befo
         --quantization cpm --quantization_bit 8 --text_file text.txt
 
 `bnb`: bitsandbytes (nf4 with double quantisation, or int8), which `from_pretrained` loads as it is. `cpm`: whole steps
-of one scale a row, in plain torch (`stagewise/row_quantisation.py` loads it). The output head stays as it was. What
+of one scale a row, in plain torch (`stagewise/models/quantization/row_wise.py` loads it). The output head stays as it was. What
 was saved is loaded again before its perplexity is measured; the directory appears whole, or not at all.
 """
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.arguments import ArgumentError, ModelArguments
-from stagewise.first_look import first_look
+from stagewise.config.arguments import ModelArguments
+from stagewise.errors import ArgumentError
+from stagewise.training.first_look import first_look
 
 
 @dataclass
@@ -63,21 +64,21 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
-from stagewise.command_line import parse
-from stagewise.flag_checks import check_choice
-from stagewise.json_lines import json_bytes
-from stagewise.lineage import LICENCE_FILES, carry_licence
-from stagewise.manifest import read_manifest, versions, write_manifest
-from stagewise.metrics import perplexity
-from stagewise.model import load_causal_lm
-from stagewise.model_card import called
-from stagewise.model_config import DTYPES, load_config
-from stagewise.model_source import find_source, hub_options
-from stagewise.model_tokenizer import load_tokenizer
-from stagewise.quantisation import guard_4bit
-from stagewise.row_quantisation import check_rows, load_row_quantised, quantise_model
-from stagewise.terminal_text import log_visible_text, print_error, visible
-from stagewise.whole_directory import check_place, whole_directory
+from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.artifacts.lineage import LICENCE_FILES, carry_licence
+from stagewise.artifacts.manifest import read_manifest, versions, write_manifest
+from stagewise.config.checks import check_choice
+from stagewise.config.command_line import parse
+from stagewise.formats.json_lines import json_bytes
+from stagewise.models.config import DTYPES, load_config
+from stagewise.models.hub import find_source, hub_options
+from stagewise.models.loading import load_causal_lm
+from stagewise.models.quantization.bnb import guard_4bit
+from stagewise.models.quantization.row_wise import check_rows, load_row_quantised, quantise_model
+from stagewise.models.tokenizer import load_tokenizer
+from stagewise.reports.model_card import called
+from stagewise.reports.terminal_text import log_visible_text, print_error, visible
+from stagewise.training.metrics import perplexity
 
 # What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
 WRITTEN = (

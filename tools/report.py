@@ -20,14 +20,14 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.conversation import Conversation, parse_conversation, parse_preference
-from stagewise.curves import both, drawn, plot
-from stagewise.json_files import read_object
-from stagewise.json_lines import read_json_lines
-from stagewise.paths import path_of
-from stagewise.records import find_files, load_records
-from stagewise.terminal_text import print_error
-from stagewise.weight_files import AGAIN
+from stagewise.artifacts.json_files import read_object
+from stagewise.artifacts.weight_files import AGAIN
+from stagewise.config.paths import path_of
+from stagewise.data.records import find_files, load_records
+from stagewise.formats.json_lines import read_json_lines
+from stagewise.formats.parsers import Conversation, parse_conversation, parse_preference
+from stagewise.reports.curves import both, drawn, plot
+from stagewise.reports.terminal_text import print_error
 from tools import judging
 from tools.judging import Line, Rows, in_language
 
@@ -149,7 +149,7 @@ def answers(model_dir: str, prompts: Sequence[Conversation], chat_template: str,
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stagewise.attention import attention_for_generation
+    from stagewise.models.attention.choose import attention_for_generation
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")

@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stagewise.first_look import first_look
-from stagewise.paths import path_of
-from stagewise.readers import RECORD_FILES, TEXT_FILES
+from stagewise.config.paths import path_of
+from stagewise.formats.readers import RECORD_FILES, TEXT_FILES
+from stagewise.training.first_look import first_look
 from tools.stage_scripts import dataclasses_of, early_flags
 
 STAGES = {
@@ -99,21 +99,21 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.arguments import AdapterArguments, ArgumentError, DataArguments, LanguageModelArguments
-from stagewise.bad_records import remedy
-from stagewise.command_line import Given, parse
-from stagewise.conversation import RecordError
-from stagewise.data_summary import measure, summarise
-from stagewise.flag_checks import check_shared
-from stagewise.json_lines import read_json_lines
-from stagewise.methods import take_method_of_adapter
-from stagewise.results import has_colour
-from stagewise.run import set_up_logging
-from stagewise.settings import settle_long_context, settle_what_to_do
-from stagewise.splits import Splits
-from stagewise.streamed_training import check_streaming
-from stagewise.streaming import RecordStream
-from stagewise.terminal_text import print_error
+from stagewise.adapters.compatibility import take_method_of_adapter
+from stagewise.config.arguments import AdapterArguments, DataArguments, LanguageModelArguments
+from stagewise.config.checks import check_shared
+from stagewise.config.command_line import Given, parse
+from stagewise.data.bad_records import remedy
+from stagewise.data.splits import Splits
+from stagewise.data.statistics import measure, summarise
+from stagewise.data.streaming.dataset import RecordStream
+from stagewise.errors import ArgumentError, RecordError
+from stagewise.formats.json_lines import read_json_lines
+from stagewise.reports.results import has_colour
+from stagewise.reports.terminal_text import print_error
+from stagewise.training.run import set_up_logging
+from stagewise.training.settings import settle_long_context, settle_what_to_do
+from stagewise.training.stream_trainer import check_streaming
 from tools.data_report import Shown, draw, report
 
 STREAMED = 10_000  # records that stand for a stream, unless --max_train_samples asks for more
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, words = own_parser().parse_known_args(argv)
     set_up_logging()
     logger.remove()  # what SplitReader logs of the records stands in the report
-    logger.add(sys.stderr, level="INFO", format="{message}", filter={"stagewise.splits": "WARNING"})
+    logger.add(sys.stderr, level="INFO", format="{message}", filter={"stagewise.data.splits": "WARNING"})
     code = 2  # until the flags are understood
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 
-from stagewise.arguments import ArgumentError
-from stagewise.first_look import first_look, say_error
+from stagewise.errors import ArgumentError
+from stagewise.training.first_look import first_look, say_error
 from tools.stage_scripts import STAGES, dataclasses_of, early_flags
 
 NAMES = {script: title.lower() for script, title in STAGES.items()}
@@ -55,17 +55,18 @@ from loguru import logger
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from stagewise import layers, memory
-from stagewise.adapter import attach_adapter, read_adapter_config
-from stagewise.arguments import VIRTUAL_TOKENS, AdapterArguments, ModelArguments
-from stagewise.attention import choose_attention
-from stagewise.command_line import FALSE_WORDS, Given, parse
-from stagewise.flag_checks import check_shared
-from stagewise.forward import takes_kept_logits
-from stagewise.methods import check_methods
-from stagewise.model_config import DTYPES, load_config
-from stagewise.settings import settle_long_context, settle_precision
-from stagewise.terminal_text import log_visible_text, print_error, visible
+from stagewise.adapters.attach import attach_adapter, read_adapter_config
+from stagewise.adapters.compatibility import check_methods
+from stagewise.config.arguments import VIRTUAL_TOKENS, AdapterArguments, ModelArguments
+from stagewise.config.checks import check_shared
+from stagewise.config.command_line import FALSE_WORDS, Given, parse
+from stagewise.models.attention.choose import choose_attention
+from stagewise.models.config import DTYPES, load_config
+from stagewise.models.forward import takes_kept_logits
+from stagewise.models.memory import estimate
+from stagewise.models.memory import structure as layers
+from stagewise.reports.terminal_text import log_visible_text, print_error, visible
+from stagewise.training.settings import settle_long_context, settle_precision
 
 # What a stage can do and the estimate cannot.
 NOT_ESTIMATED = {
@@ -84,7 +85,7 @@ class Described:
     model: PreTrainedModel | PeftModel
     config: PretrainedConfig
     in_bits: set[int]  # ids of weights in 4 or 8 bit
-    step: memory.Step
+    step: estimate.Step
     method: str
 
 
@@ -141,7 +142,7 @@ def flag(parts: list[Any], name: str, default: Any = None) -> Any:
     return next((getattr(part, name) for part in parts if hasattr(part, name)), default)
 
 
-def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> memory.Step:
+def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estimate.Step:
     """What a training step of the stage holds; every position is taken to be learned, and every row to be full."""
     model = next(part for part in parts if isinstance(part, ModelArguments))
     batch = args.per_device_train_batch_size
@@ -158,7 +159,7 @@ def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> memor
     packed = stage in ("pt", "sft") and flag(parts, "packing", False) and not (virtual or model.shift_attn)
     # torch's own attention takes several documents in a row, or padding, as a mask; a batch of one has no padding
     masked = not (model.flash_attn or model.shift_attn) and (packed or rows > 1)
-    return memory.Step(
+    return estimate.Step(
         rows=rows,
         tokens=tokens + virtual,
         logit_tokens=logit_tokens,
@@ -194,7 +195,7 @@ def describe(script: str, words: list[str]) -> Described:
     if model_args.shift_attn:  # also says what else trains
         config._attn_implementation = choose_attention(config, model_args)
     model = layers.skeleton(config, auto, dtype_of(model_args, config), model_args.trust_remote_code)
-    in_bits = memory.layers_in_bits(model) if model_args.bits else set()
+    in_bits = estimate.layers_in_bits(model) if model_args.bits else set()
     step = step_of(stage, args, parts, takes_kept_logits(model))
     if step.experts_in_bits:
         in_bits |= {id(p) for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name}
@@ -254,7 +255,7 @@ def kinds_table(found: list[layers.Parameter]) -> list[str]:
     return lines
 
 
-def memory_table(found: memory.Memory) -> list[str]:
+def memory_table(found: estimate.Memory) -> list[str]:
     lines = ["| memory | GiB |", "|---|---:|"]
     lines += [f"| {name} | {value / 2**30:.2f} |" for name, value in found.rows() if value]
     return [*lines, f"| peak, in {found.moment} | {found.peak / 2**30:.2f} |"]
@@ -282,13 +283,13 @@ def report(described: Described) -> str:
         f"{'an attention mask, ' if step.mask_width else ''}{'autocast to 16 bit, ' if step.autocast else ''}"
         f"{'with' if step.checkpointing else 'without'} gradient checkpointing, {step.optim}"
     )
-    lines += ["", *memory_table(memory.estimate(described.model, step, described.in_bits))]
-    if described.config.model_type not in memory.COMPARED:
+    lines += ["", *memory_table(estimate.estimate(described.model, step, described.in_bits))]
+    if described.config.model_type not in estimate.COMPARED:
         lines.append(
             f"\n{described.config.model_type}: its activations were never compared with a count; a rough figure"
         )
     lines += ["", "The CUDA context, about half a GiB, and what torch keeps in reserve come on top."]
-    if step.optim in memory.PAGED:
+    if step.optim in estimate.PAGED:
         lines.append("Paged states can leave the GPU; they are counted here as if they stayed.")
     return "\n".join(lines)
 

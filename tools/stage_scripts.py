@@ -33,6 +33,6 @@ def early_flags(script: str) -> list[type]:
 
 def dataclasses_of(script: str) -> list[type]:
     """The dataclasses whose fields are the flags of a stage script, StageArguments first."""
-    from stagewise.settings import StageArguments
+    from stagewise.training.settings import StageArguments
 
     return [StageArguments, *importlib.import_module(script).FLAGS]

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from stagewise.json_files import FileError
-from stagewise.weight_files import INDEX, shard_names
+from stagewise.artifacts.weight_files import INDEX, shard_names
+from stagewise.errors import FileError
 
 PARTS = ("..", ".", "", "a", "model-1.safetensors", "...", "..a", "C:", "~", "%2e%2e", "\u2024\u2024")
 SEPARATORS = ("/", "\\", "//", "/./")

@@ -10,10 +10,10 @@ import signal
 import time
 
 import pytest
-from forks import run_apart, wait_for
-from tiny_runs import is_same, manifest, moments_of, weights_of, words_of
 
-from stagewise.checkpoint import checkpoints, is_whole
+from stagewise.artifacts.checkpoints import checkpoints, is_whole
+from tests.faults.forks import run_apart, wait_for
+from tests.faults.tiny_runs import is_same, manifest, moments_of, weights_of, words_of
 
 KILLED = ("supervised_finetuning", "dpo_training", "ppo_training")
 STEPS = 6
@@ -22,7 +22,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """undisturbed(script): its words without an output directory, a whole run's weights, optimizer and seconds."""
-    from conftest import build_tiny_model, build_tiny_tokenizer
+    from tests.conftest import build_tiny_model, build_tiny_tokenizer
 
     made = {}
 

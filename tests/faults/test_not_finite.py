@@ -6,12 +6,12 @@ import subprocess
 
 import pytest
 import torch
-from launching import ROOT, environment, torchrun
-from poison import TRAINERS, poisoned
 from safetensors.torch import load_file, save_file
-from tiny_runs import STAGES, all_finite, is_same, manifest, moments_of, weights_of, words_of
 
-from stagewise.checkpoint import checkpoints, is_whole
+from stagewise.artifacts.checkpoints import checkpoints, is_whole
+from tests.faults.poison import TRAINERS, poisoned
+from tests.faults.tiny_runs import STAGES, all_finite, is_same, manifest, moments_of, weights_of, words_of
+from tests.launching import ROOT, environment, torchrun
 
 
 @pytest.fixture

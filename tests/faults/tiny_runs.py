@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import build_tiny_tokenizer
 from safetensors.torch import load_file
+
+from tests.conftest import build_tiny_tokenizer
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"

@@ -1,0 +1,1 @@
+"""Adapters: attaching, saving, and merging them."""

@@ -1,0 +1,217 @@
+"""Checkpoints that are whole or do not count.
+
+A checkpoint is marked once every process has written its part: `whole.json` lists its files with their sizes and
+hashes, and is written after they are safe on disk. A run that was killed while it saved leaves a folder without the
+mark, a disk or a copy that went wrong one whose files differ from it; the run goes on from the last one that is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from stagewise.artifacts.file_hashes import ALGORITHM, hash_files
+from stagewise.artifacts.json_files import inside, read_object, sync_folder, write_durably
+from stagewise.artifacts.processes import from_first
+from stagewise.errors import ArgumentError, FileError
+from stagewise.formats.json_lines import json_bytes
+
+MARK = "whole.json"
+LEFT = "left.json"  # what the mark is called of a checkpoint that a run left behind which went on from an earlier one
+WITHOUT = "the checkpoint does not count"
+REMOVED = ".removed"  # behind the name of a checkpoint while its files are deleted
+YES = ("true", "yes", "1")  # to --resume_from_checkpoint: the last whole one
+
+
+def mark_whole(folder: str | Path) -> None:
+    """Makes a checkpoint durable and writes its mark: {"optimizer.pt": {"size": 123, "xxh3_128": "0f…"}, …}.
+
+    Raises:
+        OSError: a file cannot be read, or the disk is full; there is no mark then.
+    """
+    folder = Path(folder)
+    own = (folder / MARK, folder / (MARK + ".tmp"))  # the latter of a run that was killed while it wrote the mark
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in own]
+    hashes = hash_files(files, durable=True)
+    about = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, ALGORITHM: found}
+        for path, found in hashes.items()
+    }
+    for place in (*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent):
+        sync_folder(place)
+    write_durably(folder / MARK, json_bytes(about, indent=1))
+
+
+def unmark(folder: str | Path) -> None:
+    """Takes the mark away before a checkpoint of the same step is written over this one."""
+    for name in (MARK, LEFT):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def leave_later(output_dir: str | Path, resume: Path) -> None:
+    """Those behind the one that a run goes on from no longer count: True is to go on from the new way, not from them.
+
+    By its name each can be gone on from all the same; see `resume_point`.
+    """
+    step = trained_steps(resume)
+    for folder in checkpoints(output_dir):
+        if step_of(folder) > step and (folder / MARK).is_file():
+            os.replace(folder / MARK, folder / LEFT)
+            logger.info(f"{folder} is behind step {step}, from which this run goes on: it counts by its name alone")
+
+
+def trained_steps(folder: Path) -> int:
+    """The steps that a checkpoint has behind it, whatever its folder is called.
+
+    Raises:
+        FileError: its trainer_state.json does not say.
+    """
+    path = folder / "trainer_state.json"
+    step = read_object(path, WITHOUT).get("global_step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise FileError(f"{path}: expected a number at global_step, found {step!r:.80}; {WITHOUT}")
+    return step
+
+
+def why_not_whole(folder: str | Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, to follow its name in a sentence; None if it is whole.
+
+    Args:
+        folder: the checkpoint.
+        contents: whether its files are read and compared with their hashes, or their sizes alone are.
+    """
+    folder = Path(folder)
+    if not (folder / MARK).is_file():
+        return f"is not whole: it has no {MARK} (the run ended while it was written)"
+    try:
+        about = _read_mark(folder)
+        for path, expected in about.items():
+            if not path.is_file():
+                return f"is not whole: {path.relative_to(folder)} is missing"
+            if (size := path.stat().st_size) != expected["size"]:
+                return f"is not whole: {path.relative_to(folder)} has {size:,} bytes, not {expected['size']:,}"
+        hashed = {path: expected[ALGORITHM] for path, expected in about.items() if ALGORITHM in expected}
+        if contents and len(hashed) < len(about):
+            logger.info(
+                f"{folder}: its {MARK} has no hashes, as an earlier version wrote it; its files' sizes are right"
+            )
+        for path, found in hash_files(hashed if contents else ()).items():
+            if found != hashed[path]:
+                return f"is damaged: {path.relative_to(folder)} is not what was saved (its hash differs)"
+        if contents and folder / "trainer_state.json" in about:
+            trained_steps(folder)
+    except FileError as error:
+        return f"is damaged: {error}"
+    except OSError as error:
+        return f"cannot be read: {error.filename or MARK}: {error.strerror}"
+    return None
+
+
+def _read_mark(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Each file that the mark lists, with its size and, but for marks of earlier versions, its hash."""
+    about: dict[Path, dict[str, Any]] = {}
+    for name, expected in read_object(folder / MARK, WITHOUT).items():
+        expected = expected if isinstance(expected, dict) else {"size": expected}
+        if type(expected.get("size")) is not int or not isinstance(expected.get(ALGORITHM, ""), str):
+            raise FileError(f"{folder / MARK}: expected a size and a hash of {name!r:.80}; {WITHOUT}")
+        about[inside(folder, name, folder / MARK)] = expected
+    if not about:
+        raise FileError(f"{folder / MARK}: lists no files; {WITHOUT}")
+    return about
+
+
+def is_whole(folder: str | Path, contents: bool = True) -> bool:
+    """True if the checkpoint carries its mark and each listed file is as it was written; see `why_not_whole`."""
+    return why_not_whole(folder, contents) is None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-N of a run, by rising N, whole or not."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: str | Path) -> int:
+    """N of a folder checkpoint-N."""
+    return int(Path(folder).name.split("-")[1])
+
+
+def last_whole(output_dir: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None; the log says which it passed over, and why."""
+    for folder in reversed(checkpoints(output_dir)):
+        why = why_not_whole(folder)
+        if why is None:
+            return folder
+        if (folder / LEFT).is_file() and not (folder / MARK).is_file():
+            why = "was left behind by a run that went on from an earlier one"
+        logger.warning(f"{folder} {why}: passed over")
+    return None
+
+
+def resume_point(output_dir: str, asked: str | None) -> Path | None:
+    """What --resume_from_checkpoint means: a folder, or True for the last whole one.
+
+    The first process reads the checkpoints, all of them go on from what it found.
+
+    Returns:
+        the checkpoint to go on from, or None to start at the beginning (True with nothing saved yet, or False).
+
+    Raises:
+        ArgumentError: the folder named is missing or not whole.
+    """
+    if asked is None or str(asked).lower() in ("false", "no", "0", ""):
+        return None
+    return from_first(lambda: _resume_point(output_dir, str(asked)))
+
+
+def _resume_point(output_dir: str, asked: str) -> Path | None:
+    if asked.lower() in YES:
+        folder = last_whole(output_dir)
+        if folder is None:
+            logger.warning(
+                f"--resume_from_checkpoint True: {output_dir} holds no whole checkpoint; starting at step 0"
+            )
+        return folder
+    folder = Path(asked)
+    if not folder.is_dir():
+        raise ArgumentError(f"--resume_from_checkpoint {asked}: no such folder")
+    if not (folder / MARK).is_file():
+        with suppress(FileNotFoundError):  # not left behind, or another process was first
+            os.replace(folder / LEFT, folder / MARK)
+    if why := why_not_whole(folder):
+        raise ArgumentError(
+            f"--resume_from_checkpoint {asked}: this checkpoint {why}; give another, or True for the last whole one"
+        )
+    return folder
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises ArgumentError for a checkpoint of --save_only_model, which has no state of the optimizer."""
+    if not any(next(folder.glob(pattern), None) for pattern in ("optimizer*", "global_step*")):
+        raise ArgumentError(
+            f"--resume_from_checkpoint: {folder} was saved with --save_only_model, without the optimizer's state that "
+            f"a run goes on from; begin anew from its weights: --peft_path {folder}, or --model_name_or_path where "
+            "all weights were trained"
+        )
+
+
+def rotate(output_dir: str | Path, keep: int | None, best: str | None = None) -> None:
+    """Removes the oldest whole checkpoints beyond `keep`, never the best one, never the newest whole one.
+
+    Each is renamed first: a run that is killed meanwhile leaves no checkpoint with half of its files, and the next
+    call removes the rest.
+    """
+    if not keep or keep < 1:
+        return
+    for folder in Path(output_dir).glob(f"checkpoint-*{REMOVED}"):
+        shutil.rmtree(folder)
+    whole = [p for p in checkpoints(output_dir) if is_whole(p, contents=False)]
+    spare = [p for p in whole[:-1] if best is None or p.resolve() != Path(best).resolve()]
+    for folder in spare[: max(0, len(whole) - keep)]:
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + REMOVED)))

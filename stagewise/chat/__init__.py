@@ -1,0 +1,1 @@
+"""Conversations to text and token ids: templates, tools, thinking, labels."""

@@ -1,0 +1,485 @@
+"""Segments → token ids and labels: the only place that masks.
+
+Each segment is encoded alone, so that the ids of a prompt are a prefix of the ids of the whole with any tokenizer.
+
+    TextEncoder           (text, where)   → blocks         PT
+    ConversationEncoder   Conversation    → an example     SFT
+    PreferenceEncoder     Preference      → a pair         RM, DPO
+    PromptEncoder         Conversation    → a prompt       PPO
+
+Each takes many records at once, since a tokenizer is fastest where it is given many texts.
+"""
+
+from array import array
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stagewise.chat.labels import SIDES, Turns, drop_first_exchanges, turns_of, whole_turns, without_history
+from stagewise.chat.reward_template import Ending
+from stagewise.chat.select import AnyTemplate as AnyTemplate
+from stagewise.chat.template import Segment, adds_bos
+from stagewise.data.examples import IGNORE_INDEX as IGNORE_INDEX
+from stagewise.data.examples import Encoded, Example, PreferenceExample, Row
+from stagewise.errors import ArgumentError, RecordError, TooLongError
+from stagewise.formats.parsers import Conversation, Message, Preference
+from stagewise.tokenizer.encode import Piece, PieceEncoder, piece_encoder, pieces_of
+
+
+def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of the segments, each encoded alone; nothing is added that the segments don't say."""
+    pieces = piece_encoder(tokenizer).row([segment.text for segment in segments])
+    example = _row(pieces, [segment.learn for segment in segments], "?").example()
+    return example.input_ids, example.labels
+
+
+@dataclass
+class _ByPieces:
+    """An encoder of records: what is encoded goes through `_encoder`, a piece of text at a time."""
+
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        self._encoder = PieceEncoder(self.tokenizer)
+        self.in_thread = self._encoder.in_thread  # to be called first in each thread that encodes
+
+
+@dataclass
+class ConversationEncoder(_ByPieces):
+    """Conversations → examples of at most `max_length` tokens; `many` at once are encoded fastest.
+
+    Args:
+        tokenizer, template: the template bound to the tokenizer.
+        max_length: tokens of an example.
+        train_on_inputs: learn the whole conversation, but for messages with weight 0.
+        mask_history: learn only what is said after the last question, of what is kept.
+        truncation_side: what is too long loses whole turns from its end ("right") or whole exchanges from its start
+            ("left"; the system prompt stays). An exchange that is too long alone is cut at the limit.
+
+    Raises:
+        ArgumentError: for settings that contradict each other.
+    """
+
+    template: AnyTemplate
+    max_length: int
+    train_on_inputs: bool = False
+    mask_history: bool = False
+    truncation_side: str = "right"
+
+    def __post_init__(self) -> None:
+        if self.truncation_side not in SIDES:
+            raise ArgumentError(f"--truncation_side: expected right or left, found {self.truncation_side!r}")
+        if self.train_on_inputs and self.mask_history:
+            raise ArgumentError("--train_on_inputs learns everything, --mask_history the last turn alone: give one")
+        super().__post_init__()
+        self._letters = 3.0  # a token, of what was encoded last: only how much is encoded at a time hangs on it
+
+    def __call__(self, conversation: Conversation) -> tuple[Example, bool]:
+        """The conversation as an example, and whether it was cut. Raises RecordError where nothing is learned."""
+        (found,) = self.many([conversation])
+        if isinstance(found, RecordError):
+            raise found
+        ((row,),) = found.items
+        return row.example(), found.cut
+
+    def letters(self, conversation: Conversation) -> int:
+        return _letters(conversation.messages)
+
+    def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
+        """The same for many conversations, as numbers; a RecordError stands in the place of its conversation."""
+        found: list[Any] = [self._begin(conversation) for conversation in conversations]
+        self._encode([work for work in found if isinstance(work, _Work)])
+        return [work if isinstance(work, RecordError) else self._end(work) for work in found]
+
+    def _begin(self, conversation: Conversation) -> "_Work | RecordError":
+        try:
+            turns = turns_of(self.template.segments, conversation, self.train_on_inputs)
+        except RecordError as error:
+            return error
+        if any(turns.answers) and any(turns.learned):
+            first = turns.answers.index(True)
+            question = sum(map(self._encoder.at_least, turns.texts[:first]))
+            if self.truncation_side == "right" and question >= self.max_length and not any(turns.learned[:first]):
+                return self._no_room(conversation.where, turns.learned[: first + 1])
+            return _Work(conversation, turns, [])
+        why = "every answer has weight 0" if any(turns.answers) else "the conversation holds no answer to learn from"
+        return RecordError(conversation.where, "nothing learned", why)
+
+    def _encode(self, works: list["_Work"]) -> None:
+        """Encodes each conversation, but hardly more of it than the limit lets in."""
+        while works:
+            pieces, shares = [], []
+            for work in works:
+                new = work.next_pieces((self.max_length - work.tokens) * self._letters)
+                shares.append(len(new))
+                pieces += new
+            encoded = iter(self._encoder(pieces))
+            tokens = 0
+            for work, share in zip(works, shares, strict=True):
+                for _ in range(share):
+                    tokens += work.take(next(encoded))
+            self._letters = max(1.0, sum(len(piece.text) for piece in pieces) / max(tokens, 1))
+            works = [work for work in works if not work.is_enough(self.max_length, self._encoder.at_least)]
+
+    def _end(self, work: "_Work") -> Encoded | RecordError:
+        shortened = False
+        if self.truncation_side == "left" and work.answered(self.max_length) > self.max_length:
+            try:
+                work, shortened = self._shortened(work.conversation), True
+            except RecordError as error:
+                return error
+        turns, where = work.turns, work.conversation.where
+        keep, length = whole_turns(turns.answers, map(len, work.ids), self.max_length)
+        learned = turns.learned[:keep]
+        if self.mask_history:
+            try:
+                learned = without_history(self.template.segments, work.conversation, turns, keep)
+            except RecordError as error:
+                return error
+        row = _row(work.ids[:keep], learned, where, self.max_length)
+        if not any(end > max(start, 1) for start, end in zip(row.spans[::2], row.spans[1::2], strict=True)):
+            if keep == len(turns.texts) and length <= self.max_length and not shortened:
+                why = (
+                    "the last answer has weight 0, and --mask_history learns no other"
+                    if self.mask_history
+                    else ("the answers hold no token")
+                )
+                return RecordError(where, "nothing learned", why)
+            return self._no_room(where, learned)
+        lost = any(turns.answers[keep:]) or (self.train_on_inputs and keep < len(turns.texts))
+        return Encoded("Example", [(row,)], shortened or length > self.max_length or lost)
+
+    def _no_room(self, where: str, learned: Sequence[bool]) -> TooLongError:
+        why = "the first question alone fills" if any(learned) else "nothing that is learned stays within"
+        return TooLongError(where, "no room for an answer", f"{why} the limit of {self.max_length} tokens, no token "
+                            "of an answer is left; raise --model_max_length")  # fmt: skip
+
+    def _shortened(self, conversation: Conversation) -> "_Work":
+        """The conversation without its first exchanges, encoded."""
+        known: dict[Piece, array] = {}
+
+        def encoded(part: Conversation) -> _Work:
+            work = _Work(part, turns_of(self.template.segments, part, self.train_on_inputs), [])
+            pieces = work.next_pieces(float("inf"))
+            new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+            known.update(zip(new, self._encoder(new), strict=True))
+            for piece in pieces:
+                work.take(known[piece])
+            return work
+
+        return encoded(drop_first_exchanges(conversation, lambda part: encoded(part).answered() <= self.max_length))
+
+
+def encode_conversation(
+    tokenizer: Any,
+    template: AnyTemplate,
+    conversation: Conversation,
+    max_length: int,
+    *,
+    train_on_inputs: bool = False,
+    mask_history: bool = False,
+    truncation_side: str = "right",
+) -> tuple[Example, bool]:
+    """One conversation as an example of at most `max_length` tokens, and whether it was cut: see ConversationEncoder.
+
+    Raises RecordError where nothing would be learned.
+    """
+    settings = (train_on_inputs, mask_history, truncation_side)
+    return ConversationEncoder(tokenizer, template, max_length, *settings)(conversation)
+
+
+@dataclass
+class PromptEncoder(_ByPieces):
+    """Conversations → their ids up to where the assistant is to speak, at most `max_length`: see encode_prompt."""
+
+    template: AnyTemplate
+    max_length: int
+
+    def letters(self, conversation: Conversation) -> int:
+        return _letters(conversation.messages)
+
+    def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
+        """Nothing in them is learned; one that lost exchanges is cut."""
+        return _together([self._encoded(each) for each in conversations], self._encoder)
+
+    def _encoded(self, conversation: Conversation) -> "Asking":
+        pieces, prompt = yield from _prompt(self.template, conversation, self.max_length, self._encoder.at_least)
+        row = Row(_joined(pieces), array("i"), conversation.where)
+        return Encoded("Example", [(row,)], prompt.messages != conversation.messages)
+
+
+@dataclass
+class PreferenceEncoder(_ByPieces):
+    """Preferences → both answers after the same prompt: see encode_preference."""
+
+    template: AnyTemplate
+    max_source_length: int
+    max_target_length: int
+    ending: Ending | None = None
+
+    def letters(self, preference: Preference) -> int:
+        return sum(map(_letters, (preference.prompt.messages, preference.chosen, preference.rejected)))
+
+    def many(self, preferences: Sequence[Preference]) -> list[Encoded | RecordError]:
+        limits = self.max_source_length, self.max_target_length, self._encoder.at_least
+        return _together([_pair(self.template, each, *limits, self.ending) for each in preferences], self._encoder)
+
+
+@dataclass
+class TextEncoder(_ByPieces):
+    """Documents, (text, where), as blocks of at most `block_size` tokens, all learned, the eos token at their end.
+
+    They begin with a bos where the tokenizer adds one. A long document is cut; each block begins with the last token
+    of the block before, since a row's first token is never predicted: so every token is learned exactly once.
+
+    Raises:
+        ArgumentError: where the tokenizer has no eos token, or a block would hold nothing that is learned.
+    """
+
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ArgumentError(
+                "the tokenizer has no eos token to end a document with; set one in tokenizer_config.json"
+            )
+        if self.block_size < 2:
+            raise ArgumentError(f"--block_size: a block needs at least 2 tokens, found {self.block_size}")
+        self._start = array("i", [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else [])
+        self._end = array("i", [self.tokenizer.eos_token_id])
+        super().__post_init__()
+
+    def letters(self, document: tuple[str, str]) -> int:
+        return len(document[0])
+
+    def many(self, documents: Sequence[tuple[str, str]]) -> list[Encoded | RecordError]:
+        encoded = self._encoder.encode([text for text, _ in documents])
+        return [
+            Encoded("Example", [(row,) for row in self._blocks(self._start + ids + self._end, where)])
+            for ids, (_, where) in zip(encoded, documents, strict=True)
+        ]
+
+    def _blocks(self, ids: array, where: str) -> list[Row]:
+        starts = range(0, max(len(ids) - 1, 1), self.block_size - 1)
+        blocks = [ids[begin : begin + self.block_size] for begin in starts]
+        return [Row(block, array("i", (0, len(block))), where) for block in blocks]
+
+
+def encode_prompt(
+    tokenizer: Any, template: AnyTemplate, conversation: Conversation, limit: int
+) -> tuple[list[int], Conversation]:
+    """Ids up to where the assistant is to speak, and the conversation with the exchanges that they hold.
+
+    Earliest exchanges are dropped whole until it fits. Raises RecordError where the last question alone has more than
+    `limit` tokens.
+    """
+    encoder = piece_encoder(tokenizer)
+    pieces, prompt = _alone(_prompt(template, conversation, limit, encoder.at_least), encoder)
+    return _joined(pieces).tolist(), prompt
+
+
+def encode_preference(
+    tokenizer: Any,
+    template: AnyTemplate,
+    preference: Preference,
+    max_source_length: int,
+    max_target_length: int,
+    ending: Ending | None = None,
+) -> tuple[PreferenceExample, bool]:
+    """Both answers after the same prompt, each answer (with its end marker) at most `max_target_length` tokens.
+
+    An answer of several turns that is too long loses whole turns from its end; only its first turn may be cut.
+    With `ending` the rows are a reward model's: each is encoded as one text, as `apply_chat_template` encodes it, and
+    a cut answer is closed by the end marker too; labels show what is judged and may begin a token late.
+    Returns whether an answer was cut or an exchange of the prompt dropped. Raises RecordError where both answers
+    encode alike, one has nothing to learn, or the last question is too long.
+    """
+    encoder = piece_encoder(tokenizer)
+    limits = max_source_length, max_target_length, encoder.at_least
+    found = _alone(_pair(template, preference, *limits, ending), encoder)
+    ((chosen, rejected),) = found.items
+    return PreferenceExample(chosen.example(), rejected.example(), preference.where), found.cut
+
+
+# --- records whose ids say what is asked for next --------------------------------------------------------------------
+
+# Asks for the ids of a conversation's texts, from its start, as often as it needs; then returns.
+Asking = Generator[Sequence[str], list[array], Any]
+
+
+def _prompt(template: AnyTemplate, conversation: Conversation, limit: int, at_least: Callable[[str], int]) -> Asking:
+    """The ids of each segment of a prompt, and the conversation that they show: see encode_prompt."""
+    messages = conversation.messages
+    while True:
+        prompt = replace(conversation, messages=messages)
+        texts = [segment.text for segment in template.segments(prompt, generation=True)]
+        later = next((n for n, message in enumerate(messages) if message.role == "user" and n > 0), None)
+        if later is None or sum(map(at_least, texts)) <= limit:  # else it surely does not fit
+            pieces = yield texts
+            length = sum(map(len, pieces))
+            if length <= limit:
+                return pieces, prompt
+            if later is None:
+                raise TooLongError(conversation.where, "prompt too long", f"the last question alone has {length} "
+                                   f"tokens, the limit is {limit}; raise --max_source_length")  # fmt: skip
+        messages = messages[later:]
+
+
+def _pair(
+    template: AnyTemplate,
+    preference: Preference,
+    max_source_length: int,
+    max_target_length: int,
+    at_least: Callable[[str], int],
+    ending: Ending | None = None,
+) -> Asking:
+    """The pair: see encode_preference."""
+    where = preference.where
+    asked, prompt = yield from _prompt(template, preference.prompt, max_source_length, at_least)
+    cut = prompt.messages != preference.prompt.messages
+    first, prompt_ids = len(asked), _joined(asked)
+    rows, shortened = [], False
+    for answer in (preference.chosen, preference.rejected):
+        turns = turns_of(template.segments, replace(prompt, messages=(*prompt.messages, *answer)))
+        last = max(number for number, answers in enumerate(turns.answers) if answers) + 1
+        ids = yield turns.texts[:last]
+        if _joined(ids[:first]) != prompt_ids:
+            raise RecordError(where, "inexact cut", "the prompt's tokens change when an answer follows")
+        keep, length = whole_turns(turns.answers[first:last], map(len, ids[first:]), max_target_length)
+        shortened = shortened or length > max_target_length or first + keep < last
+        learned = [False] * first + turns.learned[first : first + keep]
+        row = _row(ids[: first + keep], learned, where, len(prompt_ids) + max_target_length)
+        if not row.spans and any(turns.learned[first + keep :]):
+            raise TooLongError(where, "answers too long", f"no turn that is learned stays within the limit of "
+                               f"{max_target_length} tokens; raise --max_target_length")  # fmt: skip
+        if not row.spans:
+            raise RecordError(where, "nothing learned", "every turn of an answer has weight 0")
+        if ending is not None:
+            text = "".join(turns.texts[: first + keep])
+            row = yield from _as_one_text(row, text, ending, len(prompt_ids), max_target_length, length)
+        rows.append(row)
+    if rows[0].ids == rows[1].ids and shortened:
+        raise TooLongError(where, "answers too long", f"both answers begin with the same {max_target_length} or fewer "
+                           "tokens and differ only behind the limit; raise --max_target_length")  # fmt: skip
+    if rows[0].ids == rows[1].ids:
+        raise RecordError(where, "answers alike", "both answers are the same tokens")
+    return Encoded("PreferenceExample", [tuple(rows)], cut or shortened)
+
+
+def _as_one_text(row: Row, text: str, ending: Ending, prompt: int, limit: int, length: int) -> Asking:
+    """A row of pieces as the row of a reward model.
+
+    Args:
+        row: the same from pieces encoded alone, its answer cut at `limit` tokens.
+        text: the whole, up to the end marker.
+        ending: what closes it.
+        prompt: tokens of the prompt.
+        length: tokens of the answer's pieces.
+    """
+    whole, closing = yield [text, ending.closing + ending.tail]
+    if length <= limit and len(whole) <= prompt + limit:
+        if not ending.tail and whole == row.ids:
+            return row
+        ids = whole
+        if ending.tail:
+            (ids,) = yield [text + ending.tail]
+    else:
+        ids = whole[: prompt + max(limit - len(closing), 0)] + closing
+    same = next((n for n, (own, other) in enumerate(zip(row.ids[:prompt], ids, strict=False)) if own != other), prompt)
+    return Row(ids, array("i", (min(same, len(ids) - 1), len(ids))), row.where)
+
+
+def _together(jobs: Sequence[Asking], encode: PieceEncoder) -> list[Any]:
+    """What each job returns, or its RecordError; what all ask for next is encoded at once, and each piece once."""
+    found: list[Any] = [None] * len(jobs)
+    known: dict[Piece, array] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(jobs)))
+    while answers:
+        asked: dict[int, list[Piece]] = {}
+        for number, answer in answers.items():
+            try:
+                asked[number] = pieces_of(jobs[number].send(answer))
+            except StopIteration as done:
+                found[number] = done.value
+            except RecordError as error:
+                found[number] = error
+        new = list(dict.fromkeys(piece for pieces in asked.values() for piece in pieces if piece not in known))
+        known.update(zip(new, encode(new), strict=True))
+        answers = {number: [known[piece] for piece in pieces] for number, pieces in asked.items()}
+    return found
+
+
+def _alone(job: Asking, encode: PieceEncoder) -> Any:
+    """What a job returns. Raises its RecordError."""
+    (found,) = _together([job], encode)
+    if isinstance(found, RecordError):
+        raise found
+    return found
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Work:
+    """A conversation that is being encoded: the ids of its first segments, as far as they are known."""
+
+    conversation: Conversation
+    turns: Turns
+    ids: list[array]
+    tokens: int = 0
+    said: bool = False  # whether the first answer is encoded
+
+    def next_pieces(self, letters: float) -> list[Piece]:
+        """The segments that come next: up to the next answer, and more that are no longer than `letters` in all."""
+        texts, answers, start = self.turns.texts, self.turns.answers, len(self.ids)
+        end, least = start, next((n for n in range(start, len(texts)) if answers[n]), len(texts) - 1)
+        while end < len(texts) and (end <= least or letters >= len(texts[end])):
+            letters -= len(texts[end])
+            end += 1
+        return [Piece(texts[n], texts[n - 1] if n else None) for n in range(start, end)]
+
+    def answered(self, limit: int = 0) -> int:
+        """Tokens up to the last answer; where that is not encoded, more than `limit`, which it can't stay within."""
+        last = max(number for number, answer in enumerate(self.turns.answers) if answer)
+        return sum(map(len, self.ids[: last + 1])) if last < len(self.ids) else limit + 1
+
+    def take(self, ids: array) -> int:
+        self.said = self.said or self.turns.answers[len(self.ids)]
+        self.ids.append(ids)
+        self.tokens += len(ids)
+        return len(ids)
+
+    def is_enough(self, limit: int, at_least: Callable[[str], int]) -> bool:
+        """Whether all is encoded, or nothing more can stay: the first answer is there, and the next is beyond."""
+        texts, done = self.turns.texts, len(self.ids)
+        if done == len(texts) or not self.said or self.tokens > limit:
+            return done == len(texts) or self.said
+        end = next((n + 1 for n in range(done, len(texts)) if self.turns.answers[n]), len(texts))
+        return self.tokens + sum(map(at_least, texts[done:end])) > limit
+
+
+def _letters(messages: Iterable[Message]) -> int:
+    return sum(len(message.content) for message in messages)
+
+
+def _joined(pieces: Iterable[array]) -> array:
+    ids = array("i")
+    for piece in pieces:
+        ids += piece
+    return ids
+
+
+def _row(pieces: Sequence[array], learned: Sequence[bool], where: str, limit: int | None = None) -> Row:
+    """The pieces behind each other, cut at `limit` tokens, and the spans of those that are learned."""
+    ids, spans = array("i"), array("i")
+    for piece, learn in zip(pieces, learned, strict=True):
+        start = len(ids)
+        ids += piece
+        if learn and len(ids) > start:
+            spans.extend((start, len(ids)))
+    if limit is not None and len(ids) > limit:
+        del ids[limit:]
+        pairs = zip(spans[::2], spans[1::2], strict=True)
+        spans = array("i", [min(edge, limit) for pair in pairs if pair[0] < limit for edge in pair])
+    return Row(ids, spans, where)

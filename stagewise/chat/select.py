@@ -1,0 +1,173 @@
+"""Which chat form a model is trained and served in: --template_name, else the tokenizer's own, else vicuna.
+
+The choice is written into the tokenizer, text and name, and travels with it through adapter, merge and the next stage.
+There another form would leave the model with two, so it is refused, unless --force_template asks for it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from stagewise.artifacts.json_files import read_object
+from stagewise.chat import thinking
+from stagewise.chat.jinja import quoted
+from stagewise.chat.reward_template import SCORED_AT, TRAINED_IN, without_ending
+from stagewise.chat.template import Template
+from stagewise.chat.tokenizer_template import WAY_OUT, TokenizerTemplate, knows_thinking
+from stagewise.config.arguments import ChatArguments
+from stagewise.errors import ArgumentError, InexactCut
+from stagewise.formats.parsers import Conversation, Message
+
+EXAMPLE = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
+
+AnyTemplate = Template | TokenizerTemplate
+
+
+def choose_template(
+    tokenizer: Any, chat: ChatArguments, table: Mapping[str, Template], earlier: str | None = None
+) -> AnyTemplate:
+    """The form to train and serve in.
+
+    Args:
+        tokenizer: gets the form's text as its chat template, and its name for later stages.
+        chat: --template_name, --force_template, --enable_thinking.
+        table: forms by name.
+        earlier: the directory of an adapter that this run starts from; the form it was trained in counts.
+
+    Raises:
+        ArgumentError: an unknown name, a form that the tokenizer has no tokens for or that can't be cut exactly,
+            another form than the model was trained in, or a flag without effect.
+    """
+    if earlier:
+        _take_over(tokenizer, Path(earlier))
+    own, trained_in = _own_text(tokenizer), tokenizer.init_kwargs.get(TRAINED_IN)
+    if chat.template_name:
+        template = _bound(tokenizer, chat, table)
+        _check_lineage(tokenizer, chat, template, own, trained_in)
+        name = chat.template_name
+        instead = ", in place of the tokenizer's own" if own and not trained_in else ""
+        logger.info(f"template: {name} (--template_name){instead}")
+    elif chat.force_template:
+        raise ArgumentError("--force_template has no effect without --template_name: give both or neither")
+    elif own:
+        template = _of_table(tokenizer, chat, table, own, trained_in) or _own_template(tokenizer, chat, own)
+        name = trained_in or template.name
+        since = ", which the model was trained in" if trained_in else ""
+        logger.info(f"template: {name}{since}; answers end with {template.stop}")
+    else:
+        template = _bound(tokenizer, replace(chat, template_name="vicuna"), table)
+        name = template.name
+        logger.info("template: vicuna, because the tokenizer has none (another: --template_name)")
+    tokenizer.chat_template = template.jinja()
+    tokenizer.init_kwargs[TRAINED_IN] = name
+    tokenizer.init_kwargs.pop(SCORED_AT, None)  # of a reward model, whose rows are settled behind this
+    return template
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _take_over(tokenizer: Any, folder: Path) -> None:
+    """The chat template that lies in an adapter's directory, where it has one."""
+    config, text = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if not config.is_file():  # an adapter made elsewhere, without its tokenizer
+        return
+    known = read_object(config, "copy the adapter's directory again")
+    own = text.read_text(encoding="utf-8") if text.is_file() else known.get("chat_template")
+    if own:
+        tokenizer.chat_template = own
+        if known.get(TRAINED_IN):
+            tokenizer.init_kwargs[TRAINED_IN] = known[TRAINED_IN]
+
+
+def _own_text(tokenizer: Any) -> str | None:
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        if "default" not in own:
+            raise ArgumentError(f"the tokenizer's chat templates {sorted(own)} have no default; {WAY_OUT}")
+        own = own["default"]
+    return without_ending(own) if own else own
+
+
+def _bound(tokenizer: Any, chat: ChatArguments, table: Mapping[str, Template]) -> Template:
+    name = chat.template_name
+    if name not in table:
+        raise ArgumentError(f"--template_name: unknown template {name!r}; known: {', '.join(table)}")
+    if chat.enable_thinking is not None and not table[name].thinking:
+        raise ArgumentError(_no_thinking(f"the template {name}"))
+    return replace(table[name].bind(tokenizer), enable_thinking=chat.enable_thinking)
+
+
+def _no_thinking(what: str) -> str:
+    return (
+        f"--enable_thinking: {what} has no place for thoughts; leave the flag out, or choose a form that has "
+        "(--template_name qwen3, or a model whose own chat template knows enable_thinking)"
+    )
+
+
+def _check_lineage(
+    tokenizer: Any, chat: ChatArguments, template: Template, own: str | None, trained_in: str | None
+) -> None:
+    """Raises ArgumentError where the model was trained in another form, or where --force_template changes nothing."""
+    other = own and trained_in and thinking.asked_by(own)[1] != thinking.asked_by(template.jinja())[1]
+    if other and not chat.force_template:
+        turns = [{"role": message.role, "content": message.content} for message in EXAMPLE.messages]
+        before = tokenizer.apply_chat_template(turns, chat_template=own, tokenize=False)
+        now = "".join(segment.text for segment in template.segments(EXAMPLE))
+        raise ArgumentError(
+            f"--template_name {template.name}: the model was trained in {trained_in}; in two forms it would speak "
+            f"neither well\n  {trained_in}: {_beginning(before)}\n  {template.name}: {_beginning(now)}\n"
+            f"leave --template_name out to go on in {trained_in}, or add --force_template"
+        )
+    if chat.force_template and not other:
+        found = f"in {trained_in}, the same form" if trained_in else "in no form of this project"
+        raise ArgumentError(f"--force_template has no effect: the model was trained {found}; leave it out")
+
+
+def _beginning(text: str) -> str:
+    return quoted(text[:160] + ("…" if len(text) > 160 else ""))
+
+
+def _of_table(
+    tokenizer: Any, chat: ChatArguments, table: Mapping[str, Template], own: str, trained_in: str | None
+) -> Template | None:
+    """The table's form that the tokenizer's text is of, by the name it was saved under and letter by letter."""
+    asked, text = thinking.asked_by(own)
+    if trained_in not in table:
+        return None
+    try:
+        template = table[trained_in].bind(tokenizer)
+    except ArgumentError:  # another tokenizer was put beside the text since
+        return None
+    if template.jinja() != text:
+        return None
+    if chat.enable_thinking is None:
+        return replace(template, enable_thinking=asked)
+    return _bound(tokenizer, replace(chat, template_name=trained_in), table)
+
+
+def _own_template(tokenizer: Any, chat: ChatArguments, own: str) -> TokenizerTemplate:
+    if chat.enable_thinking is not None and not knows_thinking(own):
+        raise ArgumentError(_no_thinking("the tokenizer's own chat template"))
+    try:
+        return TokenizerTemplate(tokenizer, own, enable_thinking=chat.enable_thinking)
+    except InexactCut as error:
+        from trl.chat_template_utils import get_training_chat_template
+
+        if knows_thinking(own) and chat.enable_thinking is not False:
+            error = InexactCut(f"{error}; or, for answers without thoughts, --enable_thinking False")
+        try:
+            training = get_training_chat_template(tokenizer)
+        except ValueError:
+            raise error from None
+        if training is None or (chat.enable_thinking is not None and not knows_thinking(training)):
+            raise error from None
+        try:
+            return TokenizerTemplate(
+                tokenizer, training, "TRL's training form of the tokenizer's", chat.enable_thinking
+            )
+        except InexactCut:  # what is wrong with the tokenizer's own form is what its owner can read up
+            raise error from None

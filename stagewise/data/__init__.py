@@ -1,0 +1,1 @@
+"""Records to encoded examples, and examples to packed rows."""

@@ -1,0 +1,161 @@
+"""Encoded records on disk, named by everything they were made from: a second start maps them and parses nothing.
+
+cache_dir/encoded-5f0c…/about.json          the accounts, written last
+                        rejected.jsonl      what was left out, if anything was
+                        train/ids.npy …     see stagewise/data/examples.py
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from stagewise.artifacts.json_files import inside, read_object
+from stagewise.data.examples import Examples, read_examples
+from stagewise.errors import ArgumentError
+
+LIBRARIES = ("tokenizers", "transformers")
+REJECTED = "rejected.jsonl"
+
+
+def cache_path(
+    cache_dir: str | Path, *, files: Iterable[Path] = (), code: Iterable[Callable[..., Any]] = (), **settings: Any
+) -> Path:
+    """The cache entry for the records of `files` under `settings`: tokenizer=…, template=…, each limit by its name.
+
+    Its name is a hash of the files' names and bytes, of everything the tokenizer does, of the other settings as they
+    print, and of the source code of this package and of the modules where the functions `code` are.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    sources = set(Path(__file__).parent.glob("*.py"))
+    for function in map(_plain, code):
+        _add(digest, function.__qualname__.encode())
+        sources.add(Path(inspect.getfile(function)))
+    for source in sorted(sources):
+        _add(digest, source.read_bytes())
+    for library in LIBRARIES:
+        _add(digest, version(library).encode())
+    for name, setting in sorted(settings.items()):
+        _add(digest, name.encode())
+        _add(digest, _content(setting))
+    for path in files:
+        _add(digest, os.fsencode(path))
+        with open(path, "rb") as file:
+            _add(digest, hashlib.file_digest(file, "blake2b").digest())
+    return Path(cache_dir) / f"encoded-{digest.hexdigest()}"
+
+
+def read_cache(path: Path, since: float | None = None) -> tuple[dict[str, Examples], dict[str, Any]] | None:
+    """What write_cache left at `path`, if it was written after the time `since`; None where there is nothing whole.
+
+    Returns:
+        the examples of each split, mapped from their files, and the accounts as they were given.
+    """
+    about_file = path / "about.json"
+    if not path.is_dir():
+        return None
+    try:
+        if since is not None and about_file.stat().st_mtime < since:
+            return None
+        about = read_object(about_file, "made again")
+        splits = {name: read_examples(inside(path, name, about_file), kind) for name, kind in about["kinds"].items()}
+        accounts = about["accounts"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        logger.info(f"the cache {path} can't be read ({error}) and is made again")
+        return None
+    return splits, accounts
+
+
+def copy_rejected(path: Path, rejected: Path | None) -> None:
+    """Copies the rejected.jsonl of the entry, or of one in the making, to `rejected`, if it has one."""
+    if rejected and (path / REJECTED).is_file():
+        rejected.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path / REJECTED, rejected)
+
+
+@contextmanager
+def write_cache(path: Path, alone: bool = False) -> Iterator["CacheWriter"]:
+    """A new entry that appears at `path` when the block ends without an error, whole or not at all.
+
+    Args:
+        path: where.
+        alone: whether no other process of this machine makes it: then what killed ones left is taken away.
+
+    Raises ArgumentError where the folder can't be written to.
+    """
+    host = socket.gethostname()
+    if alone:
+        for left in (*path.parent.glob(f"{path.name}.{host}-*.part"), *path.parent.glob(f"{path.name}.{host}-*.old")):
+            shutil.rmtree(left, ignore_errors=True)
+    # Machines that share the folder may give two processes one number.
+    part, old = (path.with_name(f"{path.name}.{host}-{os.getpid()}.{kind}") for kind in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"--cache_dir {path.parent}: nothing can be written there ({error.strerror}); give another folder"
+        ) from error
+    try:
+        yield CacheWriter(part, alone)
+        # Another run may put the same entry there at the same time: then that one, which says the same, stays.
+        with suppress(FileNotFoundError):
+            path.rename(old)  # made again, or damaged
+        try:
+            part.rename(path)
+        except OSError:
+            if not (path / "about.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class CacheWriter:
+    """An entry in the making: each split is written into its `folder` while it is encoded, refusals to `rejected`."""
+
+    def __init__(self, path: Path, alone: bool):
+        self.path, self.alone, self.rejected = path, alone, path / REJECTED
+
+    def folder(self, split: str) -> Path:
+        folder = self.path / split
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def finish(self, splits: dict[str, Examples], accounts: dict[str, Any]) -> None:
+        """Notes the accounts."""
+        about = {"kinds": {name: examples.kind for name, examples in splits.items()}, "accounts": accounts}
+        (self.path / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _plain(function: Callable[..., Any]) -> Any:
+    """What has a source file: a function, or the class of an object that is called."""
+    return function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+
+
+def _content(part: Any) -> bytes:
+    """What tells a part from others of its kind: never an address in memory, which changes with every start."""
+    if hasattr(part, "special_tokens_map"):
+        backend = getattr(part, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else repr(sorted(part.get_vocab().items()))
+        text = repr((type(part).__name__, rules, sorted(part.special_tokens_map.items()), part.encode("a\n a")))
+    elif hasattr(part, "jinja"):
+        text = part.jinja()
+    else:
+        text = repr(part)
+        if " at 0x" in text and type(part).__repr__ is object.__repr__:
+            raise TypeError(f"a cache can't be named by {text}")
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _add(digest: Any, data: bytes) -> None:
+    digest.update(len(data).to_bytes(8, "little") + data)

@@ -1,0 +1,251 @@
+"""Where the records of files stand: files are walked from any place in them, and a record is read when it is wanted.
+
+a.jsonl   {…}⏎{…}⏎{…}⏎        records at bytes 0, 4 and 8: nothing is parsed, and only numbers are kept
+b.txt     once upon a …       pieces of at most PIECE bytes, cut at a paragraph; joined they are the file
+c.csv     a,b⏎1,2⏎            records are counted, and what was read is kept; packed files likewise
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from stagewise.data.records import Line
+from stagewise.errors import CutError, RecordError
+from stagewise.formats.byte_stream import (
+    BLOCK,
+    BOM,
+    MAX_KEPT,
+    MAX_RECORD,
+    BrokenStream,
+    RawLine,
+    ends_with_cr,
+    is_wide,
+    read_blocks,
+    split_lines,
+    suffixes_of,
+)
+from stagewise.formats.data_files import open_file
+from stagewise.formats.json_stream import wrong_encoding
+from stagewise.formats.readers import file_names, parse_line, plain_newlines, read_file, start_of
+
+PIECE = 1 << 16  # bytes of a .txt file that are one document at most
+SPACE = b" \t\r\n"
+OPEN_FILES = 16
+
+
+class Position(NamedTuple):
+    """Where walking goes on: what stands before the next record, which is number `record` of all files.
+
+    `offset` is in bytes of a plain .jsonl and of any .txt file, in lines of a packed .jsonl, else in records; `line`
+    counts from 1.
+    """
+
+    file: int = 0
+    offset: int = 0
+    line: int = 1
+    record: int = 0
+
+
+class Place(NamedTuple):
+    """One record: where it begins, and, of a file that can't be read from any place, what was read."""
+
+    start: Position
+    length: int
+    lines: int = 0
+    held: bytes | RawLine | Line | None = None
+
+    @property
+    def after(self) -> Position:
+        file, offset, line, record = self.start
+        return Position(file, offset + self.length, line + self.lines, record + 1)
+
+
+class Files:
+    """The records of a list of files, in order, by their places.
+
+    Args:
+        paths: files that `readers` can read.
+        limit: only so many records are there; −1 for all.
+        names: what the files are called in messages; default: file_names.
+    """
+
+    def __init__(self, paths: Sequence[Path], limit: int = -1, names: Sequence[str] | None = None):
+        self.paths, self.limit = list(paths), limit
+        self.names = list(names or file_names(self.paths))
+        self._open: OrderedDict[tuple[int, int], BinaryIO] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}  # a handle stays in its own process
+
+    @property
+    def seekable(self) -> bool:
+        """Whether every record is read again by its place, so that a place is a few numbers only."""
+        return all(suffixes_of(path) in ((".jsonl", ""), (".txt", "")) for path in self.paths)
+
+    def fingerprint(self) -> list[list]:
+        """Names and sizes: in other files the places are others."""
+        return [[name, path.stat().st_size] for name, path in zip(self.names, self.paths, strict=True)]
+
+    def places(self, start: Position, wanted: Callable[[int], bool] = lambda record: True) -> Iterator[Place]:
+        """The records from `start` on whose number is `wanted`, to the end of the last file; blank lines are none."""
+        record = start.record
+        for file in range(start.file, len(self.paths)):
+            at = start if file == start.file else Position(file)
+            for place in self._walk(at._replace(record=record)):
+                record = place.start.record
+                if 0 <= self.limit <= record:
+                    return
+                if wanted(record):
+                    yield place
+                record += 1
+
+    def read(self, place: Place) -> Line:
+        """The record at a place; what can't be read is a Line with its RecordError."""
+        file, offset, line, _ = place.start
+        held, name = place.held, self.names[file]
+        if isinstance(held, Line):
+            return held
+        if isinstance(held, RawLine):
+            return parse_line(f"{name}:{held.number}", held)
+        if suffixes_of(self.paths[file])[0] == ".txt":
+            data = self._bytes(file, offset, place.length) if held is None else held
+            return text_line(name if offset == 0 else f"{name}:{line}", data.removeprefix(BOM) if not offset else data)
+        problem = "long" if place.length > MAX_RECORD else None
+        data = self._bytes(file, offset, MAX_KEPT if problem else place.length)
+        data = data.removeprefix(BOM) if offset == 0 else data
+        ended = bool(problem) or data.endswith(b"\n")
+        return parse_line(f"{name}:{line}", RawLine(line, data.removesuffix(b"\n"), ended, problem))
+
+    def _walk(self, position: Position) -> Iterator[Place]:
+        path = self.paths[position.file]
+        kind, packed = suffixes_of(path)
+        start = start_of(path) if kind in (".jsonl", ".txt") else b""
+        # Lines that end in CR alone are counted, as the rows of a table are.
+        if kind not in (".jsonl", ".txt") or is_wide(start) or (kind == ".jsonl" and ends_with_cr(start)):
+            return records(path, self.names[position.file], position)
+        if kind == ".txt":
+            return pieces(path, self.names[position.file], position)
+        return packed_lines(path, position) if packed else lines(path, position)
+
+    def _bytes(self, file: int, offset: int, length: int) -> bytes:
+        key = os.getpid(), file  # a forked worker that shared a handle would move it under the others' hands
+        if key not in self._open:
+            self._open[key] = open_file(self.paths[file])
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(key)
+        self._open[key].seek(offset)
+        data = self._open[key].read(length)
+        if len(data) != length:
+            raise RecordError(self.names[file], "changed file", f"{self.paths[file]} became shorter while it was read")
+        return data
+
+
+# --- one file, from a position on ------------------------------------------------------------------------------------
+
+
+def lines(path: Path, position: Position) -> Iterator[Place]:
+    """The lines of a plain file that are not blank."""
+    file, offset, line, record = position
+    with open_file(path) as stream:
+        stream.seek(offset)
+        while data := stream.readline(MAX_RECORD):
+            size, blank = len(data), not (data.strip() if offset else data.removeprefix(BOM).strip())
+            while not data.endswith(b"\n") and (data := stream.readline(BLOCK)):  # the rest of a very long line
+                size += len(data)
+            if not blank:
+                yield Place(Position(file, offset, line, record), size, 1)
+                record += 1
+            offset, line = offset + size, line + 1
+
+
+def packed_lines(path: Path, position: Position) -> Iterator[Place]:
+    """The same of a packed file, unpacked up to the position, where nothing is parsed."""
+    file, offset, _, record = position
+    for number, raw in enumerate(split_lines(read_blocks(path))):
+        if number >= offset and (raw.data.strip() or raw.problem):
+            yield Place(Position(file, number, raw.number, record), 1, 1, raw)
+            record += 1
+
+
+def records(path: Path, name: str, position: Position) -> Iterator[Place]:
+    """The records of a list, a table, or whatever else `readers` reads."""
+    file, offset, line, record = position
+    for number, read in enumerate(read_file(path, name)):
+        if number >= offset:
+            yield Place(Position(file, number, line, record + number - offset), 1, 0, read)
+
+
+def pieces(path: Path, name: str, position: Position) -> Iterator[Place]:
+    """A text in pieces, of which none is longer than 2 · PIECE."""
+    file, offset, line, record = position
+    packed = suffixes_of(path)[1]
+    blocks, rest, done = blocks_from(path, offset), b"", False
+    while True:
+        try:
+            while len(rest) < 2 * PIECE and not done:
+                block = next(blocks, b"")
+                rest, done = rest + block, not block
+        except BrokenStream as error:
+            where = f"{name}:{line}"
+            broken = Line(where, "", CutError(where, str(error), len(rest)))
+            yield Place(Position(file, offset, line, record), len(rest), 0, broken)
+            return
+        if not rest:
+            return
+        while len(rest) >= 2 * PIECE or (done and rest):
+            size = piece_size(rest[: 2 * PIECE])
+            piece, rest = rest[:size], rest[size:]
+            breaks = piece.count(b"\n") or piece.count(b"\r")
+            yield Place(Position(file, offset, line, record), size, breaks, piece if packed else None)
+            offset, line, record = offset + size, line + breaks, record + 1
+
+
+def blocks_from(path: Path, offset: int) -> Iterator[bytes]:
+    """The unpacked bytes from `offset` on."""
+    if suffixes_of(path)[1]:
+        for block in read_blocks(path):
+            if len(block) > offset:
+                yield block[offset:]
+            offset = max(0, offset - len(block))
+        return
+    with open_file(path) as stream:
+        stream.seek(offset)
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def piece_size(data: bytes) -> int:
+    """How many of the bytes are the next piece of a text: all up to PIECE, else up to a paragraph's or a line's end.
+
+    The cut falls into the second half of PIECE: behind the last paragraph there, or line, or word, or character. White
+    space behind it stays with the piece, so that no piece is blank.
+    """
+    if len(data) <= PIECE:
+        return len(data)
+    for end in (b"\n\n", b"\n\r\n", b"\n", b"\r", b" "):
+        found = data.rfind(end, PIECE // 2, PIECE)
+        if found > 0:
+            size = found + len(end)
+            break
+    else:
+        size = PIECE
+        while size > PIECE - 4 and data[size] & 0b1100_0000 == 0b1000_0000:  # inside a character of several bytes
+            size -= 1
+    while size < len(data) and data[size] in SPACE:
+        size += 1
+    return size
+
+
+def text_line(where: str, data: bytes) -> Line:
+    """A piece of a text as a record {"text": …}."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = "line {} of this piece,".format(1 + data.count(b"\n", 0, error.start))
+        return Line(where, data.decode("utf-8", "backslashreplace"), wrong_encoding(where, data[error.start], place))
+    return Line(where, text, {"text": plain_newlines(text)})

@@ -1,0 +1,110 @@
+"""Every error class. Their messages name the flag or the file and line, what was found, and what to do."""
+
+from __future__ import annotations
+
+
+class ArgumentError(ValueError):
+    """A flag that cannot be honoured; the message names the flag, what was found and what to do."""
+
+
+class FileError(ArgumentError):
+    """A file or path that cannot be used; the message names it, what was found and what to do."""
+
+
+class RecordError(ValueError):
+    """A record that can't be used: `where` is "file:line", `reason` the short slug it is counted under."""
+
+    def __init__(self, where: str, reason: str, message: str):
+        super().__init__(f"{where}: {message}")
+        self.where, self.reason, self.message = where, reason, message
+
+    def __reduce__(self):  # exceptions with several arguments don't cross processes by themselves
+        return type(self), (self.where, self.reason, self.message)
+
+    def saying(self, message: str) -> "RecordError":
+        """This error with another message."""
+        self.message, self.args = message, (f"{self.where}: {message}",)
+        return self
+
+
+class TooLongError(RecordError):
+    """A sound record that the length limits leave nothing of; its reason is one of TOO_LONG."""
+
+
+class CutError(RecordError):
+    """The file ends in the middle of a record: `lost` bytes, of the unpacked file, belong to no whole record."""
+
+    def __init__(self, where: str, message: str, lost: int):
+        super().__init__(where, "truncated file", message)
+        self.lost = lost
+
+    def __reduce__(self):
+        return type(self), (self.where, self.message, self.lost)
+
+
+class RefusedJSON(ValueError):
+    """JSON that is not taken; `reason` is the short slug that such records are counted under."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class DirectoryError(ArgumentError):
+    """A directory that cannot be written or replaced; the message says where everything is and what to do."""
+
+
+class ModelError(ArgumentError):
+    """A model or tokenizer that cannot be used; the message names the flag, what was found and what to do."""
+
+
+class AdapterError(ArgumentError):
+    """An adapter that cannot be attached, loaded or merged; the message names the flag and what to do."""
+
+
+class MergeError(ArgumentError):
+    """A merge that cannot be done or did not come out right; the message says what to do."""
+
+
+class InexactCut(ArgumentError):
+    """A tokenizer's chat template that can't be cut exactly into learned and unlearned text."""
+
+
+class EstimateError(ArgumentError):
+    """An estimate that cannot be made; the message names the flag and what to do."""
+
+
+class RopeError(ArgumentError):
+    """Positions that cannot be scaled as asked; the message names the flag, what was found and what to do."""
+
+
+class GenerationError(ValueError):
+    """A model that cannot be sampled from here."""
+
+
+class VocabularyError(ArgumentError):
+    """A vocabulary that cannot be built or extended; the message names the flag, what was found and what to do."""
+
+
+class SpeakerError(ArgumentError):
+    """A model that cannot be talked to as asked, or a question it cannot be asked; says what to do."""
+
+
+class RowQuantisationError(ArgumentError):
+    """A model that has no such form, or a directory that does not hold it; the message says what to do."""
+
+
+class RewardError(ArgumentError):
+    """A reward model that cannot be loaded or does not fit; the message names the flag and what to do."""
+
+
+class ChatError(ValueError):
+    """What cannot be done in a chat; `key` names the sentence that says so."""
+
+    def __init__(self, key: str):
+        super().__init__(key)
+        self.key = key
+
+
+class NonFiniteError(RuntimeError):
+    """Training cannot go on: steps that are not finite one after the other, or weights that are not."""

@@ -1,0 +1,66 @@
+"""Where an evaluation's files stand while it runs, and how they replace those of an earlier one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from accelerate import PartialState
+
+from stagewise.artifacts.processes import from_first
+from stagewise.errors import ArgumentError
+from stagewise.evaluation.arguments import Job
+from stagewise.evaluation.compare import METRICS, PARTS
+
+PAGE = "examples.html"
+COMPARISON = ("comparison.json", "comparison.md", "comparison.png")
+WRITTEN = (METRICS, PAGE, "rejected.jsonl", *(name for name, _ in PARTS.values()), *COMPARISON)
+
+
+@contextmanager
+def output_folder(job: Job) -> Iterator[None]:
+    """The context in which `job.work` is filled; what is there in the end goes to --output_dir, whole or not at all.
+
+    An earlier evaluation stays as it is until then. The first process alone makes, fills and moves.
+
+    Raises:
+        ArgumentError: if --output_dir holds an evaluation that must not be replaced, or is a file.
+    """
+    if job.args.compare:  # which no other process takes part in
+        begin_folder(job)
+    else:
+        from_first(partial(begin_folder, job))
+    first = bool(job.args.compare) or PartialState().is_main_process
+    try:
+        yield
+        for name in WRITTEN if first else ():
+            (job.folder / name).unlink(missing_ok=True)
+        for name in reversed(WRITTEN) if first else ():  # metrics.json last: where it is, the rest is
+            if (job.work / name).exists():
+                os.replace(job.work / name, job.folder / name)
+    finally:
+        if first:
+            shutil.rmtree(job.work, ignore_errors=True)
+
+
+def begin_folder(job: Job) -> None:
+    """Makes `job.work`, empty. Raises ArgumentError where --output_dir cannot be written to."""
+    folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
+    if folder.is_file():
+        raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
+    if done and not job.args.overwrite_output_dir:
+        raise ArgumentError(
+            f"--output_dir {folder}: holds an evaluation ({done[0]}); --overwrite_output_dir replaces it, another "
+            "--output_dir keeps it"
+        )
+    if folder.resolve() in [Path(each).resolve() for each in job.args.compare]:
+        raise ArgumentError(f"--output_dir {folder}: is one of those compared; give another folder")
+    shutil.rmtree(job.work, ignore_errors=True)
+    try:
+        job.work.mkdir(parents=True)
+    except OSError as error:
+        raise ArgumentError(f"--output_dir {folder}: {error.strerror or error}") from error

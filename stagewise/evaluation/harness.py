@@ -1,0 +1,47 @@
+"""lm-eval's model, whose questions several processes share. Imported where a benchmark runs: lm-eval is an extra.
+
+Every process goes through lm-eval as if it were alone, with all questions and all answers; only what the model reads
+is dealt out. lm-eval's own way deals out the questions themselves, and hangs where a process gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import PartialState
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from stagewise.artifacts.processes import together
+from stagewise.inference.chat_model import Speaker
+
+
+class SharedModel(HFLM):
+    """A speaker's model as lm-eval asks it, in batches of `batch_size` rows a process."""
+
+    def __init__(self, speaker: Speaker, batch_size: int):
+        super().__init__(speaker.model, tokenizer=speaker.tokenizer, batch_size=batch_size, max_length=speaker.context)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._shared(super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return self._shared(super().generate_until, requests, disable_tqdm)
+
+    @staticmethod
+    def _shared(ask: Callable[..., list[Any]], requests: list[Instance], disable_tqdm: bool) -> list[Any]:
+        """Requests of one context stay in one process: lm-eval reads it once for all of them."""
+        state, contexts = PartialState(), {}
+        numbers = [contexts.setdefault(request.args[0], len(contexts)) for request in requests]
+        mine = [place for place, number in enumerate(numbers) if number % state.num_processes == state.process_index]
+
+        def ask_mine() -> dict[int, Any]:
+            answers = ask([requests[place] for place in mine], disable_tqdm) if mine else []
+            return dict(zip(mine, answers, strict=True))
+
+        found = together(ask_mine)
+        return [found[place] for place in range(len(requests))]

@@ -1,0 +1,1 @@
+"""Sampling, decoding, batch files, and the interactive prompt."""

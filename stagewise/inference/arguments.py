@@ -1,0 +1,245 @@
+"""What a command line says about a model that speaks: which one, and how its answers are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stagewise.errors import SpeakerError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+MAX_NEW_TOKENS = 512
+EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
+
+
+@dataclass
+class SpeakerArguments:
+    """Which model speaks."""
+
+    heading = "The model"
+
+    base_model: str | None = field(
+        default=None, metadata={"help": "Model directory, or a hub name; default: the one that --lora_model names."}
+    )
+    lora_model: str | None = field(
+        default=None,
+        metadata={"help": "Adapter to put on it: LoRA, AdaLoRA, prompt, P- or prefix tuning; a folder or hub name."},
+    )
+    tokenizer_path: str | None = field(default=None, metadata={"help": "Default: the adapter's, else the model's."})
+    template_name: str | None = field(
+        default=None, metadata={"help": "Chat template of template.py; default: the tokenizer's own, else vicuna."}
+    )
+    force_template: bool = field(
+        default=False, metadata={"help": "Use --template_name although the model was trained in another template."}
+    )
+    enable_thinking: bool | None = field(
+        default=None, metadata={"help": "False: a thinking model answers without thoughts. Default: its own way."}
+    )
+    torch_dtype: str = field(
+        default="auto", metadata={"help": "Weights' precision: auto (the checkpoint's), float32, bfloat16, float16."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the linear layers in 4 bit (nf4, bitsandbytes)."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the linear layers in 8 bit (bitsandbytes)."})
+    rope_scaling: str | None = field(
+        default=None,
+        metadata={"help": "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope."},
+    )
+    rope_factor: float | None = field(
+        default=None, metadata={"help": "How many times the model's own context; default: 2."}
+    )
+    rope_factors_file: str | None = field(
+        default=None, metadata={"help": "longrope: json file with its lists short_factor and long_factor."}
+    )
+    flash_attn: bool = field(
+        default=False,
+        metadata={"help": "FlashAttention where installed, else torch's fastest exact attention on this GPU."},
+    )
+    device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu or cuda."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "`auto` spreads one process's model over its GPUs; not with torchrun."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model repository ships."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of a hub model; not the adapter's."}
+    )
+    hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub model."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
+
+
+# Flags that shape a draw, so that one of them asks for it; and flags of beam search alone.
+DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+OF_BEAMS = ("length_penalty", "early_stopping")
+
+
+@dataclass
+class SamplingArguments:
+    """How an answer is made: transformers' names; what is not given of these is the model's own
+    (generation_config.json).
+
+    Giving one of DRAWING asks for sampling, temperature 0 for the most probable token.
+    """
+
+    heading = "Its answers"
+
+    do_sample: bool | None = field(
+        default=None, metadata={"help": "Draw tokens at random; False: always the most probable."}
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Below 1: the more probable tokens come still more often; above 1: less; 0 = no sampling."},
+    )
+    top_p: float | None = field(default=None, metadata={"help": "Draw from the fewest tokens that reach this share."})
+    top_k: int | None = field(default=None, metadata={"help": "Draw from the k most probable tokens; 0 = all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Leave out tokens less probable than this share of the most probable one."}
+    )
+    typical_p: float | None = field(
+        default=None,
+        metadata={"help": "Draw from the tokens of most usual surprise that reach this share (typical sampling)."},
+    )
+    top_h: float | None = field(
+        default=None, metadata={"help": "Draw from the most probable tokens that hold this share of the entropy."}
+    )
+    epsilon_cutoff: float | None = field(
+        default=None, metadata={"help": "Leave out tokens less probable than this, such as 0.0005."}
+    )
+    eta_cutoff: float | None = field(
+        default=None, metadata={"help": "The same, but fewer where many tokens are probable; such as 0.001."}
+    )
+    repetition_penalty: float | None = field(
+        default=None, metadata={"help": "Above 1: what was said before becomes less probable."}
+    )
+    no_repeat_ngram_size: int | None = field(
+        default=None, metadata={"help": "No n tokens in a row are said twice; 0 = no limit."}
+    )
+    bad_words: list[str] | None = field(
+        default=None,
+        metadata={"help": "Words that are not said: their tokens, with and without a space before, in a row."},
+    )
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "Texts that end an answer, of which they are no part."}
+    )
+    min_new_tokens: int | None = field(default=None, metadata={"help": "No end marker is said before so many tokens."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Most tokens of an answer; default: its own, else {MAX_NEW_TOKENS}, at most half the context."
+        },
+    )
+    num_beams: int | None = field(
+        default=None, metadata={"help": "Beam search among so many candidates; not with sampling."}
+    )
+    length_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favours "
+            "long ones, below 0 short ones."
+        },
+    )
+    early_stopping: str | None = field(
+        default=None,
+        metadata={
+            "help": "--num_beams: the search ends with as many whole answers (True), where a better one is unlikely "
+            "(False), or where none can come (never)."
+        },
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "The same seed gives the same answer to the same prompt."}
+    )
+
+    @property
+    def draws(self) -> list[str]:
+        """The given flags that ask for a draw."""
+        return [name for name in DRAWING if getattr(self, name) is not None]
+
+    def settled(self, own: GenerationConfig | None = None) -> dict[str, Any]:
+        """Every setting with its value, None where it does nothing; `own` gives those that are None here.
+
+        Raises:
+            SpeakerError: for a value out of range, or one that would have no effect.
+        """
+        sample = self._samples(own)
+        values: dict[str, Any] = {
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 50,  # transformers' own
+            "min_p": 0.0,
+            **dict.fromkeys(("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")),
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            **dict.fromkeys(("bad_words", "stop_strings", "min_new_tokens", *OF_BEAMS)),
+            "num_beams": 1,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        }
+        for name, usual in values.items():
+            given, of_model = getattr(self, name), getattr(own, name, None)
+            values[name] = given if given is not None else usual if of_model is None else of_model
+        if sample and self.num_beams is None:
+            values["num_beams"] = 1
+        _check_ranges(values, sample)
+        if sample and values["num_beams"] > 1:
+            raise SpeakerError(f"--num_beams {values['num_beams']}: beam search draws nothing at random; leave out "
+                               "what asks for sampling (--do_sample, --temperature, --top_p …)")  # fmt: skip
+        if isinstance(values["stop_strings"], str):  # so in some models' files
+            values["stop_strings"] = [values["stop_strings"]]
+        if not sample:
+            values |= dict.fromkeys(("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"))
+        if values["num_beams"] == 1:
+            values |= dict.fromkeys(OF_BEAMS)
+        elif values["early_stopping"] is not None:
+            values["early_stopping"] = EARLY_STOPPING[str(values["early_stopping"]).lower()]
+        longest = values["max_new_tokens"] if own is not None or self.max_new_tokens else None
+        if longest and (values["min_new_tokens"] or 0) > longest:
+            raise SpeakerError(f"--min_new_tokens {values['min_new_tokens']}: more than --max_new_tokens {longest}")
+        return {**values, "do_sample": sample, "seed": self.seed}
+
+    def _samples(self, own: GenerationConfig | None) -> bool:
+        """Whether tokens are drawn. Raises SpeakerError for a flag that has no effect then, or on one beam."""
+        asks, greedy, beams = self.draws, self.temperature == 0, (self.num_beams or 1) > 1
+        if self.do_sample is False and asks and not greedy:
+            raise SpeakerError(f"--{asks[0]} has no effect with --do_sample False: leave one of them out")
+        if self.do_sample and greedy:
+            raise SpeakerError("--temperature 0 always takes the most probable token: leave --do_sample out")
+        if greedy and (others := [name for name in asks if name != "temperature"]):
+            raise SpeakerError(f"--{others[0]} has no effect with --temperature 0: leave one of them out")
+        if not beams and (shaping := [name for name in OF_BEAMS if getattr(self, name) is not None]):
+            raise SpeakerError(f"--{shaping[0]} has no effect without beam search: give --num_beams above 1, or leave "
+                               "it out")  # fmt: skip
+        sample = self.do_sample
+        if sample is None:
+            sample = not greedy and (bool(asks) or (bool(getattr(own, "do_sample", False)) and not beams))
+        known = own is not None or greedy or beams or self.do_sample is False  # whatever the model's own settings say
+        if self.seed is not None and not sample and known:
+            raise SpeakerError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
+        return sample
+
+
+def _check_ranges(values: dict[str, Any], sample: bool) -> None:
+    limits = {
+        "temperature": (lambda v: v > 0, "a number above 0"),
+        "top_p": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+        "top_k": (lambda v: v >= 0, "0 or more"),
+        "min_p": (lambda v: 0 <= v <= 1, "0 to 1"),
+        "typical_p": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+        "top_h": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+        "epsilon_cutoff": (lambda v: 0 <= v < 1, "0 or more, below 1"),
+        "eta_cutoff": (lambda v: 0 <= v < 1, "0 or more, below 1"),
+        "repetition_penalty": (lambda v: v > 0, "a number above 0"),
+        "no_repeat_ngram_size": (lambda v: v >= 0, "0 or more"),
+        "bad_words": (lambda v: all(word.strip() for word in v), "words"),
+        "stop_strings": (all, "texts"),
+        "min_new_tokens": (lambda v: v >= 0, "0 or more"),
+        "num_beams": (lambda v: v >= 1, "at least 1"),
+        "early_stopping": (lambda v: str(v).lower() in EARLY_STOPPING, "True, False or never"),
+        "max_new_tokens": (lambda v: v >= 1, "at least 1"),
+    }
+    for name, (fits, expected) in limits.items():
+        value = values[name]
+        if value is not None and not fits(value) and (sample or name not in DRAWING):
+            raise SpeakerError(f"--{name}: expected {expected}, found {value!r}")

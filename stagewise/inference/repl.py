@@ -1,0 +1,108 @@
+"""A conversation that goes on: what was said, what the next answer gets to see, and the commands of the terminal."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+
+from stagewise.formats.json_lines import json_bytes
+from stagewise.formats.parsers import Conversation, Message
+from stagewise.inference.chat_model import Answer, SamplingArguments, Speaker
+
+COMMANDS = {
+    "/clear": "forget what was said",
+    "/system [TEXT|-]": "show, set or (-) remove the system prompt",
+    "/regen": "answer the last question anew",
+    "/save [FILE]": "append the conversation to a jsonl file that can be trained on (conversation.jsonl)",
+    "/help": "this list",
+    "/quit": "end (Ctrl-D too)",
+}
+HELP = "\n".join(f"  {name:<17} {what}" for name, what in COMMANDS.items()) + (
+    "\n  Enter sends; Alt+Enter, or \\ at the end of a line, begins a new line; Ctrl-C stops an answer."
+    "\n  A question that begins with / is written with two: //"
+)
+
+
+class Talk:
+    """One conversation with a speaker.
+
+    Attributes:
+        messages: what was said so far.
+        system: the system prompt; None: the template's own.
+        forgotten: exchanges at the beginning that the last answer did not see, since they no longer fit.
+    """
+
+    def __init__(self, speaker: Speaker, sampling: SamplingArguments, system: str | None = None):
+        self.speaker, self.sampling, self.system = speaker, sampling, system
+        self.messages: list[Message] = []
+        self.forgotten = 0
+        self._again = 0  # times that the last question was answered anew
+
+    def ask(self, question: str, stop: threading.Event | None = None) -> Generator[str, None, Answer]:
+        """The answer's pieces as they come; question and answer then belong to the conversation.
+
+        A stopped answer belongs to it as far as it came. Raises SpeakerError, and the conversation stays as it was.
+        """
+        return self._answer(self.messages, question, stop, again=0)
+
+    def again(self, stop: threading.Event | None = None) -> Generator[str, None, Answer]:
+        """Another answer to the last question, with the next seed. Raises ValueError where nothing was asked."""
+        if not self.messages:
+            raise ValueError("nothing was asked yet")
+        return self._answer(self.messages[:-2], self.messages[-2].content, stop, again=self._again + 1)
+
+    def _answer(
+        self, earlier: list[Message], question: str, stop: threading.Event | None, again: int
+    ) -> Generator[str, None, Answer]:
+        """What cannot be asked is refused here, not at the first piece."""
+        messages = [*with_words(earlier), Message("user", question)]
+        asked = Conversation(tuple(messages), self.system, where="this conversation")
+        settings = self.sampling.settled(self.speaker.defaults)
+        seen = self.speaker.fitted(asked, settings["max_new_tokens"])[1].messages
+        seed = self.sampling.seed
+        sampling = replace(self.sampling, seed=None if seed is None else seed + again)
+        pieces = self.speaker.stream(asked, sampling, stop=stop)
+        self.forgotten = sum(message.role == "user" for message in messages[: len(messages) - len(seen)])
+        self._again = again
+        return self._kept(messages, pieces)
+
+    def _kept(self, messages: list[Message], pieces: Generator[str, None, Answer]) -> Generator[str, None, Answer]:
+        answer = yield from pieces
+        self.messages = [*messages, Message("assistant", answer.text)]
+        return answer
+
+    @property
+    def always_the_same(self) -> bool:
+        """Whether /regen gives the same answer again, since nothing is drawn at random."""
+        return not self.sampling.settled(self.speaker.defaults)["do_sample"]
+
+    def clear(self) -> None:
+        """Forgets what was said; the system prompt stays."""
+        self.messages, self.forgotten, self._again = [], 0, 0
+
+    def save(self, path: str | Path) -> int:
+        """Appends the conversation as one ShareGPT record; returns how many messages it has.
+
+        Raises:
+            ValueError: nothing was said, or the file cannot be written.
+        """
+        said = with_words(self.messages)
+        if not said:
+            raise ValueError("nothing was said yet")
+        names = {"user": "human", "assistant": "gpt"}
+        record: dict[str, object] = {} if self.system is None else {"system": self.system}
+        record["conversations"] = [{"from": names[m.role], "value": m.content} for m in said]
+        try:
+            with Path(path).expanduser().open("ab") as file:
+                file.write(json_bytes(record))
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        return len(said)
+
+
+def with_words(messages: list[Message]) -> list[Message]:
+    """Questions and their answers, without those that were stopped before the first word: nothing learns from them."""
+    pairs = zip(messages[::2], messages[1::2], strict=True)
+    return [message for pair in pairs if pair[1].content.strip() for message in pair]

@@ -1,0 +1,1 @@
+"""Which attention implementation runs, its masks, and positions."""

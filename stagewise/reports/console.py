@@ -1,0 +1,171 @@
+"""What a run says while it goes on: one line that is written over on a terminal, plain lines elsewhere.
+
+train 120/400 ━━━━━━━━━╌╌╌╌╌╌╌╌╌╌╌  loss 1.432  lr 8.7e-05  2,310 tokens/s  5.2 GiB  3:04 left
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from typing import Any, TextIO
+
+import datasets
+from huggingface_hub.utils import disable_progress_bars
+from loguru import logger
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from stagewise.reports.only_shown import only_shown
+
+WIDEST_BAR = 30
+# What an evaluation's line leaves out: it is the same every time, or says nothing of the model.
+UNSAID = ("epoch", "total_flos", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def duration(seconds: float) -> str:
+    """3:04, or 2:03:04 from an hour on."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def figures(logs: dict[str, Any]) -> list[str]:
+    """A training log as a few short words: loss, learning rate, tokens a second, memory; PPO's reward and KL too."""
+    forms = {
+        "loss": "loss {:.3f}",
+        "reward": "reward {:.3f}",
+        "kl": "KL {:.2f}",
+        "accuracy": "right {:.0%}",
+        "learning_rate": "lr {:.1e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "memory_gib": "{:.1f} GiB",
+    }
+    return [form.format(logs[name]) for name, form in forms.items() if isinstance(logs.get(name), int | float)]
+
+
+def columns_of(stream: TextIO) -> int:
+    """How wide the terminal behind a stream is now; that of the screen where the stream does not know."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or shutil.get_terminal_size().columns
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def line_of(phase: str, done: int, total: int, words: list[str], columns: int) -> str:
+    """One line within `columns`: the phase with a bar as long as there is room for, then the words.
+
+    Where the room is too small for all words, those that stand before the last one go first.
+    """
+    words = list(words)
+    while True:
+        head, tail = f"{phase} {done}/{total}", "".join(f"  {word}" for word in words)
+        room = columns - len(head) - len(tail) - 1
+        if room >= 0 or not words:
+            break
+        words.pop(-2 if len(words) > 1 else -1)
+    width = min(room - 1, WIDEST_BAR)
+    if width < 5:
+        return f"{head}{tail}"[:columns]
+    full = round(width * min(done / total, 1)) if total else 0
+    return f"{head} {'━' * full}{'╌' * (width - full)}{tail}"
+
+
+def say(message: str) -> None:
+    """Writes a line of the log above the line that is written over, where there is one."""
+    tqdm.write(message, file=sys.stderr, end="")
+
+
+def quieten() -> None:
+    """--quiet: the libraries that load models and data sets draw no bars either."""
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+class Progress(TrainerCallback):
+    """The line on a terminal, plain lines elsewhere and with --quiet; on the main process alone."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.updates = not quiet and sys.stderr.isatty()
+        self.line: tqdm | None = None
+        self.logs: dict[str, Any] = {}  # of training, what was last said of each
+        self.evaluated = 0  # batches of an evaluation that is under way
+        self.began: tuple[float, int] | None = None  # when steps began, and how many were done then
+        self.training = False
+
+    @only_shown("progress")
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+        self._show("train", state.global_step, state)
+
+    @only_shown("progress")
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Behind --eval_on_start, and before the first batch is made: PPO's is a whole rollout."""
+        self.began = self.began or (time.time(), state.global_step)
+
+    @only_shown("progress")
+    def on_step_end(self, args, state, control, **kwargs):
+        self._show("train", state.global_step, state)
+
+    @only_shown("progress")
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        self.evaluated += 1
+        self._show("evaluate", self.evaluated, state, total=len(eval_dataloader))
+
+    @only_shown("progress")
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated = 0
+        if self.training:
+            self._show("train", state.global_step, state)
+        else:
+            self.close(leave=False)
+
+    @only_shown("progress")
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        of_training = "loss" in logs
+        if of_training:
+            self.logs = {**self.logs, **logs}
+        if of_training and self.updates:
+            self._show("train", state.global_step, state)
+            return
+        shown = {k: v for k, v in logs.items() if k not in UNSAID and isinstance(v, int | float)}
+        words = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        left = self._left(state)
+        logger.info(f"step {state.global_step}/{state.max_steps}{f' ({left})' if left else ''} {words}")
+
+    @only_shown("progress")
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+        self.close()
+
+    def close(self, leave: bool = True) -> None:
+        """Ends the line, so that what is written next stands below it, or in its place."""
+        if self.line is not None:
+            self.line.leave = leave
+            self.line.close()
+            self.line = None
+
+    def _left(self, state) -> str:
+        """The time that the other steps will take, if they are as those before."""
+        if self.began is None or not self.began[1] < state.global_step < state.max_steps:
+            return ""
+        a_step = (time.time() - self.began[0]) / (state.global_step - self.began[1])
+        return f"{duration(a_step * (state.max_steps - state.global_step))} left"
+
+    def _show(self, phase: str, done: int, state, total: int | None = None) -> None:
+        if not (self.updates and state.is_world_process_zero):
+            return
+        if self.line is None:
+            self.line = tqdm(total=1, bar_format="{desc}", file=sys.stderr, leave=True, dynamic_ncols=True)
+        words = figures(self.logs)
+        if phase == "train" and (left := self._left(state)):
+            words.append(left)
+        elif phase == "evaluate":
+            words = [f"at step {state.global_step}"] if state.max_steps else []
+        columns = columns_of(sys.stderr) - 1
+        self.line.set_description_str(line_of(phase, done, total or state.max_steps, words, columns))

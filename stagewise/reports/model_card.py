@@ -1,0 +1,241 @@
+"""README.md of a merged model: what it is, where it comes from and under which licence, as the Hub reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from stagewise.artifacts.lineage import UNKNOWN, first_model
+
+CARD = "README.md"
+STAGES = {
+    "pt": "continued pretraining",
+    "sft": "supervised finetuning",
+    "rm": "reward modeling",
+    "dpo": "direct preference optimisation",
+    "ppo": "proximal policy optimisation",
+    "merge": "adapter merged into its base",
+    "vocabulary": "vocabulary extended",
+    "quantize": "weights quantised",
+}
+TRAINED = ("pt", "sft", "rm", "dpo", "ppo")
+QUESTION = [{"role": "user", "content": "What goes well with rice?"}]
+
+
+def card_text(
+    name: str, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, licence: dict[str, str], scores: bool
+) -> str:
+    """The model card of a merged model.
+
+    Args:
+        name: of the model, its directory's.
+        manifest: its run.json.
+        tokenizer: what is saved beside it.
+        licence: what `find_licence` found.
+        scores: a reward model, not a language model.
+    """
+    lineage = manifest["lineage"]
+    parts = [
+        f"---\n{front_matter_of(manifest, licence, scores)}---",
+        f"# {name}",
+        _first_lines(lineage, scores),
+        "## Licence\n\n" + _licence(licence, lineage),
+        "## How it was made\n\n" + _steps(lineage),
+        _data(lineage),
+        _metrics(lineage),
+        _template(manifest, tokenizer),
+        "## Use\n\n" + _use(name, tokenizer, scores),
+        _check(manifest),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def front_matter_of(manifest: dict[str, Any], licence: dict[str, str], scores: bool) -> str:
+    """The card's YAML, in the names that the Hub knows (https://huggingface.co/docs/hub/model-cards)."""
+    lineage = manifest["lineage"]
+    found: dict[str, Any] = {"license": licence["id"]}
+    if licence["id"] == "other":
+        found |= {f"license_{key}": licence[key] for key in ("name", "link") if key in licence}
+    base, from_hub = first_model(lineage)
+    if base and from_hub:
+        found |= {"base_model": base, "base_model_relation": "finetune"}
+    tags = [step["stage"] for step in lineage if step["stage"] in TRAINED]
+    methods = [step["method"] for step in lineage if step.get("method", "full") != "full"]
+    found |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if scores else "text-generation",
+        "tags": list(dict.fromkeys(["stagewise", *tags, *methods, *(["reward-model"] if scores else [])])),
+    }
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+
+
+def _first_lines(lineage: list[dict[str, Any]], scores: bool) -> str:
+    base, _ = first_model(lineage)
+    stages = [STAGES[step["stage"]] for step in lineage if step["stage"] in TRAINED]
+    kind = "A reward model: one score for a conversation with its answer" if scores else "A language model"
+    made = f", made from {code(called(base))}" if base else ""
+    through = f" by {', then '.join(stages)}" if stages else " by merging an adapter that was trained elsewhere"
+    return f"{kind}{made}{through}. The training records are described below; they are not part of this repository."
+
+
+def _licence(licence: dict[str, str], lineage: list[dict[str, Any]]) -> str:
+    base = called(first_model(lineage)[0] or "?")
+    if licence["id"] == UNKNOWN:
+        return (
+            f"**Unknown.** {licence['source']}. Find out under which terms the base, {code(base)}, may be used "
+            "before you publish or use what was made from it, and write them here."
+        )
+    shown = licence["id"] if licence["id"] != "other" else f"other ({licence.get('name', 'see its text')})"
+    return f"{shown}: the licence of the base, {code(base)}. Where that is said: {code(licence['source'])}."
+
+
+def _steps(lineage: list[dict[str, Any]]) -> str:
+    rows = ["| | step | from | method | steps | records |", "| --- | --- | --- | --- | ---: | ---: |"]
+    for number, step in enumerate(lineage, 1):
+        records = step.get("data", {}).get("train", {}).get("kept")
+        what = STAGES.get(step["stage"], step["stage"])
+        if reward := (step.get("reward_model") or {}).get("path"):
+            what += f", scored by {code(called(reward))}"
+        if merged := step.get("merged_adapter"):
+            what += f", on the model with {code(called(merged))} merged in"
+        if earlier := step.get("continued_adapter"):
+            what += f", going on from {code(called(earlier))}"
+        cells = [
+            number,
+            what,
+            code(called(step.get("base_model") or "?")),
+            step.get("method", ""),
+            step.get("steps", ""),
+        ]
+        rows.append("| " + " | ".join([*map(str, cells), "" if records is None else f"{records:,}"]) + " |")
+    return "\n".join(rows)
+
+
+def _data(lineage: list[dict[str, Any]]) -> str:
+    rows = ["| stage | split | read | kept | left out | files |", "| --- | --- | ---: | ---: | --- | --- |"]
+    every = [step for each in lineage for step in [*(each.get("reward_model") or {}).get("lineage", []), each]]
+    seen: list[dict[str, Any]] = []
+    for step in every:
+        if not step.get("data") or step in seen:
+            continue
+        seen.append(step)
+        for split, account in step["data"].items():
+            left_out = ", ".join(f"{count:,} {reason}" for reason, count in account.get("left_out", {}).items())
+            files = ", ".join(code(name) for name in account.get("files", []))
+            counts = [f"{account.get(name, 0):,}" for name in ("read", "kept")]
+            cells = [step["stage"].upper(), split, *counts, cell(left_out) or "none", files]
+            rows.append("| " + " | ".join(cells) + " |")
+    return "## Data\n\n" + "\n".join(rows) if seen else ""
+
+
+def _metrics(lineage: list[dict[str, Any]]) -> str:
+    rows = ["| stage | on its validation records | before | after |", "| --- | --- | ---: | ---: |"]
+    for step in lineage:
+        after, before = (step.get("metrics", {}).get(name, {}) for name in ("eval", "eval_before"))
+        for name, value in after.items():
+            if not name.endswith(("standard_error", "_tokens")) and isinstance(value, int | float):
+                error = after.get(f"{name}_standard_error")
+                shown = f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
+                was = f"{before[name]:.4g}" if name in before else ""
+                bare = name.removeprefix("eval_").replace("_", " ")
+                rows.append(f"| {step['stage'].upper()} | {bare} | {was} | {shown} |")
+    return "## Metrics\n\n" + "\n".join(rows) if len(rows) > 2 else ""
+
+
+def _template(manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return "## Template\n\nNone: this model goes on with texts."
+    name = f" ({manifest['template']})" if manifest.get("template") else ""
+    shown = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    return f"## Template\n\nThe tokenizer carries the chat template{name}. A question in it:\n\n" + fenced(
+        shown, "text"
+    )
+
+
+def _use(name: str, tokenizer: PreTrainedTokenizerBase, scores: bool) -> str:
+    auto = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
+    lines = [
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {auto}.from_pretrained("{name}")',
+    ]
+    question = '{"role": "user", "content": "What goes well with rice?"}'
+    if scores:
+        answer = '{"role": "assistant", "content": "Rest and drink enough."}'
+        lines += [
+            f"messages = [{question}, {answer}]",
+            'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
+            "print(model(**inputs).logits[0, 0])",
+        ]
+    elif tokenizer.chat_template:
+        lines += [
+            f"messages = [{question}]",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+            "output = model.generate(**inputs, max_new_tokens=128)",
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    else:
+        lines += [
+            'inputs = tokenizer("Drink enough water,", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        ]
+    return fenced("\n".join(lines), "python")
+
+
+def _check(manifest: dict[str, Any]) -> str:
+    if manifest.get("largest_difference") is None:
+        return ""
+    return (
+        "## How the merge was checked\n\nBase with adapter and this model were run on the same prompts in float32: "
+        f"the largest difference of their outputs is {manifest['largest_difference']:.2g}, and the adapter moves them "
+        f"by up to {manifest['adapter_effect']:.2g}."
+    )
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def called(path: str) -> str:
+    """A model's name for others to read: of a directory somewhere on this machine its own name alone."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def code(text: str) -> str:
+    """Text as inline code that may stand in a cell, whatever is in it."""
+    text = " ".join(str(text).split()).replace("|", "\\|")
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`" * (text.count("`") + 1)  # longer than any run of them inside
+    return f"{fence} {text} {fence}"
+
+
+def fenced(text: str, language: str) -> str:
+    """Text as a block of code, behind a fence that it does not hold."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    manifest: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    licence: dict[str, str],
+    scores: bool,
+) -> None:
+    """Writes the card into a model's directory."""
+    text = card_text(name, manifest, tokenizer, licence, scores)
+    (folder / CARD).write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8

@@ -1,0 +1,65 @@
+"""What a person looks at: result files, a training sample with its learned tokens marked."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from loguru import logger
+from transformers import PreTrainedTokenizerBase
+
+from stagewise.artifacts.json_files import read_object
+from stagewise.chat.encoding import IGNORE_INDEX, Example
+from stagewise.reports.terminal_text import visible
+
+
+def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
+    """`train_results` and `eval_results`, as .json and as .txt."""
+    (folder / f"{split}_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / f"{split}_results.txt").write_text("".join(f"{k} = {v}\n" for k, v in metrics.items()))
+
+
+def read_results(folder: Path, split: str) -> dict[str, Any] | None:
+    """What `write_results` left, or None where there is nothing."""
+    path = folder / f"{split}_results.json"
+    return read_object(path, "delete it") if path.is_file() else None
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Whether to write colours to a stream: to a terminal, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, colour: bool, longest: int | None = None) -> str:
+    """An example's text with what is learned in green, context grey; without colour, learned text between «».
+
+    `longest`: of a stretch of more characters, learned or not, both ends are shown and the middle is left out.
+    """
+    on, off, grey = ("\033[32m", "\033[0m", "\033[90m") if colour else ("«", "»", "")
+    pieces, start, before = [], 0, ""
+    learned = [bool(label != IGNORE_INDEX) for label in example.labels]
+    for end in range(1, len(learned) + 1):
+        if end < len(learned) and learned[end] == learned[start]:
+            continue
+        # Decoded as what the whole gains, since SentencePiece drops the space at the start of what is decoded alone.
+        whole = tokenizer.decode(example.input_ids[:end])
+        alone = not whole.startswith(before)
+        piece = tokenizer.decode(example.input_ids[start:end]) if alone else whole[len(before) :]
+        if longest and len(piece) > longest + 40:  # what stands in for the middle takes some room as well
+            half = longest // 2
+            piece = f"{piece[:half]} [… {len(piece) - 2 * half:,} characters …] {piece[-half:]}"
+        piece = visible(piece)
+        pieces.append(f"{on}{piece}{off}" if learned[start] else f"{grey}{piece}{off if colour else ''}")
+        start, before = end, whole
+    return "".join(pieces)
+
+
+def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+    """Logs one training example as `marked` makes it."""
+    text = marked(tokenizer, example, colour=has_colour(sys.stderr))
+    where = visible(example.where)
+    colored = logger.bind(colored=True)  # the text has been made visible, and its colors must pass
+    colored.opt(raw=True).info(f"one training sample ({where}), learned tokens marked:\n{text}\n\n")

@@ -1,0 +1,1 @@
+"""PPO: rollouts, the policy, the reward model, schedules."""

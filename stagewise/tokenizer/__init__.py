@@ -1,0 +1,1 @@
+"""Encoding text, and building and extending vocabularies."""

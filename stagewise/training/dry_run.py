@@ -1,0 +1,135 @@
+"""--dry_run: a little of one batch, and what the run will take by it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from loguru import logger
+from transformers import PreTrainedModel, Trainer
+
+from stagewise.chat.encoding import IGNORE_INDEX
+
+SHORT = 256  # tokens of a packed row that are measured on a CPU
+GIB = 2**30
+
+
+def dry_run(trainer: Trainer, peak_gib: Callable[[], float]) -> None:
+    """A batch forward and backward, and what the run will take by it; no step is taken.
+
+    On a CPU, where a batch can take minutes, one short row is measured and scaled to the batch's work; on a GPU the
+    batch itself, whose memory is then exact.
+    """
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    loader = trainer.get_train_dataloader()
+    steps = args.max_steps
+    if steps <= 0:  # a stream has no length, and --max_steps
+        updates = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        steps = math.ceil(args.num_train_epochs * updates)
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    model = trainer.model.to(args.device)
+    schedule = getattr(trainer, "schedule", None)  # of PPO, whose batches come from a rollout
+    if schedule is not None:
+        logger.info("dry run: makes one rollout first")
+    started = time.perf_counter()
+    batch = next(iter(loader))
+    rollout = 0.0 if schedule is None else (time.perf_counter() - started) / schedule.minibatches
+    short = short_batch(trainer, batch) if args.device.type == "cpu" else None
+    logger.info(f"dry run: measures {words_of(short, batch)}, forward and backward; nothing is trained or written")
+    if short is not None:
+        measure(trainer, short)  # what is made once, gradients included, is not the step's
+    loss, seconds, held, grown = measure(trainer, short or batch)
+    share = 1.0 if short is None else work(batch, model) / work(short, model)
+    tokens = 1.0 if short is None else batch["input_ids"].numel() / short["input_ids"].numel()
+    # Adam keeps two float32 numbers a trained parameter; gradients are in the peak already.
+    optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * 8 / GIB
+    peak = max(peak_gib(), (held + grown * tokens) / GIB if short is not None else 0.0) + optimizer
+    step = (seconds * share + rollout) * args.gradient_accumulation_steps
+    logger.info(f"dry run: measured {seconds:.2f} s, loss {loss:.4f}; a step of the run takes about {step:.1f} s")
+    logger.info(
+        f"dry run: {steps} steps, about {step * steps / 60:.1f} minutes and {peak:.1f} GiB a process "
+        f"({args.device.type})"
+    )
+    if trainer.is_world_process_zero() and output_dir.is_dir() and not any(output_dir.iterdir()):
+        output_dir.rmdir()  # the Trainer made it
+
+
+def short_batch(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first SHORT tokens of a packed batch, or the training set's first record; None where neither is shorter.
+
+    A packed row (1, T) is cut behind a token with a label, a padded record or a pair of answers is taken whole.
+    """
+    if hasattr(trainer, "schedule"):
+        return None  # a rollout's batch is made of answers
+    length = batch["input_ids"].shape[-1]
+    if "position_ids" in batch and "attention_mask" not in batch:
+        labeled = (batch["labels"][0] != IGNORE_INDEX).nonzero()
+        end = max(SHORT, int(labeled[0]) + 1 if len(labeled) else length)
+        short = {
+            name: value[:, :end] if torch.is_tensor(value) and value.shape == (1, length) else value
+            for name, value in batch.items()
+        }
+    else:
+        short = dict(trainer.data_collator([trainer.train_dataset[0]]))
+    return short if short["input_ids"].numel() < batch["input_ids"].numel() else None
+
+
+def measure(trainer: Trainer, batch: Mapping[str, Any]) -> tuple[float, float, int, int]:
+    """Loss, seconds, bytes the process held before, and bytes it grew by, in one forward and backward."""
+    process, most, done = psutil.Process(), [0], threading.Event()
+    release_freed_memory()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    started = time.perf_counter()
+    count = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    inputs = trainer._prepare_inputs(batch)
+    loss = trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=count)
+    loss.backward()
+    value = float(loss.detach())  # waits for the device
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return value, seconds, before, max(0, most[0] - before)
+
+
+def release_freed_memory() -> None:
+    """Returns freed memory to the system where the C library can (glibc); memory kept for reuse hides growth."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def work(batch: Mapping[str, Any], model: PreTrainedModel) -> float:
+    """Floating-point operations of a batch, up to a factor: 6 a weight and token, 12 d a layer and pair of tokens."""
+    rows, length = batch["input_ids"].shape
+    config = model.config.get_text_config()
+    weights = sum(p.numel() for p in model.parameters())
+    tables = model.get_input_embeddings().weight.numel()
+    if not config.tie_word_embeddings:
+        weights -= tables  # only looked up
+    pairs = 12 * config.num_hidden_layers * config.hidden_size * length
+    return rows * length * (6 * weights + pairs)
+
+
+def words_of(short: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> str:
+    """What is measured: "256 tokens for a batch of 1 × 2048"."""
+    if short is not None:
+        rows, length = batch["input_ids"].shape
+        return f"{short['input_ids'].numel()} tokens for a batch of {rows} × {length}"
+    shapes = {name: tuple(value.shape) for name, value in batch.items() if torch.is_tensor(value)}
+    return f"one batch {shapes}"

@@ -1,0 +1,92 @@
+"""What to do about errors that are not this project's own and yet are met often: memory, disk, Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from stagewise.reports.terminal_text import print_error
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITTEN = ("PytorchStreamWriter failed writing", "inline_container.cc")  # by torch.save
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+# Of programs in which a model speaks.
+LESS_MEMORY = (
+    "Lower --batch_size or --max_new_tokens, or load the model smaller: --torch_dtype bfloat16, --load_in_8bit, "
+    "--load_in_4bit."
+)
+
+
+@contextmanager
+def advised(flag: str, place: str | Path | None, less_memory: str, status: int = 1) -> Iterator[None]:
+    """Ends a program that trains nothing in one line where memory or disk ran out in the block; see `advice_on`.
+
+    Args:
+        flag: names the place that is written to.
+        place: what that flag says; None where nothing is written.
+        less_memory: what a user of this program can do about memory.
+        status: the exit code.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        if _is_out_of_memory(error):
+            advice = f"out of memory. {less_memory} ({said})"
+        elif _is_disk_full(error) and place is not None:
+            advice = (
+                f"--{flag} {place}: no space is left, or a file may not get so large. What stood there is untouched: "
+                f"make room, then start the same command again. ({said})"
+            )
+        else:
+            raise
+        print_error(advice)
+        raise SystemExit(status) from error
+
+
+def advice_on(error: BaseException, output_dir: Path) -> str | None:
+    """One line for an error that a user can do something about; None for others, which keep Python's traceback."""
+    said = str(error).strip().split("\n")[0]
+    if _is_out_of_memory(error):
+        return (
+            "out of memory. Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much; "
+            "in an evaluation --per_device_eval_batch_size), add --gradient_checkpointing, shorten the rows "
+            "(--block_size, --model_max_length, --max_source_length, --max_target_length), or use "
+            f"--torch_dtype bfloat16. ({said})"
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return "ended by Ctrl-C; --resume_from_checkpoint True goes on from the last whole checkpoint, if there is one"
+    if _is_disk_full(error):
+        return (
+            f"--output_dir {output_dir}: no space is left, or a file may not get so large. Whole checkpoints are "
+            "untouched: make room (--save_total_limit 1 keeps the last one alone), then go on with "
+            f"--resume_from_checkpoint True. ({said})"
+        )
+    if isinstance(error, OSError) and error.errno in UNWRITABLE and _within(error.filename, output_dir):
+        return f"--output_dir {output_dir}: cannot be written to; give a folder of yours. ({said})"
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On a CPU torch's allocator raises a RuntimeError.
+    texts = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
+    texts += ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # asked for outside of torch's allocator
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return True
+    # Libraries in Rust say it in errors of their own, tokenizers in a bare Exception; torch.save in a RuntimeError.
+    told = isinstance(error, Exception) and any(f"(os error {number})" in str(error) for number in NO_SPACE)
+    return told or any(text in str(error) for text in UNWRITTEN)
+
+
+def _within(path: str | bytes | None, folder: Path) -> bool:
+    return path is not None and Path(str(path)).resolve().is_relative_to(folder.resolve())

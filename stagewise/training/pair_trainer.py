@@ -1,0 +1,95 @@
+"""What reward modeling and DPO share: pairs as they are read, and a Trainer with exact, pair by pair, validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from stagewise.chat.encoding import AnyTemplate, PreferenceEncoder
+from stagewise.chat.reward_template import Ending
+from stagewise.config.arguments import PairArguments
+from stagewise.data.splits import SplitReader, Splits
+from stagewise.formats.parsers import parse_preference
+from stagewise.training.callbacks import Resumes
+from stagewise.training.finiteness import SkipsNonFinite
+from stagewise.training.length_grouping import GroupsByLength
+from stagewise.training.resume.position import KeepsPlace
+from stagewise.training.sample_generations import Sample, chosen, scored_pairs
+from stagewise.training.throughput import TellsSpeed
+
+
+def read_pairs(
+    reader: SplitReader,
+    args: TrainingArguments,
+    tokenizer: Any,
+    template: AnyTemplate,
+    pair_args: PairArguments,
+    ending: Ending | None = None,
+) -> Splits:
+    """Preferences as encoded pairs of answers within the length limits; with `ending` as a reward model's rows."""
+    limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
+    return reader.read(
+        parse_preference,
+        PreferenceEncoder(tokenizer, template, **limits, ending=ending),
+        train=args.do_train,
+        validation=args.do_eval,
+        tokenizer=tokenizer,
+        template=template.jinja(),
+        ending=ending,
+        limits=limits,
+    )
+
+
+class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpeed, Trainer):
+    """Batches are (2B, T), the B chosen rows first. The stage's subclass holds `rewards` and `compute_loss`.
+
+    `compute_loss` is given the pairs of the whole batch, over all micro-batches and processes, as
+    `num_items_in_batch`, so that its loss is the mean over pairs however they are dealt out.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Since the last log: pairs, chosen rewards, rejected rewards, pairs in the right order (a tie counts half).
+        self.seen = torch.zeros(4, device=self.args.device)
+
+    def rewards(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards of a batch's chosen and rejected answers: (B,), (B,)."""
+        raise NotImplementedError
+
+    def see(self, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+        """Counts a training batch's rewards, (B,) each, into the next log."""
+        with torch.no_grad():
+            right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+            count = torch.tensor(float(len(chosen)), device=chosen.device)
+            self.seen += torch.stack([count, chosen.sum(), rejected.sum(), right.sum()]).to(self.seen)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds accuracy, margin and mean rewards since the last log, over all processes, to a training log."""
+        if "loss" in logs:
+            pairs, chosen, rejected, right = self.accelerator.reduce(self.seen, "sum").tolist()
+            self.seen.zero_()
+            logs["accuracy"], logs["margin"] = right / pairs, (chosen - rejected) / pairs
+            logs["chosen_reward"], logs["rejected_reward"] = chosen / pairs, rejected / pairs
+        super().log(logs, start_time)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> int:
+        """The pairs of an optimizer step, over all processes; transformers would count learned tokens."""
+        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
+        return int(self.accelerator.gather(pairs).sum())
+
+    def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
+        """A few validation pairs with their rewards (--eval_samples)."""
+        return scored_pairs(self, chosen(self, count))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Each pair's two rewards, (B, 2), and its index, (B,)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            chosen, rejected = self.rewards(model, inputs)
+        return None, torch.stack([chosen, rejected], dim=1), inputs["index"]

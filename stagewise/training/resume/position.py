@@ -1,0 +1,242 @@
+"""A run's place in its training rows: it is counted in rows, so that a resumed run may take steps of another size.
+
+    steps of 2 rows, stopped after 3    | 1 2 | 3 4 | 5 6 |
+    goes on in steps of 4                                  7 8 9 10 | 11 12 ||  the next epoch begins a new grid
+
+The order of the rows follows from the seed and the epoch alone, and process p of N gets the p-th part of every N
+batches: neither the batch, nor the accumulation, nor the number of processes has a say in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate.data_loader import SeedableRandomSampler
+from loguru import logger
+from torch.utils.data import RandomSampler, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
+
+from stagewise.artifacts.checkpoints import trained_steps
+from stagewise.training.length_grouping import LengthGroups
+from stagewise.training.resume.identity import read_record, refuse
+
+
+class Place(NamedTuple):
+    """Whole epochs that were trained, and rows of the one after them."""
+
+    epoch: int
+    rows: int
+
+
+START = Place(0, 0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the rows of an epoch are dealt out to optimizer steps.
+
+    Args:
+        rows: rows of the training set.
+        batch: rows of a forward pass, of all processes together.
+        accumulation: forward passes of a step.
+        drop_last: whether an incomplete last batch is left out (--dataloader_drop_last).
+    """
+
+    rows: int
+    batch: int
+    accumulation: int = 1
+    drop_last: bool = False
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Grid:
+        args = trainer.args
+        processes = 1 if args.accelerator_config.split_batches else args.world_size
+        batch = trainer._train_batch_size * processes  # what --auto_find_batch_size has come to
+        return cls(len(trainer.train_dataset), batch, args.gradient_accumulation_steps, args.dataloader_drop_last)
+
+    @property
+    def step(self) -> int:
+        """Rows of an optimizer step."""
+        return self.batch * self.accumulation
+
+    def batches(self, rows: int) -> int:
+        return rows // self.batch if self.drop_last else math.ceil(rows / self.batch)
+
+    def steps(self, rows: int) -> int:
+        return math.ceil(self.batches(rows) / self.accumulation)
+
+    @property
+    def an_epoch(self) -> int:
+        """Steps of a whole epoch."""
+        return max(1, self.steps(self.rows))
+
+    def after(self, steps: int, start: Place = START) -> Place:
+        """Where a run is that began at `start` and took some steps."""
+        first = self.steps(self.rows - start.rows)
+        if steps < first:
+            return Place(start.epoch, start.rows + steps * self.step)
+        epochs, rest = divmod(steps - first, self.an_epoch)
+        return Place(start.epoch + 1 + epochs, rest * self.step)
+
+    def left(self, place: Place, epochs: float) -> int:
+        """The steps from `place` to the end of a run of so many epochs; below 0 where that end lies behind it."""
+        last, share = divmod(math.ceil(epochs * self.an_epoch), self.an_epoch)  # share: steps of a part of an epoch
+        if place.epoch < last:
+            return self.steps(self.rows - place.rows) + (last - place.epoch - 1) * self.an_epoch + share
+        rows = share * self.step - place.rows if place.epoch == last else -1
+        return math.ceil(rows / self.step) if rows >= 0 else -1
+
+
+class RowsFrom(Sampler[int]):
+    """The order of another sampler, of which one epoch begins at a later row."""
+
+    def __init__(self, sampler: Sampler[int]):
+        self.sampler, self.start, self.epoch = sampler, START, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """The rows of the other epochs."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.start.rows if self.epoch == self.start.epoch else 0
+        return islice(iter(self.sampler), first, None)
+
+
+class KeepsPlace:
+    """For a Trainer of rows that are counted: a resumed run goes on behind the last row that was trained.
+
+    transformers finds the place by the number of steps, which is right as long as steps have the same size.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.begun, self.begun_step = START, 0  # where this start of the run began
+        self.moved = False  # whether that is another place than the number of steps says
+        self.resumed: Path | None = None  # the checkpoint that this start goes on from
+        self.order: RowsFrom | None = None
+        self.add_callback(EpochOfPlace(self))
+
+    def place(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the place, for `place_in`."""
+        if not has_length(self.train_dataset):
+            return {}
+        grid = Grid.of(self)
+        place = grid.after(self.state.global_step - self.begun_step, self.begun)
+        return {**place._asdict(), "rows_per_epoch": grid.rows, "rows_per_step": grid.step}
+
+    def steps_left(self, checkpoint: Path) -> int:
+        """The steps behind a checkpoint that the flags ask for; below 0 where it is beyond their end."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps - trained_steps(checkpoint)
+        grid = Grid.of(self)
+        return grid.left(place_in(checkpoint, grid), self.args.num_train_epochs)
+
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any):
+        self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.resumed is None or sampler is None:
+            return sampler
+        if isinstance(sampler, RandomSampler):  # accelerate would make this one of it
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
+        self.order = RowsFrom(sampler)
+        return self.order
+
+    def set_initial_training_values(self, args, dataloader):
+        """transformers' own; from a place that it would not find, with the epochs and steps that are left from there.
+
+        Steps count on from the checkpoint's: the optimizer has taken so many.
+        """
+        values = super().set_initial_training_values(args, dataloader)
+        if self.resumed is None or not has_length(self.train_dataset):
+            return values
+        grid, step = Grid.of(self), trained_steps(self.resumed)
+        place = Place(step // grid.an_epoch, 0) if args.ignore_data_skip else place_in(self.resumed, grid)
+        if isinstance(self.order.sampler, LengthGroups) and place.rows:
+            self._check_groups(grid)
+        self.begun, self.begun_step = place, step
+        self.order.set_epoch(place.epoch)  # accelerate reaches its own sampler alone behind skipped batches
+        self.moved = not args.ignore_data_skip and (place != grid.after(step) or self._skips_too_little())
+        if not self.moved:
+            return values
+        self.order.start = place
+        _, _, examples, samples, total, batches, max_steps = values
+        if args.max_steps <= 0:
+            max_steps = step + grid.left(place, args.num_train_epochs)
+        later = max(0, max_steps - step - grid.steps(grid.rows - place.rows))
+        epochs = place.epoch + 1 + math.ceil(later / grid.an_epoch)
+        then = saved_place(self.resumed).get("rows_per_step", grid.step)
+        logger.info(
+            f"--per_device_train_batch_size × --gradient_accumulation_steps × processes: {grid.step} rows per step, "
+            f"{then} when {self.resumed.name} was saved; continues after row {place.rows} of {grid.rows} in epoch "
+            f"{place.epoch + 1}, {max_steps - step} steps are left, {max_steps} in all"
+        )
+        return epochs, grid.an_epoch, examples, samples, total, batches, max_steps
+
+    def _check_groups(self, grid: Grid) -> None:
+        """Raises ArgumentError where the rows that were grouped by length had other steps to be grouped for."""
+        then = saved_place(self.resumed).get("rows_per_step", grid.step)
+        if then != grid.step:
+            what = "--train_sampling_strategy group_by_length with a number of rows per step of"
+            refuse(self.resumed, what, then, grid.step)
+
+    def _skips_too_little(self) -> bool:
+        """Whether transformers would leave out one batch where each process had one (dispatch_batches)."""
+        return bool(self.args.accelerator_config.dispatch_batches) and self.args.world_size > 1
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        found = super()._init_training_state(*args, **kwargs)
+        return (self.begun.epoch, 0) if self.moved else found  # `order` leaves the rows out, no batch has to be
+
+    def _run_epoch(self, *, epoch: int, steps_in_epoch: int, num_update_steps_per_epoch: int, **kwargs: Any) -> None:
+        if self.moved and epoch == self.begun.epoch:
+            grid = Grid.of(self)
+            rows = grid.rows - self.begun.rows
+            steps_in_epoch, num_update_steps_per_epoch = grid.batches(rows), grid.steps(rows)
+        super()._run_epoch(
+            epoch=epoch,
+            steps_in_epoch=steps_in_epoch,
+            num_update_steps_per_epoch=num_update_steps_per_epoch,
+            **kwargs,
+        )
+
+
+class EpochOfPlace(TrainerCallback):
+    """The epoch in the logs of a run that went on in the middle of one: transformers counts from where it began."""
+
+    def __init__(self, trainer: KeepsPlace):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if trainer.moved and state.epoch <= trainer.begun.epoch + 1:
+            place = trainer.place()
+            state.epoch = place["epoch"] + place["rows"] / place["rows_per_epoch"]
+
+
+def saved_place(checkpoint: Path) -> dict[str, int]:
+    return (read_record(checkpoint) or {}).get("place", {})
+
+
+def place_in(checkpoint: Path, grid: Grid) -> Place:
+    """The place that a checkpoint says it is at; of one made before it did, what the number of its steps says."""
+    place = saved_place(checkpoint)
+    if "epoch" not in place:
+        return grid.after(trained_steps(checkpoint))
+    found = Place(place["epoch"], place["rows"])
+    if found.rows and not grid.steps(grid.rows - found.rows):  # what is left of the epoch fills no batch
+        return Place(found.epoch + 1, 0)
+    return found

@@ -1,0 +1,491 @@
+"""A run from its start to its end: arguments, device, output directory, training, and the manifest `run.json`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from loguru import logger
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from stagewise.adapters.attach import method_callbacks
+from stagewise.adapters.compatibility import check_methods
+from stagewise.artifacts.checkpoints import check_resumable, leave_later, resume_point, step_of, trained_steps
+from stagewise.artifacts.lineage import begin_step, earlier_steps, finished_step
+from stagewise.artifacts.manifest import (
+    MANIFEST,
+    device_name,
+    effective_words,
+    given_flags,
+    parameters_of,
+    settled_flags,
+    versions,
+    without_tokens,
+    write_manifest,
+)
+from stagewise.artifacts.processes import from_first
+from stagewise.chat.encoding import AnyTemplate, Example, PreferenceExample
+from stagewise.config.arguments import AdapterArguments, DataArguments
+from stagewise.config.checks import check_shared
+from stagewise.config.command_line import Given, parse
+from stagewise.errors import ArgumentError, NonFiniteError
+from stagewise.models.attention.rope import kept_rope
+from stagewise.models.generation_config import finish_generation_config
+from stagewise.reports.console import Progress, quieten, say
+from stagewise.reports.curves import write_pictures
+from stagewise.reports.results import has_colour, read_results, show_sample, write_results
+from stagewise.reports.run_page import PAGE, write_page
+from stagewise.reports.terminal_text import log_visible_text, print_error
+from stagewise.training.callbacks import EvaluationRows, IntervalsOfNow, WholeCheckpoints
+from stagewise.training.dry_run import dry_run
+from stagewise.training.error_hints import advice_on
+from stagewise.training.evaluation_set import EvaluationTable
+from stagewise.training.finiteness import SKIPPED
+from stagewise.training.first_look import say_error
+from stagewise.training.output_dir import check_output_dir, is_finished, remove_earlier_run, says_finished
+from stagewise.training.preemption import PREEMPTED, Preemption
+from stagewise.training.resume.identity import Identity, KeepsIdentity
+from stagewise.training.sample_generations import EvaluationSamples
+from stagewise.training.settings import (
+    StageArguments,
+    check_eval_samples,
+    device_flags,
+    settle_long_context,
+    settle_precision,
+    settle_what_to_do,
+)
+from stagewise.training.trainer_flags import check_trainer_flags
+
+INTERRUPTED = 130  # of one that Ctrl-C ended
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def set_up_logging() -> None:
+    """The log on stderr: of the first process all, of the others errors."""
+    logger.remove()
+    log_visible_text()
+    level = "INFO" if is_main() else "ERROR"
+    colour = has_colour(sys.stderr)
+    logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=colour)
+    transformers_logging.set_verbosity_error()
+    # Renamings inside transformers and PEFT, which a user of these scripts can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not torch.accelerator.is_available():
+        # accelerate imports DeepSpeed where it is installed, which otherwise warns on stdout that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not is_main() or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def leave_processes(status: int) -> None:
+    """Ends the group of processes where all of them have come to their end, and this process with `status`, later.
+
+    Threads of gloo that are still there while Python ends abort the process now and then, and a finished run would
+    count as failed. Once DistributedDataParallel was there they outlive the group and the model (torch 2.13). So the
+    process leaves with the last of Python's exit handlers and does not wait for what comes after them.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    has_gloo = "gloo" in dist.get_backend()
+    dist.destroy_process_group()
+    if has_gloo:
+        _leave_with.append(status)
+
+
+_leave_with: list[int] = []
+
+
+def _leave() -> None:
+    if _leave_with and not hasattr(sys, "last_type"):  # which an error that nothing caught has set
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_leave_with[0])
+
+
+atexit.register(_leave)  # handlers that are registered later, a tracker's for instance, run before it
+
+
+def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Parses and checks the command line, prepares the device and the output directory.
+
+    Args:
+        stage: "pt", "sft", "rm", "dpo" or "ppo".
+        dataclass_types: the stage's own and shared dataclasses; StageArguments is added here.
+
+    Returns:
+        the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot
+        be honoured, before any weights are read.
+    """
+    set_up_logging()
+    preemption = Preemption()
+    given: Given = []
+
+    def before(flags: Given) -> Given:
+        given.extend(flags)
+        return device_flags(flags)
+
+    try:
+        args, *parts = parse([StageArguments, *dataclass_types], argv, before=before)
+        names = set(dict(given))
+        said = given_flags([args, *parts], names)
+        for part in parts:
+            if isinstance(part, AdapterArguments):
+                part.given = frozenset(name for name, _ in given)
+        check_shared(*parts)
+        data = next((part for part in parts if isinstance(part, DataArguments)), None)
+        check_trainer_flags(args)
+        settle_what_to_do(args, data, given)
+        check_eval_samples(args, "eval_samples" in dict(given))
+        settle_precision(args, parts)
+        check_methods(stage, args, parts)  # first: --peft_path says what the method is
+        settle_long_context(stage, parts)
+        if args.dry_run and is_deepspeed_zero3_enabled():
+            raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
+        flags = given_flags([args, *parts], names)
+        if says_finished(args, stage, flags):
+            leave_processes(0)
+            raise SystemExit(0)
+        check_output_dir(args)
+        identity = Identity(stage, args, parts, _resume_point(args))
+        identity.check_flags()
+    except ValueError as error:
+        say_error(str(error))
+        raise SystemExit(2) from error
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        # transformers would use DataParallel, which cannot split a packed row.
+        args._n_gpu = 1
+        logger.info(f"1 of {torch.cuda.device_count()} GPUs is used; torchrun --nproc_per_node uses them all")
+    if args.quiet:
+        quieten()
+    set_seed(args.seed)
+    effective, replaced = effective_words([word for name, values in given for word in (f"--{name}", *values)])
+    run = Run(stage, args, parts, flags, identity, preemption)
+    run.note(effective=effective, replaced=replaced, settled=settled_flags(said, flags))
+    return run, *parts
+
+
+def _resume_point(args: StageArguments) -> Path | None:
+    """The checkpoint to resume from; the flag then holds its folder, for those who read more from it."""
+    if not args.do_train or args.dry_run:
+        return None
+    folder = resume_point(args.output_dir, args.resume_from_checkpoint)
+    args.resume_from_checkpoint = str(folder) if folder else None
+    if folder:
+        check_resumable(folder)
+    return folder
+
+
+class Run:
+    """One run and its manifest. Use it as a context: an error ends up in run.json and, if expected, in one line.
+
+    `note(key=value)` adds to the manifest; it is written at the start, at the end, and when the run fails.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        args: StageArguments,
+        parts: Sequence[Any],
+        flags: dict[str, Any],
+        identity: Identity,
+        preemption: Preemption,
+    ):
+        self.stage, self.args, self.identity = stage, args, identity
+        self.output_dir = Path(args.output_dir)
+        self.started = time.time()
+        self.preemption = preemption
+        self.progress = Progress(args.quiet)
+        self.trainer: Trainer | None = None
+        self.evaluated: int | None = None  # the step of the last evaluation
+        self.adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
+        step = begin_step(stage, parts)
+        self.manifest: dict[str, Any] = {
+            "stage": stage,
+            "status": "running",
+            "command": [Path(sys.argv[0]).name, *without_tokens(sys.argv[1:])],
+            "flags": flags,
+            "base_model": step["base_model"],
+            "method": self.adapter.method if self.adapter else None,
+            "lineage": [*earlier_steps(parts), step],
+            "versions": versions(),
+            "device": device_name(args),
+            "processes": args.world_size,
+            "nodes": args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)),
+        }
+
+    def note(self, **entries: Any) -> None:
+        self.manifest.update(entries)
+
+    def write(self) -> None:
+        if self.args.dry_run or not is_main():
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_manifest(self.output_dir, self.manifest, weights=self.manifest["status"] == "finished")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        self.progress.close()
+        preempted = isinstance(error, SystemExit) and error.code == PREEMPTED
+        if error is None or (preempted and self.preemption.stopped):
+            leave_processes(PREEMPTED if error else 0)
+        elif preempted and dist.is_initialized():
+            _leave_with.append(PREEMPTED)  # the others may not have had the signal yet: this one waits for none
+        if error is None or isinstance(error, SystemExit):
+            return False
+        advice = advice_on(error, self.output_dir)
+        # What an earlier, finished run left is not written over by a run that failed before it trained.
+        if self.manifest.get("began"):
+            message = ": ".join(filter(None, (kind.__name__, advice or str(error))))
+            self.note(status="failed", error=message, **self._steps(), **self._costs())
+            try:
+                self.write()
+            except OSError as full:  # the disk, most likely; what is said below is what ended the run
+                logger.warning(f"{MANIFEST} was not written: {full}")
+            self.show(pictures=True)
+        expected = isinstance(error, (ValueError, NonFiniteError)) and type(error).__module__.startswith("stagewise")
+        if advice or expected:
+            if kind is KeyboardInterrupt:
+                print(advice, file=sys.stderr)
+            else:
+                print_error(advice or error)
+            raise SystemExit(INTERRUPTED if kind is KeyboardInterrupt else 1) from error
+        return False
+
+    def show(self, pictures: bool = False) -> None:
+        """report.html as the run is now, and with `pictures` the curves as PNG files; on the main process.
+
+        What is only to be looked at does not end a run: where it can't be made, the log says why.
+        """
+        if self.args.dry_run or not is_main() or self.trainer is None:
+            return
+        history = self.trainer.state.log_history
+        try:
+            write_page(self.output_dir, self.manifest, history)
+            if pictures:
+                write_pictures(history, self.output_dir)
+        except Exception as error:
+            logger.warning(f"{PAGE} and the pictures were not written: {type(error).__name__}: {error}")
+
+    def _steps(self) -> dict[str, int]:
+        """Optimizer steps since the run began, and how many of them were skipped because they were not finite."""
+        if self.trainer is None:
+            return {}
+        return {"steps": self.trainer.state.global_step, SKIPPED: self.trainer.guard.skipped}
+
+    def _costs(self) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        costs = {"seconds": round(time.time() - self.started, 1), "peak_memory_gib": round(peak, 2)}
+        if torch.cuda.is_available():
+            costs["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return costs
+
+    @property
+    def zero3(self) -> bool:
+        """Whether DeepSpeed partitions the weights while they load."""
+        return is_deepspeed_zero3_enabled()
+
+    def show_sample(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example | PreferenceExample]) -> None:
+        """Prints the first example, learned tokens marked, on the main process."""
+        if examples and is_main():
+            first = examples[0]
+            show_sample(tokenizer, first.chosen if isinstance(first, PreferenceExample) else first)
+
+    def identify(self, examples: Any, template: AnyTemplate | None = None) -> None:
+        """Compares the training records, or their stream, with those of the checkpoint to resume from.
+
+        Raises:
+            ArgumentError: they are others, or so is the template or the model.
+        """
+        if self.args.do_train and not self.args.dry_run:
+            self.identity.check_data(examples, template)
+
+    def attach(self, trainer: Trainer, table: EvaluationTable | None) -> None:
+        """Puts the callbacks of every stage onto a trainer."""
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        self.trainer = trainer
+        own: list[TrainerCallback] = [IntervalsOfNow(), self.progress, self.preemption]
+        own += [
+            *method_callbacks(trainer, self.adapter),
+            KeepsIdentity(self.identity, trainer),
+            WholeCheckpoints(keep),
+        ]
+        if table is not None and self.args.save_eval_records:
+            own.append(EvaluationRows(table))
+        for callback in own:
+            trainer.add_callback(callback)
+        config = trainer.model.config
+        self.note(attention=config.get_text_config()._attn_implementation, parameters=parameters_of(trainer.model))
+        if "rope_scaling" in self.manifest["flags"]:
+            self.note(rope=kept_rope(config))
+
+    def train(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        """Evaluates, trains, saves and writes the results as the flags say; ends the program if it was preempted.
+
+        Args:
+            trainer: the stage's trainer, with its callbacks attached.
+            stop: the template's end markers, at which the saved model's generation ends; None for plain text.
+        """
+        args = self.args
+        if args.do_train and (step := trainer.step_contents()):
+            logger.info(step.line())
+            self.manifest["data"]["summary"]["step"] = step.as_dict()
+        if args.dry_run:
+            dry_run(trainer, lambda: peak(self._costs()))
+            return
+        if not args.do_train:
+            self._evaluate_only(trainer, stop)
+            return
+        resume = self.identity.checkpoint
+        self.identity.check_trainer(trainer)
+        if resume and not self._has_steps_left(trainer, resume):
+            return
+        before = trained_steps(resume) if resume else 0  # --save_total_limit may remove that checkpoint in training
+        self._watch(trainer, stop)
+        if resume and is_main():
+            leave_later(args.output_dir, resume)
+        if args.overwrite_output_dir and resume is None and is_main():
+            remove_earlier_run(args.output_dir)
+        self.note(began=time.strftime("%Y-%m-%d %H:%M:%S"), **({"resumed_from": resume.name} if resume else {}))
+        self.write()
+        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if self.preemption.stopped:
+            self.note(status="stopped", stopped_by=self.preemption.asked, **self._steps(), **self._costs())
+            self.write()
+            self.show(pictures=True)
+            logger.warning(
+                f"stopped by {self.preemption.asked} after a whole checkpoint; --resume_from_checkpoint True goes on "
+                "from it"
+            )
+            raise SystemExit(PREEMPTED)
+        metrics = {"train": self._train_metrics(result.metrics, before)}
+        self._save(trainer, stop)  # before evaluation, for which --bf16_full_eval rounds the weights
+        if args.do_eval:
+            metrics["eval"] = self._evaluated_at_end() or trainer.evaluate()
+        at_start = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_runtime" in log]
+        if at_start:
+            metrics["eval_before"] = at_start[0]
+        if is_main():
+            trainer.save_state()
+            for split in ("train", "eval"):
+                if split in metrics:
+                    write_results(self.output_dir, split, metrics[split])
+        self.note(status="finished", metrics=metrics, **self._steps(), **self._costs())
+        self.manifest["lineage"][-1] = finished_step(self.manifest, self.output_dir)
+        self.write()
+        self.show(pictures=True)
+        folder = self.output_dir
+        logger.info(f"finished in {self.manifest['seconds']:.0f} s; {folder}/{MANIFEST} holds the account")
+        logger.info(f"to look at: {folder}/{PAGE} in a browser")
+
+    def _has_steps_left(self, trainer: Trainer, resume: Path) -> bool:
+        """Whether training, or what follows it, is still to be done; of a finished run nothing is touched.
+
+        Raises:
+            ArgumentError: the checkpoint lies beyond the end that the flags ask for.
+        """
+        left = trainer.steps_left(resume)
+        if left < 0:
+            name = next((n for n in ("rollouts", "max_steps") if n in self.manifest["flags"]), "num_train_epochs")
+            given = f"{self.manifest['flags'].get(name, self.args.num_train_epochs)}".removesuffix(".0")
+            raise ArgumentError(
+                f"--{name} {given}: {resume} has been trained for longer ({trained_steps(resume)} steps); give more, "
+                "or resume from an earlier checkpoint: --resume_from_checkpoint FOLDER"
+            )
+        return left > 0 or not from_first(lambda: is_finished(self.output_dir, self.stage))
+
+    def _train_metrics(self, metrics: dict[str, float], before: int) -> dict[str, float]:
+        """The metrics of training; those that stand in the results already if no step was left after `before`."""
+        if before == 0 or self.trainer.state.global_step > before:
+            return metrics
+        there = from_first(lambda: read_results(self.output_dir, "train"))
+        return there or {name: value for name, value in metrics.items() if name != "train_loss"}
+
+    def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        """What shows the run while it goes on: samples, TensorBoard, and the page; in this order at an evaluation."""
+        self._watch_evaluations(trainer, stop)
+        trainer.add_callback(Showing(self))
+
+    def _watch_evaluations(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        """Samples first: TensorBoard shows them, too."""
+        if self.args.eval_samples and trainer.eval_dataset is not None:
+            trainer.add_callback(EvaluationSamples(trainer, self.args.eval_samples, stop or (), self.zero3))
+        if trainer.pop_callback(TensorBoardCallback):
+            from stagewise.reports.tensorboard import (
+                Board,  # a run that writes no such files need not have tensorboard
+            )
+
+            trainer.add_callback(Board(self.manifest))
+
+    def _evaluated_at_end(self) -> dict[str, Any] | None:
+        """The evaluation that training made of the weights that are there now; None if it made none.
+
+        With --load_best_model_at_end these are of an earlier step, at which the curves show the numbers.
+        """
+        state = self.trainer.state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best is None and self.evaluated != state.global_step:
+            return None
+        step = step_of(best) if best else state.global_step
+        found = [log for log in state.log_history if "eval_runtime" in log and log["step"] == step]
+        return {name: value for name, value in found[-1].items() if name != "step"} if found else None
+
+    def _save(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        """The adapter or the model, the tokenizer with its chat template, and where generation ends."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "generation_config") or hasattr(model, "get_base_model"):
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            if base.can_generate():
+                finish_generation_config(base, trainer.processing_class, stop)
+                if is_main():
+                    base.generation_config.save_pretrained(self.output_dir)
+        trainer.save_model()
+
+    def _evaluate_only(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
+        self._watch_evaluations(trainer, stop)
+        metrics = trainer.evaluate()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if is_main():
+            write_results(self.output_dir, "eval", metrics)
+        for key, value in metrics.items():
+            logger.info(f"{key} = {value}")
+
+
+class Showing(TrainerCallback):
+    """Writes the page anew where something of a running run is to be seen, so that a killed one leaves it, too."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.run.show()
+
+    on_save = on_train_begin
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.run.evaluated = state.global_step
+        self.run.show()
+
+
+def peak(costs: dict[str, Any]) -> float:
+    """The most memory of a run, in GiB: the GPU's where there is one."""
+    return costs.get("peak_gpu_memory_gib", costs["peak_memory_gib"])
