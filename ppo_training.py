@@ -117,8 +117,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.adapters.attach import attach_adapter
-from stagewise.chat.encoding import IGNORE_INDEX, AnyTemplate, Example
+from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.select import choose_template
+from stagewise.data.examples import IGNORE_INDEX, Example
 from stagewise.data.splits import SplitReader, Splits
 from stagewise.formats.parsers import Conversation
 from stagewise.formats.readers import RECORD_FILES

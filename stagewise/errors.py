@@ -21,7 +21,7 @@ class RecordError(ValueError):
     def __reduce__(self):  # exceptions with several arguments don't cross processes by themselves
         return type(self), (self.where, self.reason, self.message)
 
-    def saying(self, message: str) -> "RecordError":
+    def saying(self, message: str) -> RecordError:
         """This error with another message."""
         self.message, self.args = message, (f"{self.where}: {message}",)
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from stagewise.chat.encoding import IGNORE_INDEX
+from stagewise.data.examples import IGNORE_INDEX
 
 
 def learned_positions(labels: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ from array import array
 
 import numpy as np
 
-from stagewise.chat.encoding import IGNORE_INDEX, TextEncoder
-from stagewise.data.examples import Encoded, Example, PreferenceExample, Row
+from stagewise.chat.encoding import TextEncoder
+from stagewise.data.examples import IGNORE_INDEX, Encoded, Example, PreferenceExample, Row
 from stagewise.errors import RecordError
 
 

@@ -1,4 +1,4 @@
-"""The rules of who may import whom, held by walking the syntax trees."""
+"""Who may import whom, read from the syntax trees."""
 
 import ast
 from pathlib import Path
@@ -6,197 +6,94 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = [
-    {
-        "data_files",
-        "strict_json",
-        "turns",
-        "conversation",
-        "blocks",
-        "arguments",
-        "command_line",
-        "flags",
-        "flag_files",
-        "help_text",
-        "paths",
-        "transformers_flags",
-        "flag_checks",
-        "page_texts",
-        "shown_text",
-        "whole_directory",
-        "json_files",
-        "file_hashes",
-        "terminal_text",
-        "json_lines",
-        "only_shown",
-    },
-    {
-        "bad_records",
-        "json_values",
-        "tables",
-        "readers",
-        "records",
-        "sources",
-        "rendering",
-        "own_template",
-        "reward_form",
-        "cutting",
-        "skeleton",
-        "tool_forms",
-        "pieces",
-        "thinking",
-        "chats",
-        "cache",
-        "locks",
-        "control_tokens",
-        "encoding",
-        "examples",
-        "tokenization",
-        "truncation",
-        "words",
-        "preparation",
-        "model_source",
-        "first_look",
-    },
-    {
-        "data_summary",
-        "packing",
-        "block_limit",
-        "losses",
-        "metrics",
-        "evaluation_compare",
-        "evaluation_csv",
-        "evaluation_numbers",
-        "evaluation_page",
-        "evaluation_text",
-        "attention",
-        "fast_attention",
-        "lazy_mask",
-        "rope",
-        "router",
-        "shifted_attention",
-        "subwords",
-        "vocabulary",
-        "validation",
-        "forward",
-        "sampling",
-        "generation",
-        "decoding",
-        "terminal_input",
-        "word_wrap",
-        "results",
-        "processes",
-        "preemption",
-        "speed",
-        "curves",
-        "eval_samples",
-        "finiteness",
-        "html_pieces",
-        "terminal",
-        "scanning",
-        "lanes",
-        "stream_account",
-        "streaming",
-        "shards",
-        "weight_files",
-    },
-    {
-        "model_tokenizer",
-        "model_config",
-        "quantisation",
-        "scalar_head",
-        "model",
-        "generation_config",
-        "targets",
-        "experts",
-        "adapter_files",
-        "methods",
-        "virtual_tokens",
-        "ranks",
-        "layers",
-        "memory",
-        "row_quantisation",
-        "adapter",
-        "merging",
-        "merge_check",
-        "checkpoint",
-        "fingerprints",
-        "identity",
-        "place",
-        "callbacks",
-        "splits",
-        "streamed_training",
-        "language_model",
-        "pairs",
-        "policy",
-        "reward",
-        "rollout",
-        "answer_evaluation",
-        "schedule",
-        "manifest",
-        "lineage",
-        "model_card",
-        "run_page",
-        "board",
-        "output_dir",
-        "dry_run",
-        "settings",
-        "trainer_flags",
-        "advice",
-        "speaker_arguments",
-        "speaker_loading",
-        "prompt_rows",
-        "speaker",
-        "evaluation_answers",
-        "evaluation_arguments",
-        "evaluation_folder",
-        "evaluation_benchmarks",
-        "evaluation_harness",
-        "evaluation_pairs",
-        "talk",
-        "answer_file",
-        "web_server",
-    },
-    {"run", "predecessor"},
-]
-WITHOUT_TORCH = LAYERS[0] | LAYERS[1] | {"data_summary"}
+# Each imports what stands to its left, never the other way.
+ORDER = (
+    "errors",
+    "config",
+    "formats",
+    "artifacts",
+    "data",
+    "losses",
+    "tokenizer",
+    "chat",
+    "models",
+    "adapters",
+    "reports",
+    "inference",
+    "training",
+    "web",
+    "rl",
+    "evaluation",
+)
+FORMER = {"stagewise.row_quantisation"}  # names that saved model cards hold
+WITHOUT_TORCH = ("errors", "config", "formats")
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"template"}
+MOST_MODULES = 18  # of a folder
 
 
 def imports(path: Path) -> set[str]:
+    """The modules that a file imports; `from stagewise.chat import thinking` counts as stagewise.chat.thinking."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+            module = node.module or ""
+            members = {f"{module}.{alias.name}" for alias in node.names}
+            names |= (members & set(MODULES)) or {module}
     return names
 
 
-MODULES = {path.stem: imports(path) for path in (ROOT / "stagewise").glob("*.py") if path.stem != "__init__"}
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def layer(name: str) -> int:
-    found = [number for number, names in enumerate(LAYERS) if name in names]
-    assert found, f"stagewise/{name}.py stands in no layer"
-    return found[0]
+MODULES = {dotted(path): path for path in sorted((ROOT / "stagewise").rglob("*.py")) if path.name != "__init__.py"}
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+def place(name: str) -> int:
+    part = name.split(".")[1]
+    assert part in ORDER, f"{name} stands in no folder of the order"
+    return ORDER.index(part)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - FORMER))
 def test_a_module_imports_only_what_stands_to_its_left(name):
-    for imported in MODULES[name]:
-        if imported.startswith("stagewise."):
-            assert layer(imported.split(".")[1]) <= layer(name), f"{name} imports {imported}"
+    for imported in IMPORTS[name] & set(MODULES):
+        assert place(imported) <= place(name), f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_the_package_imports_nothing_from_the_root(name):
-    assert not MODULES[name] & (SCRIPTS | {"template"})
+def test_there_is_no_circle_inside_a_folder():
+    done: set[str] = set()
+
+    def follow(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " imports ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for imported in sorted(IMPORTS[name] & set(MODULES)):
+                follow(imported, (*above, name))
+            done.add(name)
+
+    for name in sorted(MODULES):
+        follow(name, ())
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
-def test_these_import_no_torch(name):
-    assert not {imported.split(".")[0] for imported in MODULES[name]} & {"torch"}
+def test_a_folder_holds_a_readable_number_of_modules():
+    folders = [path for path in (ROOT / "stagewise").rglob("*") if path.is_dir() and path.name != "__pycache__"]
+    for folder in folders:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES, folder
+
+
+def test_the_package_imports_nothing_from_the_root():
+    for name, imported in IMPORTS.items():
+        assert not imported & (SCRIPTS | {"template"}), name
+
+
+def test_these_import_no_torch():
+    for name, imported in IMPORTS.items():
+        if name.split(".")[1] in WITHOUT_TORCH:
+            assert not {each.split(".")[0] for each in imported} & {"torch", "transformers"}, name
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))

@@ -166,7 +166,8 @@ COUNTED = """
 import os, sys
 sys.path.insert(0, {root!r})
 import supervised_finetuning as stage
-from stagewise import encoding, splits
+from stagewise.chat import encoding
+from stagewise.data import splits
 
 many = encoding.ConversationEncoder.many
 

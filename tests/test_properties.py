@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from stagewise.chat.encoding import (
-    IGNORE_INDEX,
     ConversationEncoder,
     PreferenceEncoder,
     PromptEncoder,
@@ -18,6 +17,7 @@ from stagewise.chat.encoding import (
     encode_preference,
     encode_prompt,
 )
+from stagewise.data.examples import IGNORE_INDEX
 from stagewise.errors import RecordError
 from stagewise.formats.parsers import Conversation, Message, Preference
 from template import TEMPLATES

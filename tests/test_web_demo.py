@@ -14,7 +14,7 @@ from stagewise.errors import ArgumentError
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-web.txt")
 
 import web_demo  # noqa: E402
-from stagewise.errors import SpeakerError
+from stagewise.errors import SpeakerError  # noqa: E402
 from stagewise.inference.arguments import SamplingArguments, SpeakerArguments  # noqa: E402
 from stagewise.inference.chat_model import Answer, Speaker  # noqa: E402
 

@@ -6,8 +6,8 @@ r"""Saves a model in 4 or 8 bit, with its size and its perplexity on a text befo
         --quantization cpm --quantization_bit 8 --text_file text.txt
 
 `bnb`: bitsandbytes (nf4 with double quantisation, or int8), which `from_pretrained` loads as it is. `cpm`: whole steps
-of one scale a row, in plain torch (`stagewise/models/quantization/row_wise.py` loads it). The output head stays as it was. What
-was saved is loaded again before its perplexity is measured; the directory appears whole, or not at all.
+of one scale per row, in plain torch (loaded by `stagewise/models/quantization/row_wise.py`). The output head stays as
+it was. The saved model is loaded again before its perplexity is measured; the directory appears whole, or not at all.
 """
 
 from __future__ import annotations

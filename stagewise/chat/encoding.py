@@ -19,7 +19,6 @@ from stagewise.chat.labels import SIDES, Turns, drop_first_exchanges, turns_of, 
 from stagewise.chat.reward_template import Ending
 from stagewise.chat.select import AnyTemplate as AnyTemplate
 from stagewise.chat.template import Segment, adds_bos
-from stagewise.data.examples import IGNORE_INDEX as IGNORE_INDEX
 from stagewise.data.examples import Encoded, Example, PreferenceExample, Row
 from stagewise.errors import ArgumentError, RecordError, TooLongError
 from stagewise.formats.parsers import Conversation, Message, Preference

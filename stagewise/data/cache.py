@@ -24,6 +24,8 @@ from stagewise.data.examples import Examples, read_examples
 from stagewise.errors import ArgumentError
 
 LIBRARIES = ("tokenizers", "transformers")
+ENCODING_FOLDERS = ("chat", "data", "formats", "tokenizer")  # of the package: their code decides what is encoded
+VERSION = b"1"  # raised when an entry's format changes for a reason outside of these folders
 REJECTED = "rejected.jsonl"
 
 
@@ -33,10 +35,12 @@ def cache_path(
     """The cache entry for the records of `files` under `settings`: tokenizer=…, template=…, each limit by its name.
 
     Its name is a hash of the files' names and bytes, of everything the tokenizer does, of the other settings as they
-    print, and of the source code of this package and of the modules where the functions `code` are.
+    print, and of the source code that decides the encoding: ENCODING_FOLDERS and the modules of the functions `code`.
     """
     digest = hashlib.blake2b(digest_size=16)
-    sources = set(Path(__file__).parent.glob("*.py"))
+    package = Path(__file__).parents[1]
+    sources = {path for folder in ENCODING_FOLDERS for path in (package / folder).rglob("*.py")}
+    _add(digest, VERSION)
     for function in map(_plain, code):
         _add(digest, function.__qualname__.encode())
         sources.add(Path(inspect.getfile(function)))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from stagewise.chat.encoding import IGNORE_INDEX, Example, PreferenceExample
-from stagewise.data.examples import Examples
+from stagewise.data.examples import IGNORE_INDEX, Example, Examples, PreferenceExample
 
 Batch = dict[str, torch.Tensor]
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from stagewise.artifacts.processes import in_batches
-from stagewise.chat.encoding import IGNORE_INDEX, ConversationEncoder, Example
+from stagewise.chat.encoding import ConversationEncoder
+from stagewise.data.examples import IGNORE_INDEX, Example
 from stagewise.data.packing import PaddedCollator
 from stagewise.errors import RecordError, SpeakerError, TooLongError
 from stagewise.evaluation.text_metrics import bleu_counts, language_of, rouge

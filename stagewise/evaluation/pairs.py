@@ -16,7 +16,7 @@ from stagewise.adapters.attach import load_adapter
 from stagewise.adapters.files import task_of
 from stagewise.artifacts.manifest import read_manifest
 from stagewise.artifacts.processes import in_batches
-from stagewise.chat.encoding import IGNORE_INDEX, AnyTemplate, PreferenceExample, encode_preference
+from stagewise.chat.encoding import AnyTemplate, encode_preference
 from stagewise.chat.reward_template import (
     Ending,
     Reading,
@@ -30,6 +30,7 @@ from stagewise.chat.select import choose_template
 from stagewise.chat.template import Template
 from stagewise.config.arguments import ChatArguments, ModelArguments, PairArguments
 from stagewise.config.checks import check_shared
+from stagewise.data.examples import IGNORE_INDEX, PreferenceExample
 from stagewise.data.packing import PreferenceCollator
 from stagewise.errors import ArgumentError
 from stagewise.formats.parsers import Message, Preference

@@ -12,7 +12,7 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.artifacts.json_files import read_object
-from stagewise.chat.encoding import IGNORE_INDEX, Example
+from stagewise.data.examples import IGNORE_INDEX, Example
 from stagewise.reports.terminal_text import visible
 
 

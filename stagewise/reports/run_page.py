@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stagewise.artifacts.eval_samples import read_samples, sampled_steps
 from stagewise.artifacts.lineage import first_model, plain
 from stagewise.reports.curves import COSTS, LEARNING, LOSS, STEPS, History, drawn, figure, number
 from stagewise.reports.html import anchor, bare, document, duration, pairs, shown, table, text
 from stagewise.reports.model_card import STAGES
-from stagewise.training.sample_generations import read_samples, sampled_steps
 
 PAGE = "report.html"
 WORDS = {

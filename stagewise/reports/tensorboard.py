@@ -17,9 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
 
+from stagewise.artifacts.eval_samples import read_samples
 from stagewise.reports.only_shown import only_shown
 from stagewise.reports.terminal_text import visible
-from stagewise.training.sample_generations import read_samples
 
 OPTIMISER = ("learning_rate", "grad_norm", "epoch", "kl_coef", "clip_fraction")
 SPEED = ("tokens_per_second", "memory_gib")

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from stagewise.chat.encoding import IGNORE_INDEX
+from stagewise.data.examples import IGNORE_INDEX
 from stagewise.losses import learned_positions, token_nll
 from stagewise.models.forward import takes_kept_logits
 from stagewise.models.reward_head import Float32Linear

@@ -10,7 +10,7 @@ from typing import Any
 from loguru import logger
 from transformers import TrainingArguments
 
-from stagewise.chat.encoding import Example
+from stagewise.data.examples import Example
 from stagewise.errors import ArgumentError
 
 

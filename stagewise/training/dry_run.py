@@ -17,7 +17,7 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel, Trainer
 
-from stagewise.chat.encoding import IGNORE_INDEX
+from stagewise.data.examples import IGNORE_INDEX
 
 SHORT = 256  # tokens of a packed row that are measured on a CPU
 GIB = 2**30

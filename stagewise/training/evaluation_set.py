@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
-from stagewise.chat.encoding import Example, PreferenceExample
+from stagewise.data.examples import Example, PreferenceExample
 from stagewise.formats.json_lines import write_json_lines
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,8 +12,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from stagewise.data.packing import PackedRows
 from stagewise.data.statistics import Step, StepSize, measure, packed_step, padded_step
+from stagewise.data.worker_signals import outlive_termination
 from stagewise.training.evaluation_set import padded_length
-from stagewise.training.preemption import SIGNALS
 
 
 class LengthGroups(Sampler[int]):
@@ -37,14 +36,6 @@ class LengthGroups(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.step_rows, generator=generator))
-
-
-def outlive_termination(worker: int, before: Callable[[int], None] | None = None) -> None:
-    """Lets a worker live on when a signal is sent to all: the process that trains still ends its step and saves."""
-    if before is not None:
-        before(worker)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class GroupsByLength:

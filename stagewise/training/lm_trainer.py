@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from stagewise.chat.encoding import IGNORE_INDEX, Example
+from stagewise.data.examples import IGNORE_INDEX, Example
 from stagewise.data.packing import PackedRows, PaddedCollator, collate_packed
 from stagewise.data.streaming.dataset import RecordStream
 from stagewise.losses import token_nll

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from stagewise.artifacts.processes import several_processes
+from stagewise.data.worker_signals import SIGNALS
 
 PREEMPTED = 143  # exit code of a run that a signal has stopped
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name))
 
 
 class Preemption(TrainerCallback):

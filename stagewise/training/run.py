@@ -37,10 +37,11 @@ from stagewise.artifacts.manifest import (
     write_manifest,
 )
 from stagewise.artifacts.processes import from_first
-from stagewise.chat.encoding import AnyTemplate, Example, PreferenceExample
+from stagewise.chat.encoding import AnyTemplate
 from stagewise.config.arguments import AdapterArguments, DataArguments
 from stagewise.config.checks import check_shared
 from stagewise.config.command_line import Given, parse
+from stagewise.data.examples import Example, PreferenceExample
 from stagewise.errors import ArgumentError, NonFiniteError
 from stagewise.models.attention.rope import kept_rope
 from stagewise.models.generation_config import finish_generation_config

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from loguru import logger
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 
-from stagewise.chat.encoding import IGNORE_INDEX, Example, PreferenceExample
-from stagewise.formats.json_lines import read_json_lines, write_json_lines
+from stagewise.artifacts.eval_samples import sample_path
+from stagewise.data.examples import IGNORE_INDEX, Example, PreferenceExample
+from stagewise.formats.json_lines import write_json_lines
 from stagewise.inference.sampling import left_padded, ready_to_speak
 from stagewise.models.attention.choose import attention_for_generation
 from stagewise.models.attention.rope import context_of
 from stagewise.reports.only_shown import only_shown
 
-FOLDER = "eval_samples"
 LONGEST = 128  # tokens of an answer that is only looked at
 ROOM = LONGEST + 128  # tokens of the context that an answer, and virtual tokens, may need
 BEGINNING = 64  # tokens of a text that is gone on with
@@ -178,20 +177,6 @@ def scored_pairs(trainer: Any, places: Sequence[int]) -> list[Sample]:
             texts.append(Text(label, answer, reward))
         samples.append(Sample(pair.where, tokenizer.decode(asked(pair)[0]), texts))
     return samples
-
-
-def sample_path(output_dir: str | Path, step: int) -> Path:
-    return Path(output_dir) / FOLDER / f"step-{step}.jsonl"
-
-
-def read_samples(output_dir: str | Path, step: int) -> list[dict[str, Any]]:
-    """What an evaluation left; nothing where it left nothing."""
-    return read_json_lines(sample_path(output_dir, step))
-
-
-def sampled_steps(output_dir: str | Path) -> list[int]:
-    """The steps whose evaluations left samples, rising."""
-    return sorted(int(path.stem.split("-")[1]) for path in (Path(output_dir) / FOLDER).glob("step-*.jsonl"))
 
 
 class EvaluationSamples(TrainerCallback):

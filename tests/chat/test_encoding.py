@@ -11,7 +11,6 @@ import pytest
 from tokenizers import AddedToken
 
 from stagewise.chat.encoding import (
-    IGNORE_INDEX,
     ConversationEncoder,
     encode_conversation,
     encode_preference,
@@ -21,6 +20,7 @@ from stagewise.chat.encoding import (
 from stagewise.chat.select import choose_template
 from stagewise.chat.template import Segment
 from stagewise.config.arguments import ChatArguments
+from stagewise.data.examples import IGNORE_INDEX
 from stagewise.data.records import load_records
 from stagewise.errors import RecordError, TooLongError
 from stagewise.formats.parsers import (

@@ -31,8 +31,9 @@ def test_a_source_that_is_written_in_another_way_gives_nothing(tmp_path):
 
 def test_nothing_of_torch_is_imported():
     code = (
-        "import sys; from stagewise.training.first_look import first_look; from stagewise.config.transformers_flags import "
-        "training_arguments as read; assert read(); print({'torch', 'transformers'} & sys.modules.keys())"
+        "import sys; from stagewise.training.first_look import first_look; "
+        "from stagewise.config.transformers_flags import training_arguments as read; "
+        " assert read(); print({'torch', 'transformers'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout.strip(), done.stderr) == ("set()", "")

@@ -25,7 +25,7 @@ from stagewise.formats import readers
 from stagewise.formats.parsers import parse_conversation, parse_preference
 from template import TEMPLATES
 
-PACKAGE = Path(cache_module.__file__).parent
+PACKAGE = Path(cache_module.__file__).parents[1]
 
 
 def conversation(number):
@@ -214,7 +214,7 @@ def test_an_error_of_the_one_that_encodes_is_the_error_of_the_one_that_waits(set
 KILLED = """
 import sys, time
 from pathlib import Path
-from stagewise import preparation
+from stagewise.data import encode_all
 from stagewise.data.cache import write_cache
 from stagewise.artifacts.lock_file import turn
 from stagewise.data.records import Account
@@ -228,7 +228,7 @@ class Stuck:
 
 entry = Path(sys.argv[1])
 with turn(entry.with_name(entry.name + ".lock"), ""), write_cache(entry, alone=True) as writer:
-    preparation.encode_all(["a"] * 9, Stuck(), account=Account(), num_workers=2, folder=writer.folder("train"))
+    encode_all.encode_all(["a"] * 9, Stuck(), account=Account(), num_workers=2, folder=writer.folder("train"))
 """
 
 
@@ -290,9 +290,9 @@ def test_the_name_changes_with_the_code(setting, monkeypatch, tmp_path):
     first = cache_path(setting.folder)
     package = tmp_path / "package"
     shutil.copytree(PACKAGE, package)
-    monkeypatch.setattr(cache_module, "__file__", str(package / "cache.py"))
+    monkeypatch.setattr(cache_module, "__file__", str(package / "data" / "cache.py"))
     assert cache_path(setting.folder) == first
-    for name in ("readers", "conversation", "rendering", "encoding", "truncation", "examples"):
+    for name in ("formats/readers", "formats/parsers", "chat/template", "chat/encoding", "data/examples"):
         with open(package / f"{name}.py", "a", encoding="utf-8") as file:
             file.write("# changed\n")
         changed = cache_path(setting.folder)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from stagewise.chat.encoding import Example, PreferenceExample
+from stagewise.data.examples import Example, PreferenceExample
 from stagewise.data.packing import PackedRows, PaddedCollator, PreferenceCollator, collate_packed, pack
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stagewise.chat.encoding import Example
+from stagewise.data.examples import Example
 from stagewise.data.packing import PaddedCollator, collate_packed
 from stagewise.losses import token_nll
 from stagewise.models.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits

@@ -7,10 +7,10 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stagewise.artifacts.eval_samples import read_samples
 from stagewise.reports.console import Progress
 from stagewise.reports.only_shown import only_shown
 from stagewise.reports.tensorboard import Board, SummaryWriter
-from stagewise.training.sample_generations import read_samples
 
 ODD = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1e \r # \x1b[31m \x9b2J \u202e"
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from loguru import logger
 
-from stagewise.chat.encoding import IGNORE_INDEX, Example
+from stagewise.data.examples import IGNORE_INDEX, Example
 from stagewise.reports.results import has_colour, marked, show_sample
 from tests.tools.test_show_data import byte_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stagewise.adapters.attach import attach_adapter
-from stagewise.chat.encoding import IGNORE_INDEX
 from stagewise.config.arguments import AdapterArguments
+from stagewise.data.examples import IGNORE_INDEX
 from stagewise.rl.policy import Policy, answer_batch
 from tests.conftest import FAMILIES, PAD_ID
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import RandomSampler
 from transformers import Trainer
 
-from stagewise.chat.encoding import Example
+from stagewise.data.examples import Example
 from stagewise.data.packing import PackedRows, PaddedCollator
 from stagewise.training.evaluation_set import padded_length
 from stagewise.training.length_grouping import GroupsByLength, LengthGroups

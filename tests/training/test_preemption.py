@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from stagewise.training.preemption import PREEMPTED, SIGNALS, Preemption
+from stagewise.data.worker_signals import SIGNALS
+from stagewise.training.preemption import PREEMPTED, Preemption
 from tests.launching import ENVIRONMENT, ROOT, environment, python
 
 NAMES = [number.name for number in SIGNALS]

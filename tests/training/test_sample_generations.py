@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from stagewise.chat.encoding import IGNORE_INDEX, Example
+from stagewise.data.examples import IGNORE_INDEX, Example
 from stagewise.training.sample_generations import LONGEST, likeliest_answers, question_and_answer, spread
 from tests.conftest import adapter_weights
 from tests.launching import run, torchrun

@@ -40,9 +40,9 @@ from stagewise.data.statistics import Measures
 from stagewise.data.streaming.account import StreamAccount, together
 from stagewise.data.streaming.file_index import Files
 from stagewise.data.streaming.shards import Lane, LaneRow, LaneState, Recipe, Refusal, counting
+from stagewise.data.worker_signals import outlive_termination
 from stagewise.errors import ArgumentError, RecordError
 from stagewise.formats.readers import file_names
-from stagewise.training.length_grouping import outlive_termination
 
 Batch = dict[str, torch.Tensor]
 

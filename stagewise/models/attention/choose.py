@@ -17,7 +17,8 @@ from stagewise.models.attention.rope import rotations
 from stagewise.models.attention.sdpa import FASTEST, HOPPER
 from stagewise.models.attention.shifted import is_shifted, register_shifted
 
-# Families for which packed = alone was measured, with use_cache=False and no attention_mask (tests/models/attention/test_choose.py).
+# Families whose packed logits equal those of single documents, with use_cache=False and no attention_mask; measured in
+# tests/models/attention/test_choose.py.
 PACKS_EXACTLY = frozenset(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"))
 # Their inverse frequencies follow the longest position in the row, so a document alone sees other ones.
 ROW_DEPENDENT_ROPE = ("dynamic", "longrope")

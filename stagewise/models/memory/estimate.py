@@ -44,7 +44,8 @@ OPTIMIZERS: dict[str, tuple[int, float]] = {
 PAGED = frozenset(name for name in OPTIMIZERS if name.startswith("paged"))
 # Optimizers that walk all parameters at once make one more copy of them while they do.
 COPIES_PARAMETERS = frozenset(("adamw_torch", "sgd", "adagrad"))
-# Families whose kept activations were compared with a count of what autograd keeps (tests/models/memory/test_estimate.py).
+# Families whose estimated activations were compared with a count of what autograd saves, in
+# tests/models/memory/test_estimate.py.
 COMPARED = frozenset(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma"))
 WORKSPACE = 64 * 2**20  # of the matrix products
 LOGIT_BYTES = 12  # float32: the softmax's output, the loss's gradient, the logits' gradient

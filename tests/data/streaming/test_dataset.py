@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -791,7 +790,7 @@ def test_a_termination_signal_to_all_processes_saves_and_stops(words, tmp_path, 
 MEMORY = """
 import resource, sys
 from itertools import islice
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {root!r})
 from tests.data.streaming.test_dataset import encode, parse, recipe
 from stagewise.data.streaming.shards import Lane
 from pathlib import Path
@@ -813,7 +812,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     grown = {}
     for name, count in (("small", 5_000), ("large", 50_000)):
         path = write(tmp_path / f"{name}.jsonl", range(count), text=lambda number: "word " * 190 + str(number))
-        code = MEMORY.format(root=str(ROOT), tests=str(Path(__file__).parent), path=str(path))
+        code = MEMORY.format(root=str(ROOT), path=str(path))
         done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         read, grown[name] = map(int, done.stdout.split())

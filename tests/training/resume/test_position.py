@@ -1,15 +1,14 @@
 """Rows that a resumed run trains: every record of an epoch once, whatever the size of the steps before and after."""
 
 import json
-import os
 from collections import Counter
 
 import pytest
 import torch
 
 from stagewise.training.resume.position import Grid, Place
+from tests.launching import ROOT, torchrun
 from tests.launching import run as run_command
-from tests.launching import torchrun
 
 
 def test_a_place_is_counted_in_rows():
@@ -177,7 +176,7 @@ def test_rows_that_were_grouped_by_length_keep_their_steps(stage, words, capsys)
 
 SPY = """
 import json, os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {root!r})
 import supervised_finetuning as script
 from tests.training.resume.test_position import numbers_in
 
@@ -198,8 +197,7 @@ script.main()
 def test_two_processes_and_one_and_two_again_train_every_record_once(stage, words, seen, tmp_path):
     import supervised_finetuning
 
-    tests = os.path.dirname(__file__)
-    (tmp_path / "spy.py").write_text(SPY.format(root=os.path.dirname(tests), tests=tests, folder=str(tmp_path)))
+    (tmp_path / "spy.py").write_text(SPY.format(root=str(ROOT), folder=str(tmp_path)))
     same = {"packing": False, "model_max_length": 200, "per_device_train_batch_size": 2, "max_train_samples": 14}
     # steps of 4 rows, of 2 to the middle of the second epoch, and of 4 again
     run_command(torchrun(str(tmp_path / "spy"), *words(**same, max_steps=2)))

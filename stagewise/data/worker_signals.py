@@ -1,0 +1,17 @@
+"""Data loader workers live on when a signal reaches every process of a run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+# the signals that ask a run to save a checkpoint and stop
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name))
+
+
+def outlive_termination(worker: int, before: Callable[[int], None] | None = None) -> None:
+    """Lets a worker live on when a signal is sent to all: the process that trains still ends its step and saves."""
+    if before is not None:
+        before(worker)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
