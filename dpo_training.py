@@ -1,4 +1,4 @@
-r"""Direct preference optimisation: a model learns from preferences without a reward model.
+r"""Direct preference optimization: a model learns from preferences without a reward model.
 
     python dpo_training.py --model_name_or_path outputs/sft-merged --output_dir outputs/dpo \
         --train_file_dir data/reward/train --validation_file_dir data/reward/validation

@@ -58,7 +58,7 @@ from stagewise.adapters.merge_check import check_merged
 from stagewise.adapters.merge_sharded import Plan, merge_shards, plan_shards, tied_names
 from stagewise.artifacts.atomic_directory import check_place, whole_directory
 from stagewise.artifacts.json_files import read_object
-from stagewise.artifacts.lineage import LICENCE_FILES, UNKNOWN, copy_beside, find_licence
+from stagewise.artifacts.lineage import LICENCE_FILES, UNKNOWN, copy_beside, find_license
 from stagewise.artifacts.manifest import read_manifest, write_manifest
 from stagewise.artifacts.weight_files import AGAIN, check_hashes
 from stagewise.chat.reward_template import (
@@ -228,7 +228,7 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
 
 
 def write_alongside(job: Job, folder: Path) -> None:
-    """Tokenizer with its chat template, generation config, licence, and the files of a base with its own code."""
+    """Tokenizer with its chat template, generation config, license, and the files of a base with its own code."""
     copy_beside(job.base, ALONGSIDE, folder)
     job.tokenizer.save_pretrained(folder)
     sources = [job.adapter / "generation_config.json", job.base / "generation_config.json"]
@@ -243,15 +243,15 @@ def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: d
     from_hub = not Path(job.name).is_dir()
     step = {"stage": "merge", "base_model": job.name if from_hub else str(job.base), "adapter": str(job.adapter)}
     step |= {"from_hub": True} if from_hub else {}
-    licence = find_licence(job.base, called(job.name))
-    if licence["id"] == UNKNOWN:
-        logger.warning(f"licence of the base: unknown ({licence['source']}); README.md says so: fill it in there")
+    license = find_license(job.base, called(job.name))
+    if license["id"] == UNKNOWN:
+        logger.warning(f"license of the base: unknown ({license['source']}); README.md says so: fill it in there")
     else:
-        logger.info(f"licence of the base: {licence['id']} ({licence['source']})")
+        logger.info(f"license of the base: {license['id']} ({license['source']})")
     manifest = {**step, "lineage": [*lineage, step], "template": before.get("template"), **result}
-    manifest |= {"status": "finished", "in_memory": plan if isinstance(plan, str) else None, "licence": licence}
+    manifest |= {"status": "finished", "in_memory": plan if isinstance(plan, str) else None, "license": license}
     write_manifest(folder, manifest, weights=True)
-    write_card(folder, name, manifest, job.tokenizer, licence, job.scores)
+    write_card(folder, name, manifest, job.tokenizer, license, job.scores)
 
 
 def main(argv: list[str] | None = None) -> None:

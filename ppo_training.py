@@ -1,4 +1,4 @@
-r"""Proximal policy optimisation: a model learns from the scores that a reward model gives its own answers.
+r"""Proximal policy optimization: a model learns from the scores that a reward model gives its own answers.
 
     python ppo_training.py --model_name_or_path outputs/sft-merged --reward_model_name_or_path outputs/rm-merged \
         --train_file_dir data/finetune/train --validation_file_dir data/finetune/validation --output_dir outputs/ppo

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Direct preference optimisation: preference pairs → an adapter in outputs/dpo, without a reward model.
+# Direct preference optimization: preference pairs → an adapter in outputs/dpo, without a reward model.
 #
 #   bash run_dpo.sh                                       every visible GPU, else one process on the CPU
 #   MODEL=Qwen/Qwen3-0.6B bash run_dpo.sh --max_steps 10  another model; more flags at the end, where the last one counts

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proximal policy optimisation: prompts, answered by the model and scored by a reward model → an adapter in outputs/ppo.
+# Proximal policy optimization: prompts, answered by the model and scored by a reward model → an adapter in outputs/ppo.
 #
 #   bash run_ppo.sh                                       every visible GPU, else one process on the CPU
 #   MODEL=Qwen/Qwen3-0.6B REWARD_MODEL=OpenAssistant/reward-model-deberta-v3-large-v2 bash run_ppo.sh

@@ -455,7 +455,7 @@ def _beginning(sampling: SamplingArguments) -> SamplingArguments:
 
 
 def check(web: WebArguments, sampling: SamplingArguments) -> list[tuple[str, str]] | None:
-    """Refuses by name what cannot be honoured, before weights are read; returns the logins."""
+    """Refuses by name what cannot be honored, before weights are read; returns the logins."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ArgumentError("web_demo.py is one process: start it with python, not with torchrun")
     if sampling.num_beams not in (None, 1):

@@ -6,12 +6,12 @@
     python benchmarks/memory.py --table memory.jsonl           # the table of what has been measured
 
 Each cell is a process of its own with a time limit: a model of the shape with random weights is made on the GPU, layer
-by layer (quantised as it is made), and takes a few steps of supervised finetuning through the stage's own trainer on
+by layer (quantized as it is made), and takes a few steps of supervised finetuning through the stage's own trainer on
 one row of --tokens random tokens. Cells that cannot fit by the estimate of stagewise/models/memory/estimate.py are
 skipped with a message. Each row is printed and kept as it is finished; the table, in Markdown, is printed last. Peak:
 torch.cuda.max_memory_allocated of the steps, without the CUDA context.
 methods: full (weights in float32, computed in bfloat16, as the stages do),
-full16 (in bfloat16), lora, qlora8, qlora4 (bitsandbytes int8 and nf4 with double quantisation), qlora4_experts
+full16 (in bfloat16), lora, qlora8, qlora4 (bitsandbytes int8 and nf4 with double quantization), qlora4_experts
 (experts in nf4, too), qlora4_all (and the adapter on them).
 """
 

@@ -58,7 +58,7 @@ def make_config(shape: str) -> PretrainedConfig:
 
 
 def dtype_of(cell: Cell) -> torch.dtype:
-    """The precision of the weights that are not quantised."""
+    """The precision of the weights that are not quantized."""
     return torch.float32 if cell.method == "full" else torch.bfloat16
 
 
@@ -95,7 +95,7 @@ def predicted(cell: Cell) -> estimate.Memory:
 
 
 def random_model(cell: Cell, device: torch.device) -> PreTrainedModel:
-    """The shape with random weights, made on the device one weight at a time and quantised at once.
+    """The shape with random weights, made on the device one weight at a time and quantized at once.
 
     At no time does more than one layer's weight stand there in 16 bit beside what is kept.
     """
@@ -120,14 +120,14 @@ def random_model(cell: Cell, device: torch.device) -> PreTrainedModel:
             setattr(module, name, made[id(empty)])
             if cell.method in EXPERTS_IN_4_BIT and empty.dim() == 3:
                 del made[id(empty)]  # else all experts would stay in 16 bit until the model is whole
-                quantise_experts(module, name)
+                quantize_experts(module, name)
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # the rotary frequencies
             fresh = type(module)(config=config).to(device)
             for name, buffer in fresh.named_buffers(recurse=False):
                 setattr(module, name, buffer)
     if cell.bits and device.type == "cuda":
-        model.hf_device_map = {"": torch.cuda.current_device()}  # as a quantised model is loaded: it stays where it is
+        model.hf_device_map = {"": torch.cuda.current_device()}  # as a quantized model is loaded: it stays where it is
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise RuntimeError(f"not made: {left}")
@@ -138,7 +138,7 @@ def prepare_layers(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> dic
     """Puts bitsandbytes' layers into the model without weights, as transformers does before it loads.
 
     Returns:
-        by a layer's path, what makes its quantised weight from (the empty one, its value).
+        by a layer's path, what makes its quantized weight from (the empty one, its value).
     """
     import bitsandbytes as bnb
 
@@ -162,7 +162,7 @@ def prepare_layers(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> dic
     return {path: make for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def quantise_experts(module: nn.Module, name: str) -> None:
+def quantize_experts(module: nn.Module, name: str) -> None:
     """A 3-D parameter in nf4, put together again whenever it is read."""
     packed, state = pack(getattr(module, name).detach(), twice=True)
     setattr(module, name, packed)

@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def bits(self) -> int | None:
-        """Of the linear layers' weights, where they are quantised."""
+        """Of the linear layers' weights, where they are quantized."""
         return BITS.get(self.method)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ArgumentError(ValueError):
-    """A flag that cannot be honoured; the message names the flag, what was found and what to do."""
+    """A flag that cannot be honored; the message names the flag, what was found and what to do."""
 
 
 class FileError(ArgumentError):
@@ -90,7 +90,7 @@ class SpeakerError(ArgumentError):
     """A model that cannot be talked to as asked, or a question it cannot be asked; says what to do."""
 
 
-class RowQuantisationError(ArgumentError):
+class RowQuantizationError(ArgumentError):
     """A model that has no such form, or a directory that does not hold it; the message says what to do."""
 
 

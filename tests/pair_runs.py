@@ -51,7 +51,7 @@ def batch_of(tokenizer, first=0, last=None):
 
 
 def chat_columns(first=0, last=None) -> list[dict]:
-    """The same pairs as TRL takes them: it renders and tokenises them itself, by the tokenizer's chat template."""
+    """The same pairs as TRL takes them: it renders and tokenizes them itself, by the tokenizer's chat template."""
     roles = ("user", "assistant")
     return [
         {

@@ -400,7 +400,7 @@ def test_a_base_with_bin_weights(tiny_checkpoint, tmp_path, log):
     assert (merged_logits(merged) - expected).abs().max() < 0.5 < expected.abs().max()
 
 
-def test_a_quantised_base_needs_bitsandbytes_or_its_original(tmp_path, monkeypatch):
+def test_a_quantized_base_needs_bitsandbytes_or_its_original(tmp_path, monkeypatch):
     base = tmp_path / "base"
     build_tiny_model("llama").save_pretrained(base)
     build_tiny_tokenizer().save_pretrained(base)
@@ -415,8 +415,8 @@ def test_a_quantised_base_needs_bitsandbytes_or_its_original(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base_becomes_a_16_bit_model(bits, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: quantised bases are not tested here")
+def test_a_quantized_base_becomes_a_16_bit_model(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: quantized bases are not tested here")
     shape = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
     build_tiny_model("llama", **shape).save_pretrained(tmp_path / "full")
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
@@ -428,10 +428,10 @@ def test_a_quantised_base_becomes_a_16_bit_model(bits, tmp_path):
     assert "quantization_config" not in config_of(merged)
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    quantised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    guard_4bit(quantised)
+    quantized = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    guard_4bit(quantized)
     with torch.no_grad():
-        expected = PeftModel.from_pretrained(quantised, adapter).eval()(input_ids=ROW, use_cache=False).logits
+        expected = PeftModel.from_pretrained(quantized, adapter).eval()(input_ids=ROW, use_cache=False).logits
     # 8-bit layers round their inputs too, which the merged model no longer does
     assert (logits(model) - expected).square().mean().sqrt() < 0.1 * expected.square().mean().sqrt()
 

@@ -531,7 +531,7 @@ def test_the_special_tokens_of_a_form_are_named_in_its_entry():
 
 
 def published(name):
-    """A family's own chat template, as TRL ships it to recognise the family's tokenizers."""
+    """A family's own chat template, as TRL ships it to recognize the family's tokenizers."""
     import trl.chat_template_utils as known
 
     return getattr(known, f"{name}_chat_template")

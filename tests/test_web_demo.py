@@ -492,8 +492,8 @@ def test_a_phone_needs_no_sideways_scrolling(visit):
 
 
 def brightness(page) -> float:
-    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
 
 
 def test_dark_mode_follows_the_system_and_a_button(visit):

@@ -4,7 +4,7 @@ r"""Builds a domain vocabulary from text files: a tokenizer that `tools.extend_v
     python -m tools.build_tokenizer --text_dir data/pretrain/train --output_dir outputs/unigram --vocab_size 2000 \
         --kind unigram
 
-Text is taken as it is (no normalisation), spaces are ▁, punctuation and digits stand alone, and a letter that is not
+Text is taken as it is (no normalization), spaces are ▁, punctuation and digits stand alone, and a letter that is not
 in the vocabulary is written in bytes, so every text comes back as it was. The same files give the same vocabulary.
 The directory holds tokenizer.json, with sentencepiece tokenizer.model too, and loads with AutoTokenizer by itself.
 """

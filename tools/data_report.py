@@ -151,8 +151,8 @@ def chosen_samples(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
-def sample_lines(shown: Shown, items: Sequence[Any], count: int, colour: bool) -> list[str]:
-    """Samples of training, what is learned in green, or between «» without colour."""
+def sample_lines(shown: Shown, items: Sequence[Any], count: int, color: bool) -> list[str]:
+    """Samples of training, what is learned in green, or between «» without color."""
     lines, samples = [], chosen_samples(items, count)
     for number, item in enumerate(samples, 1):
         sides = {"": item}
@@ -160,7 +160,7 @@ def sample_lines(shown: Shown, items: Sequence[Any], count: int, colour: bool) -
             sides = {", chosen": item.chosen, ", rejected": item.rejected}
         for side, example in sides.items():
             lines += [f"{number} of {len(samples)}: {visible(item.where)}{side}, {about(example)}", ""]
-            lines += [marked(shown.tokenizer, example, colour=colour, longest=STRETCH), ""]
+            lines += [marked(shown.tokenizer, example, color=color, longest=STRETCH), ""]
     return lines
 
 
@@ -172,7 +172,7 @@ def about(example: Example) -> str:
     return counted(tokens, "token", "tokens") + part
 
 
-def report(shown: Shown, processes: int, samples: int, colour: bool) -> str:
+def report(shown: Shown, processes: int, samples: int, color: bool) -> str:
     """The whole report."""
     title = f"{shown.script}.py with {shown.flag('model_name_or_path')}"
     lines = [f"{title}, chat template: {shown.template}" if shown.template else title, ""]
@@ -188,10 +188,10 @@ def report(shown: Shown, processes: int, samples: int, colour: bool) -> str:
         lines += [f"── left out: {len(first)} of {len(shown.rejected)} ──", *first, ""]
     lines = [visible(line) for line in lines]
     split = "train" if len(shown.splits.train) else "validation"
-    how = "what is learned is green" if colour else "what is learned stands between « and »"
+    how = "what is learned is green" if color else "what is learned stands between « and »"
     if samples:
         lines += [f"── samples of {split}: {how} ──", ""]
-        lines += sample_lines(shown, getattr(shown.splits, split), samples, colour)
+        lines += sample_lines(shown, getattr(shown.splits, split), samples, color)
     return "\n".join(lines)
 
 

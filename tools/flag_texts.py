@@ -69,7 +69,7 @@ CHINESE: dict[str, str] = {
     "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit.": (
         "4 位时,合成一个三维参数的专家权重也一起量化;False:保持 16 位。"
     ),
-    "4 bit as QLoRA does it: nf4, its scales quantised once more.": ("QLoRA 的 4 位:nf4,缩放系数再量化一次。"),
+    "4 bit as QLoRA does it: nf4, its scales quantized once more.": ("QLoRA 的 4 位:nf4,缩放系数再量化一次。"),
     "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope.": (
         "缩放位置以加长上下文:linear、dynamic(NTK)、yarn 或 longrope。"
     ),
@@ -305,7 +305,7 @@ CHINESE: dict[str, str] = {
     ),
     "Texts that end an answer, of which they are no part.": "使回答结束的文本;它们不属于回答。",
     "No end marker is said before so many tokens.": "说满这么多个 token 之前不会说结束符。",
-    "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favours "
+    "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favors "
     "long ones, below 0 short ones.": (
         "--num_beams:回答的对数概率除以其长度的该次幂;大于 0 偏向长回答,小于 0 偏向短回答。"
     ),

@@ -5,7 +5,7 @@ r"""Saves a model in 4 or 8 bit, with its size and its perplexity on a text befo
     python -m tools.quantize_model --model_name_or_path outputs/sft-merged --output_dir outputs/sft-int8 \
         --quantization cpm --quantization_bit 8 --text_file text.txt
 
-`bnb`: bitsandbytes (nf4 with double quantisation, or int8), which `from_pretrained` loads as it is. `cpm`: whole steps
+`bnb`: bitsandbytes (nf4 with double quantization, or int8), which `from_pretrained` loads as it is. `cpm`: whole steps
 of one scale per row, in plain torch (loaded by `stagewise/models/quantization/row_wise.py`). The output head stays as
 it was. The saved model is loaded again before its perplexity is measured; the directory appears whole, or not at all.
 """
@@ -22,13 +22,13 @@ from stagewise.training.first_look import first_look
 @dataclass
 class QuantizeArguments:
     model_name_or_path: str = field(metadata={"help": "Model in 16 or 32 bit: directory, or hub name."})
-    output_dir: str = field(metadata={"help": "Where the quantised model is written."})
+    output_dir: str = field(metadata={"help": "Where the quantized model is written."})
     quantization: str = field(default="bnb", metadata={"help": "bnb (bitsandbytes), or cpm (row-wise, plain torch)."})
     quantization_bit: int = field(default=4, metadata={"help": "4 or 8."})
     text_file: str | None = field(default=None, metadata={"help": "Text on which perplexity is measured."})
     max_length: int = field(default=1024, metadata={"help": "Tokens of a window of that text."})
     max_tokens: int = field(default=20000, metadata={"help": "Measure on at most so many tokens; -1 = all."})
-    torch_dtype: str = field(default="auto", metadata={"help": "Precision of what is not quantised."})
+    torch_dtype: str = field(default="auto", metadata={"help": "Precision of what is not quantized."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model at --output_dir."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where a hub model is cached."})
@@ -65,7 +65,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from stagewise.artifacts.atomic_directory import check_place, whole_directory
-from stagewise.artifacts.lineage import LICENCE_FILES, carry_licence
+from stagewise.artifacts.lineage import LICENCE_FILES, carry_license
 from stagewise.artifacts.manifest import read_manifest, versions, write_manifest
 from stagewise.config.checks import check_choice
 from stagewise.config.command_line import parse
@@ -74,13 +74,13 @@ from stagewise.models.config import DTYPES, load_config
 from stagewise.models.hub import find_source, hub_options
 from stagewise.models.loading import load_causal_lm
 from stagewise.models.quantization.bnb import guard_4bit
-from stagewise.models.quantization.row_wise import check_rows, load_row_quantised, quantise_model
+from stagewise.models.quantization.row_wise import check_rows, load_row_quantized, quantize_model
 from stagewise.models.tokenizer import load_tokenizer
 from stagewise.reports.model_card import called
 from stagewise.reports.terminal_text import log_visible_text, print_error, visible
 from stagewise.training.metrics import perplexity
 
-# What a quantised model directory holds; --overwrite_output_dir removes these and nothing else.
+# What a quantized model directory holds; --overwrite_output_dir removes these and nothing else.
 WRITTEN = (
     *("config.json", "generation_config.json", "model*.safetensors*", "quantization.json", "run.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
@@ -89,14 +89,14 @@ WRITTEN = (
 
 
 class QuantizeError(ArgumentError):
-    """A model that cannot be quantised as asked; the message names the flag and what to do."""
+    """A model that cannot be quantized as asked; the message names the flag and what to do."""
 
 
 # ── before any weight is read ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_flags(args: QuantizeArguments) -> None:
-    """Raises QuantizeError or ArgumentError for flags that cannot be honoured."""
+    """Raises QuantizeError or ArgumentError for flags that cannot be honored."""
     check_choice("quantization", args.quantization, ("bnb", "cpm"))
     check_choice("torch_dtype", args.torch_dtype, ("auto", *DTYPES))
     if args.quantization_bit not in (4, 8):
@@ -139,13 +139,13 @@ def check_model(args: QuantizeArguments, config: PretrainedConfig) -> None:
     """Refuses what has no such form, by a skeleton without weights.
 
     Raises:
-        QuantizeError: for a model that is quantised already, a reward model, or one without layers to quantise.
+        QuantizeError: for a model that is quantized already, a reward model, or one without layers to quantize.
     """
     name = args.model_name_or_path
     if getattr(config, "quantization_config", None):
-        raise QuantizeError(f"--model_name_or_path {name}: is quantised already; give the model in 16 or 32 bit")
+        raise QuantizeError(f"--model_name_or_path {name}: is quantized already; give the model in 16 or 32 bit")
     if any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
-        raise QuantizeError(f"--model_name_or_path {name}: a reward model; only language models are quantised here")
+        raise QuantizeError(f"--model_name_or_path {name}: a reward model; only language models are quantized here")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     if args.quantization == "cpm":
@@ -200,7 +200,7 @@ def measured(model: PreTrainedModel, windows: list[torch.Tensor]) -> dict[str, f
     return found
 
 
-# ── quantising and loading ──────────────────────────────────────────────────────────────────────────────────────────
+# ── quantizing and loading ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def device() -> torch.device:
@@ -212,7 +212,7 @@ def load_base(args: QuantizeArguments) -> PreTrainedModel:
 
 
 def load_for_bnb(args: QuantizeArguments) -> PreTrainedModel:
-    """The base, quantised by bitsandbytes while it loads."""
+    """The base, quantized by bitsandbytes while it loads."""
     source = find_source(args.model_name_or_path, args.model_arguments())
     dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
     if args.quantization_bit == 8:
@@ -237,7 +237,7 @@ def load_saved(folder: Path, args: QuantizeArguments) -> PreTrainedModel:
     """What was written, as its reader will load it."""
     options = {"dtype": "auto", "device_map": {"": str(device())}, "trust_remote_code": args.trust_remote_code}
     if args.quantization == "cpm":
-        return load_row_quantised(folder, **options)
+        return load_row_quantized(folder, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     guard_4bit(model)
     return model.eval()
@@ -253,7 +253,7 @@ def quantize(args: QuantizeArguments) -> dict[str, Any]:
     """Does what the flags say and returns the account that is written to quantization.json.
 
     Raises:
-        ArgumentError: (or a kind of it) naming the flag, before any weight is read, where it cannot be honoured.
+        ArgumentError: (or a kind of it) naming the flag, before any weight is read, where it cannot be honored.
     """
     check_flags(args)
     config = load_config(args.model_arguments())
@@ -267,7 +267,7 @@ def quantize(args: QuantizeArguments) -> dict[str, Any]:
         free()
         model = load_for_bnb(args)
     else:
-        model = quantise_model(model, args.quantization_bit)
+        model = quantize_model(model, args.quantization_bit)
     with whole_directory(Path(args.output_dir), args.overwrite_output_dir, replaces=WRITTEN) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -296,12 +296,12 @@ def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]
     base = Path(args.model_name_or_path)
     if not base.is_dir():  # of a hub's model only what loads is here
         return
-    licence = carry_licence(base, folder, called(args.model_name_or_path))
+    license = carry_license(base, folder, called(args.model_name_or_path))
     if earlier := read_manifest(base):
         step = {"stage": "quantize", "base_model": args.model_name_or_path, "form": account["quantization"]}
         lineage = [*earlier.get("lineage", []), {**step, "bits": account["quantization_bit"]}]
         manifest = {"stage": "quantize", "status": "finished", "lineage": lineage, "versions": account["versions"]}
-        manifest |= {"licence": licence}
+        manifest |= {"license": license}
         write_manifest(folder, manifest, weights=True)
 
 

@@ -8,7 +8,7 @@ r"""What a stage will learn from, shown before it runs: records, lengths, learne
 Behind the stage stand its own flags, as they are given to it. The data are read, checked and encoded by the stage's
 own `read_data`; weights are not loaded, no GPU is touched, and nothing is written to --output_dir. The report goes to
 stdout, what is chosen on the way to stderr. Exit code 0: the stage can read its data; 1: it cannot; 2: a flag cannot
-be honoured.
+be honored.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ from stagewise.config.checks import check_shared
 from stagewise.config.command_line import Given, parse
 from stagewise.data.bad_records import remedy
 from stagewise.data.splits import Splits
-from stagewise.data.statistics import measure, summarise
+from stagewise.data.statistics import measure, summarize
 from stagewise.data.streaming.dataset import RecordStream
 from stagewise.errors import ArgumentError, RecordError
 from stagewise.formats.json_lines import read_json_lines
@@ -186,7 +186,7 @@ def first_of_stream(splits: Splits, limit: int) -> list[RecordError]:
         why = account.reasons() + remedy(account.left_out)
         raise ArgumentError(f"--train_file_dir: none of the first {account.read} records is left: {why}")
     limits = splits.summary["train"].limits if "train" in splits.summary else None
-    splits.summary["train"] = summarise(measure(examples), account.kept, account.cut, limits, streamed=True)
+    splits.summary["train"] = summarize(measure(examples), account.kept, account.cut, limits, streamed=True)
     account.files = [file for files in splits.accounts["train"].files for file in files]
     splits.train, splits.accounts["train"] = examples, account
     return refused

@@ -169,7 +169,7 @@ def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estim
         accumulates=args.gradient_accumulation_steps > 1,
         optim=str(getattr(args.optim, "value", args.optim)),
         bits=model.bits,
-        double_quantisation=model.qlora,
+        double_quantization=model.qlora,
         experts_in_bits=bool(model.bits == 4 and flag(parts, "quantize_experts", False)),
         reference=stage == "dpo" and not adapter.trains_adapter,
     )

@@ -33,7 +33,7 @@ def on_files(files: Any, config: Any) -> Any:
     for source, page in OUTSIDE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         if source == "LICENSE":
-            text = f"# Licence\n\n```text\n{text}\n```\n"
+            text = f"# License\n\n```text\n{text}\n```\n"
         files.append(File.generated(config, page, content=text))
     return files
 

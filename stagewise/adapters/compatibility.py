@@ -26,7 +26,7 @@ WITH_VIRTUAL_TOKENS = ("pt", "sft", "dpo")
 
 
 def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> None:
-    """Checks the flags of method, quantisation and stage together; --peft_path sets --fine_tuning_type.
+    """Checks the flags of method, quantization and stage together; --peft_path sets --fine_tuning_type.
 
     Args:
         stage: "pt", "sft", "rm", "dpo" or "ppo".
@@ -54,7 +54,7 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
     elif adapter.method == "lora":
         _check_lora(stage, adapter, model)
     if model.bits:
-        _check_quantised(args, adapter, model, next((p for p in parts if hasattr(p, "checkpoint_dir")), None))
+        _check_quantized(args, adapter, model, next((p for p in parts if hasattr(p, "checkpoint_dir")), None))
     if model.router_aux_loss and stage == "rm":
         raise ArgumentError("--router_aux_loss: a reward model gives no routers' loss; leave it out")
     if not model.quantize_experts and model.bits != 4:
@@ -121,26 +121,26 @@ def _check_lora(stage: str, adapter: AdapterArguments, model: ModelArguments) ->
             "leave it out here"
         )
     if model.bits:
-        raise ArgumentError(f"{flag}: decomposes the base's weights, which are quantised; leave one of the two out")
+        raise ArgumentError(f"{flag}: decomposes the base's weights, which are quantized; leave one of the two out")
     if is_deepspeed_zero3_enabled():
         raise ArgumentError(f"{flag}: decomposes whole weights, which ZeRO-3 does not hold; use zero2.json")
 
 
-def _check_quantised(
+def _check_quantized(
     args: TrainingArguments, adapter: AdapterArguments, model: ModelArguments, predecessor: Any
 ) -> None:
     flag = "--qlora" if model.qlora else f"--load_in_{model.bits}bit"
     if model.load_in_8bit and model.bits == 4:
         raise ArgumentError(f"{flag} and --load_in_8bit are both given: a base has 4 bit or 8 bit; give one of them")
     if adapter.method == "full":
-        raise ArgumentError(f"{flag}: quantised weights cannot be trained; train an adapter, or leave it out")
+        raise ArgumentError(f"{flag}: quantized weights cannot be trained; train an adapter, or leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ArgumentError(f"{flag}: bitsandbytes is missing: pip install bitsandbytes")
     if is_deepspeed_zero3_enabled():
-        raise ArgumentError(f"{flag}: ZeRO-3 cannot partition quantised weights; use zero2.json, or leave it out")
+        raise ArgumentError(f"{flag}: ZeRO-3 cannot partition quantized weights; use zero2.json, or leave it out")
     if getattr(predecessor, "checkpoint_dir", None):
         raise ArgumentError(
-            f"{flag}: --checkpoint_dir cannot be merged into quantised weights; merge it first: python "
+            f"{flag}: --checkpoint_dir cannot be merged into quantized weights; merge it first: python "
             f"merge_peft_adapter.py --lora_model {predecessor.checkpoint_dir} --output_dir MERGED"
         )
     if args.device.type not in ("cuda", "cpu", "xpu"):

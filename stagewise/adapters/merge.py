@@ -46,8 +46,8 @@ class Job:
         return self.auto is AutoModelForSequenceClassification
 
 
-def quantisation(config: PretrainedConfig) -> str | None:
-    """What a checkpoint was quantised by, None for plain weights."""
+def quantization(config: PretrainedConfig) -> str | None:
+    """What a checkpoint was quantized by, None for plain weights."""
     about = getattr(config, "quantization_config", None)
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
     return None if about is None else str(getattr(method, "value", method))
@@ -55,12 +55,12 @@ def quantisation(config: PretrainedConfig) -> str | None:
 
 def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
     """The base with the merged embedding's rows; a 4- or 8-bit base comes back in float32."""
-    method = quantisation(job.base_config)
+    method = quantization(job.base_config)
     if method and method != "bitsandbytes":
-        raise MergeError(f"--base_model {job.base}: quantised, and not by bitsandbytes; give its 16-bit original")
+        raise MergeError(f"--base_model {job.base}: quantized, and not by bitsandbytes; give its 16-bit original")
     if method and importlib.util.find_spec("bitsandbytes") is None:
         raise MergeError(
-            f"--base_model {job.base}: quantised by bitsandbytes, which is not installed: pip install bitsandbytes, "
+            f"--base_model {job.base}: quantized by bitsandbytes, which is not installed: pip install bitsandbytes, "
             "or give the 16-bit original, which an adapter is better merged into"
         )
     model = job.auto.from_pretrained(job.base, config=job.base_config, dtype=dtype, **job.options)
@@ -79,14 +79,14 @@ def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
 
 def merge_in_memory(job: Job, folder: Path) -> torch.dtype:
     """Loads the base, adds the adapter to it and saves it in `folder`; returns the merged model's precision."""
-    quantised = quantisation(job.base_config) is not None
+    quantized = quantization(job.base_config) is not None
     # PiSSA first takes from the base what it then adds to: in 16 bit the first rounding would not be undone.
     exact = str(getattr(job.config, "init_lora_weights", "")).startswith("pissa")
     model = fold(load_adapter(load_base(job, torch.float32 if exact else "auto"), job.adapter))
-    if exact and not quantised:
+    if exact and not quantized:
         model = model.to(job.base_config.dtype or torch.float32)
-    if quantised:
-        # The dequantised model still carries what turns it back; its weights go into a plain one.
+    if quantized:
+        # The dequantized model still carries what turns it back; its weights go into a plain one.
         del job.skeleton.config.quantization_config
         job.skeleton.load_state_dict(model.state_dict(), assign=True)
         job.skeleton.tie_weights()

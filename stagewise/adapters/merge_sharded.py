@@ -105,7 +105,7 @@ def plan_shards(
 
 def _needs_memory(config: PeftConfig, base: PretrainedConfig, weights: dict[str, torch.Tensor]) -> str | None:
     if getattr(base, "quantization_config", None):
-        return "the base is quantised and is loaded in more bits"
+        return "the base is quantized and is loaded in more bits"
     if config.peft_type.value != "LORA":
         return f"{config.peft_type.value} layers are merged by PEFT"
     special = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")

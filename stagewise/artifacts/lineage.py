@@ -1,5 +1,5 @@
 """Where a model comes from: the steps of run.json's lineage, with what each of them learned from and came to, and the
-licence of the model that the first step began with."""
+license of the model that the first step began with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stagewise.artifacts.manifest import read_manifest
 
 UNKNOWN = "unknown"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-# How a licence's text begins, within its first 400 characters -> its name on the Hub.
+# How a license's text begins, within its first 400 characters -> its name on the Hub.
 TEXTS = (
     (r"apache license\s+version 2\.0", "apache-2.0"),
     (r"mit license|permission is hereby granted, free of charge", "mit"),
@@ -93,7 +93,7 @@ def _lineage(folder: str | None) -> list[dict[str, Any]]:
     return list((found or {}).get("lineage", []))
 
 
-# --- licence ---------------------------------------------------------------------------------------------------------
+# --- license ---------------------------------------------------------------------------------------------------------
 
 
 def front_matter(card: Path) -> dict[str, Any]:
@@ -110,14 +110,15 @@ def front_matter(card: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def find_licence(base: Path, called: str | None = None) -> dict[str, str]:
-    """The licence of a model's directory (`called` so to people), by its Hub name, and where that is said.
+def find_license(base: Path, called: str | None = None) -> dict[str, str]:
+    """The license of a model's directory (`called` so to people), by its Hub name, and where that is said.
 
     Looked for in run.json (a merged model's), the front matter of README.md, and the text of a LICENSE file; else the
-    licence is "unknown". One that has no name on the Hub is "other", with `name` and `link` where they are known.
+    license is "unknown". One that has no name on the Hub is "other", with `name` and `link` where they are known.
     """
     called = called or str(base)
-    earlier = (read_manifest(base) or {}).get("licence")
+    manifest = read_manifest(base) or {}
+    earlier = manifest.get("license", manifest.get("licence"))  # the second is what earlier versions wrote
     earlier = earlier if isinstance(earlier, dict) and isinstance(earlier.get("id"), str) else None
     if earlier and earlier["id"] != UNKNOWN:
         return dict(earlier)
@@ -141,10 +142,10 @@ def find_licence(base: Path, called: str | None = None) -> dict[str, str]:
     return dict(earlier) if earlier else {"id": UNKNOWN, "source": missing}
 
 
-def carry_licence(base: Path, folder: Path, called: str | None = None) -> dict[str, str]:
-    """Copies the licence's text beside what was made from a model's directory; returns what `find_licence` finds."""
+def carry_license(base: Path, folder: Path, called: str | None = None) -> dict[str, str]:
+    """Copies the license's text beside what was made from a model's directory; returns what `find_license` finds."""
     copy_beside(base, LICENCE_FILES, folder)
-    return find_licence(base, called)
+    return find_license(base, called)
 
 
 def copy_beside(base: Path, patterns: Sequence[str], folder: Path) -> None:

@@ -297,7 +297,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 class Joined:
-    """Collects segments; neighbouring context becomes one segment, an answer, learned or not, stays one of its own."""
+    """Collects segments; neighboring context becomes one segment, an answer, learned or not, stays one of its own."""
 
     def __init__(self) -> None:
         self.done: list[Segment] = []

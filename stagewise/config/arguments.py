@@ -44,7 +44,7 @@ class ModelArguments:
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Hold the linear layers in 8 bit (bitsandbytes)."})
     qlora: bool = field(
-        default=False, metadata={"help": "4 bit as QLoRA does it: nf4, its scales quantised once more."}
+        default=False, metadata={"help": "4 bit as QLoRA does it: nf4, its scales quantized once more."}
     )
     quantize_experts: bool = field(
         default=True,
@@ -84,7 +84,7 @@ class ModelArguments:
 
     @property
     def bits(self) -> int | None:
-        """4 or 8 where the base is quantised while it loads, else None."""
+        """4 or 8 where the base is quantized while it loads, else None."""
         return 4 if self.load_in_4bit or self.qlora else 8 if self.load_in_8bit else None
 
 

@@ -43,7 +43,7 @@ RENAMED = {
     "reward_model_checkpoint": "reward_model_name_or_path",
     "quantized_or_merged_output_dir": "output_dir",
     "max_length": "model_max_length",
-    "quantization": "load_in_4bit",  # these two by `_quantisation`, which reads the value
+    "quantization": "load_in_4bit",  # these two by `_quantization`, which reads the value
     "quantization_bit": "load_in_4bit",
     "adalora_init_r": "init_r",
     "adalora_tinit": "tinit",
@@ -208,7 +208,7 @@ def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | Non
         logger.info(f"--group_by_length is --train_sampling_strategy {'group_by_length' if asked else 'random'} today")
         return ("train_sampling_strategy", ["group_by_length"]) if asked else (None, [])
     if name in ("quantization", "quantization_bit") and "load_in_4bit" in known:
-        return _quantisation(name, values, asked)
+        return _quantization(name, values, asked)
     if name in NOT_YET:
         if asked:
             raise ArgumentError(f"--{name}: not in this version. {NOT_YET[name][0].upper()}{NOT_YET[name][1:]}.")
@@ -219,7 +219,7 @@ def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | Non
     return name, values
 
 
-def _quantisation(name: str, values: list[str], asked: bool) -> tuple[str | None, list[str]]:
+def _quantization(name: str, values: list[str], asked: bool) -> tuple[str | None, list[str]]:
     """`--quantization bnb --quantization_bit 4`, which earlier pipelines said for --load_in_4bit."""
     value = values[0] if values else ""
     if not asked or (name, value) == ("quantization", "bnb"):
@@ -228,7 +228,7 @@ def _quantisation(name: str, values: list[str], asked: bool) -> tuple[str | None
         logger.info(f"--quantization_bit {value} is --load_in_{value}bit today")
         return f"load_in_{value}bit", ["True"]
     raise ArgumentError(
-        f"--{name} {value}: a model is quantised while it loads by bitsandbytes alone: --load_in_4bit, --load_in_8bit "
+        f"--{name} {value}: a model is quantized while it loads by bitsandbytes alone: --load_in_4bit, --load_in_8bit "
         "or --qlora"
     )
 

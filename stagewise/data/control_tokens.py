@@ -1,6 +1,6 @@
 """Records that hold the text of a control token: what a person wrote as `<|im_end|>` is read as the end of a turn.
 
-The text is encoded as the token that it names, as every server reads it that tokenises a rendered chat template. That
+The text is encoded as the token that it names, as every server reads it that tokenizes a rendered chat template. That
 cannot be undone for one record alone, so it is counted and said.
 """
 

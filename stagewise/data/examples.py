@@ -30,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """Two examples that begin with the same prompt tokens; the answers' tokens are labelled."""
+    """Two examples that begin with the same prompt tokens; the answers' tokens are labeled."""
 
     chosen: Example
     rejected: Example

@@ -30,7 +30,7 @@ from stagewise.data.records import (
     dataset_splits,
     read_dataset,
 )
-from stagewise.data.statistics import Summary, counted, measure, summarise
+from stagewise.data.statistics import Summary, counted, measure, summarize
 from stagewise.data.streaming.dataset import stream_of
 from stagewise.errors import ArgumentError
 
@@ -65,7 +65,7 @@ class Splits:
         account.leave_out("beyond --max_train_samples", account.kept - kept)
         account.kept, account.blocks_beyond = kept, account.blocks_beyond + len(examples) - most
         limits = self.summary["train"].limits
-        self.summary["train"] = summarise(measure(self.train), kept, account.cut, limits)
+        self.summary["train"] = summarize(measure(self.train), kept, account.cut, limits)
         return self.train
 
     def as_dict(self) -> dict[str, Any]:
@@ -373,7 +373,7 @@ class SplitReader:
             for line in filter(None, (too_long_line(account.left_out, account.kept, limits), control_line(account))):
                 logger.info(f"{name}: {line}")
             if examples := getattr(splits, name):
-                splits.summary[name] = summarise(measure(examples), account.kept, account.cut, limits)
+                splits.summary[name] = summarize(measure(examples), account.kept, account.cut, limits)
                 for line in splits.summary[name].lines():
                     logger.info(f"{name}: {line}")
 
@@ -386,7 +386,7 @@ class SplitReader:
             logger.info(f"train, the first records: {line}")
         if examples:
             splits.train.measures = measure(examples)
-            splits.summary["train"] = found = summarise(
+            splits.summary["train"] = found = summarize(
                 splits.train.measures, account.kept, account.cut, limits, streamed=True
             )
             for line in found.lines():

@@ -120,7 +120,7 @@ class Summary:
         return lines
 
 
-def summarise(
+def summarize(
     measures: Measures, records: int, cut: int = 0, limits: Mapping[str, int] | None = None, streamed: bool = False
 ) -> Summary:
     """The summary of a split that is not empty.

@@ -1,4 +1,4 @@
-"""What the command line of evaluation.py says, and what of it cannot be honoured."""
+"""What the command line of evaluation.py says, and what of it cannot be honored."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class SamplingArguments:
     length_penalty: float | None = field(
         default=None,
         metadata={
-            "help": "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favours "
+            "help": "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favors "
             "long ones, below 0 short ones."
         },
     )

@@ -1,4 +1,4 @@
-"""A model that answers: a base, a base with an adapter of any kind, merged or quantised; one conversation as a stream,
+"""A model that answers: a base, a base with an adapter of any kind, merged or quantized; one conversation as a stream,
 many in batches. What the terminal, the web page and the evaluation have in common.
 
     speaker = Speaker.load(SpeakerArguments("models/SmolLM2-135M-Instruct", lora_model="outputs/sft"), TEMPLATES)
@@ -213,7 +213,7 @@ class Speaker:
         """The settings as the model takes them: also stop_ids and stop_texts, which end an answer, and bad_words_ids.
 
         Raises:
-            SpeakerError: for settings that contradict each other, or that this tokenizer cannot honour.
+            SpeakerError: for settings that contradict each other, or that this tokenizer cannot honor.
         """
         settings = sampling.settled(self.defaults)
         if settings["min_new_tokens"] and self.markers:

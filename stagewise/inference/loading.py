@@ -173,7 +173,7 @@ def with_predecessor(model: PreTrainedModel, args: SpeakerArguments, about: dict
     """Merges the adapter that --lora_model was trained on top of (--checkpoint_dir) into the base, if it isn't yet.
 
     Raises:
-        SpeakerError: where that adapter is gone, or the base is quantised; says how to merge it first.
+        SpeakerError: where that adapter is gone, or the base is quantized; says how to merge it first.
     """
     earlier = (about.get("lineage") or [{}])[-1]
     first = earlier.get("merged_adapter")
@@ -191,6 +191,6 @@ def with_predecessor(model: PreTrainedModel, args: SpeakerArguments, about: dict
                            f"not there any more. Merge it: {way_out}")  # fmt: skip
     if args.load_in_4bit or args.load_in_8bit:
         raise SpeakerError(f"--lora_model {args.lora_model}: was trained with {first} merged into its base, and "
-                           f"nothing can be merged into quantised weights. Merge it first: {way_out}")  # fmt: skip
+                           f"nothing can be merged into quantized weights. Merge it first: {way_out}")  # fmt: skip
     logger.info(f"base: with {first} merged into it, as --lora_model was trained")
     return merge_in_memory(model, first).requires_grad_(False)

@@ -83,7 +83,7 @@ def ready_to_speak(model: nn.Module) -> Iterator[None]:
     """LoRA and AdaLoRA folded into the weights for the context: a token then costs what it costs the base alone.
 
     Weights and adapters are put back as they were, the same objects. Where the copies would take more than half of
-    the free memory, or a layer cannot be folded (quantised weights, DoRA, experts in one parameter), all stay
+    the free memory, or a layer cannot be folded (quantized weights, DoRA, experts in one parameter), all stay
     unfolded and only LoRA's float32 matrices are lowered to the precision of their layers, which saves two casts a
     layer and token.
     """

@@ -30,8 +30,8 @@ from stagewise.errors import ModelError
 from stagewise.models.attention.choose import choose_attention
 from stagewise.models.config import DTYPES, load_config
 from stagewise.models.hub import find_source, hub_options
-from stagewise.models.quantization.bnb import guard_4bit, guard_8bit, quantisation_options
-from stagewise.models.quantization.experts import QuantisedExperts
+from stagewise.models.quantization.bnb import guard_4bit, guard_8bit, quantization_options
+from stagewise.models.quantization.experts import QuantizedExperts
 from stagewise.models.reward_head import Float32Linear, reward_config, whole_weights
 from stagewise.models.tokenizer import check_vocabulary
 
@@ -113,7 +113,7 @@ def _load(
     source = find_source(args.model_name_or_path, args)
     attention = attention or choose_attention(config, args)
     dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
-    options = {**quantisation_options(args, config), **hub_options(source, args)}
+    options = {**quantization_options(args, config), **hub_options(source, args)}
     if os.path.isdir(source):
         check_hashes(Path(source))
     with _report() as told:
@@ -136,7 +136,7 @@ def _load(
             raise ModelError("\n".join(filter(None, (f"--model_name_or_path {source}: {error}", report)))) from error
     guard_4bit(model)
     guard_8bit(model)
-    if experts := [module for module in model.modules() if isinstance(module, QuantisedExperts)]:
+    if experts := [module for module in model.modules() if isinstance(module, QuantizedExperts)]:
         count = sum(len(module.states) for module in experts)
         logger.info(f"experts: {count} 3-D parameters in 4 bit (--quantize_experts False leaves them)")
     held = f", linear layers in {args.bits} bit" if args.bits else ""
@@ -178,7 +178,7 @@ def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) ->
         ModelError: for a map that cannot take effect.
     """
     if args.device_map in (None, "", "None", "none"):
-        # bitsandbytes quantises on the device on which the model then stays; --use_cpu is in accelerate's state alone.
+        # bitsandbytes quantizes on the device on which the model then stays; --use_cpu is in accelerate's state alone.
         return {"": PartialState().device} if args.bits and PartialState._shared_state else None
     if deepspeed_zero3:
         raise ModelError("--device_map has no effect under ZeRO-3, which places the weights: leave it out")

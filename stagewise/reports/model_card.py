@@ -1,4 +1,4 @@
-"""README.md of a merged model: what it is, where it comes from and under which licence, as the Hub reads it."""
+"""README.md of a merged model: what it is, where it comes from and under which license, as the Hub reads it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ STAGES = {
     "pt": "continued pretraining",
     "sft": "supervised finetuning",
     "rm": "reward modeling",
-    "dpo": "direct preference optimisation",
-    "ppo": "proximal policy optimisation",
+    "dpo": "direct preference optimization",
+    "ppo": "proximal policy optimization",
     "merge": "adapter merged into its base",
     "vocabulary": "vocabulary extended",
-    "quantize": "weights quantised",
+    "quantize": "weights quantized",
 }
 TRAINED = ("pt", "sft", "rm", "dpo", "ppo")
 QUESTION = [{"role": "user", "content": "What goes well with rice?"}]
 
 
 def card_text(
-    name: str, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, licence: dict[str, str], scores: bool
+    name: str, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, license: dict[str, str], scores: bool
 ) -> str:
     """The model card of a merged model.
 
@@ -34,15 +34,15 @@ def card_text(
         name: of the model, its directory's.
         manifest: its run.json.
         tokenizer: what is saved beside it.
-        licence: what `find_licence` found.
+        license: what `find_license` found.
         scores: a reward model, not a language model.
     """
     lineage = manifest["lineage"]
     parts = [
-        f"---\n{front_matter_of(manifest, licence, scores)}---",
+        f"---\n{front_matter_of(manifest, license, scores)}---",
         f"# {name}",
         _first_lines(lineage, scores),
-        "## Licence\n\n" + _licence(licence, lineage),
+        "## License\n\n" + _license(license, lineage),
         "## How it was made\n\n" + _steps(lineage),
         _data(lineage),
         _metrics(lineage),
@@ -53,12 +53,12 @@ def card_text(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter_of(manifest: dict[str, Any], licence: dict[str, str], scores: bool) -> str:
+def front_matter_of(manifest: dict[str, Any], license: dict[str, str], scores: bool) -> str:
     """The card's YAML, in the names that the Hub knows (https://huggingface.co/docs/hub/model-cards)."""
     lineage = manifest["lineage"]
-    found: dict[str, Any] = {"license": licence["id"]}
-    if licence["id"] == "other":
-        found |= {f"license_{key}": licence[key] for key in ("name", "link") if key in licence}
+    found: dict[str, Any] = {"license": license["id"]}
+    if license["id"] == "other":
+        found |= {f"license_{key}": license[key] for key in ("name", "link") if key in license}
     base, from_hub = first_model(lineage)
     if base and from_hub:
         found |= {"base_model": base, "base_model_relation": "finetune"}
@@ -81,15 +81,15 @@ def _first_lines(lineage: list[dict[str, Any]], scores: bool) -> str:
     return f"{kind}{made}{through}. The training records are described below; they are not part of this repository."
 
 
-def _licence(licence: dict[str, str], lineage: list[dict[str, Any]]) -> str:
+def _license(license: dict[str, str], lineage: list[dict[str, Any]]) -> str:
     base = called(first_model(lineage)[0] or "?")
-    if licence["id"] == UNKNOWN:
+    if license["id"] == UNKNOWN:
         return (
-            f"**Unknown.** {licence['source']}. Find out under which terms the base, {code(base)}, may be used "
+            f"**Unknown.** {license['source']}. Find out under which terms the base, {code(base)}, may be used "
             "before you publish or use what was made from it, and write them here."
         )
-    shown = licence["id"] if licence["id"] != "other" else f"other ({licence.get('name', 'see its text')})"
-    return f"{shown}: the licence of the base, {code(base)}. Where that is said: {code(licence['source'])}."
+    shown = license["id"] if license["id"] != "other" else f"other ({license.get('name', 'see its text')})"
+    return f"{shown}: the license of the base, {code(base)}. Where that is said: {code(license['source'])}."
 
 
 def _steps(lineage: list[dict[str, Any]]) -> str:
@@ -233,9 +233,9 @@ def write_card(
     name: str,
     manifest: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    licence: dict[str, str],
+    license: dict[str, str],
     scores: bool,
 ) -> None:
     """Writes the card into a model's directory."""
-    text = card_text(name, manifest, tokenizer, licence, scores)
+    text = card_text(name, manifest, tokenizer, license, scores)
     (folder / CARD).write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8

@@ -29,16 +29,16 @@ def read_results(folder: Path, split: str) -> dict[str, Any] | None:
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether to write colours to a stream: to a terminal, unless NO_COLOR is set (no-color.org)."""
+    """Whether to write colors to a stream: to a terminal, unless NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, colour: bool, longest: int | None = None) -> str:
-    """An example's text with what is learned in green, context grey; without colour, learned text between «».
+def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, color: bool, longest: int | None = None) -> str:
+    """An example's text with what is learned in green, context gray; without color, learned text between «».
 
     `longest`: of a stretch of more characters, learned or not, both ends are shown and the middle is left out.
     """
-    on, off, grey = ("\033[32m", "\033[0m", "\033[90m") if colour else ("«", "»", "")
+    on, off, gray = ("\033[32m", "\033[0m", "\033[90m") if color else ("«", "»", "")
     pieces, start, before = [], 0, ""
     learned = [bool(label != IGNORE_INDEX) for label in example.labels]
     for end in range(1, len(learned) + 1):
@@ -52,14 +52,14 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, colour: bool
             half = longest // 2
             piece = f"{piece[:half]} [… {len(piece) - 2 * half:,} characters …] {piece[-half:]}"
         piece = visible(piece)
-        pieces.append(f"{on}{piece}{off}" if learned[start] else f"{grey}{piece}{off if colour else ''}")
+        pieces.append(f"{on}{piece}{off}" if learned[start] else f"{gray}{piece}{off if color else ''}")
         start, before = end, whole
     return "".join(pieces)
 
 
 def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     """Logs one training example as `marked` makes it."""
-    text = marked(tokenizer, example, colour=has_colour(sys.stderr))
+    text = marked(tokenizer, example, color=has_colour(sys.stderr))
     where = visible(example.where)
     colored = logger.bind(colored=True)  # the text has been made visible, and its colors must pass
     colored.opt(raw=True).info(f"one training sample ({where}), learned tokens marked:\n{text}\n\n")

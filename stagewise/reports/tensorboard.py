@@ -1,7 +1,7 @@
 """TensorBoard: scalars under names that keep what belongs together side by side, hyperparameters, samples as text.
 
 learning/loss/train  learning/loss/validation  learning/reward/train …      what is learned, split beside split
-optimiser/grad_norm  optimiser/learning_rate …                              how steps are taken
+optimizer/grad_norm  optimizer/learning_rate …                              how steps are taken
 speed/memory_gib  speed/tokens_per_second …                                 what they cost
 run/…  samples/…                                                            texts
 """
@@ -43,7 +43,7 @@ def tag_of(name: str) -> str | None:
     if evaluation:
         return "speed/evaluation_seconds" if bare == "runtime" else f"learning/{bare}/validation"
     if bare in OPTIMISER:
-        return f"optimiser/{bare}"
+        return f"optimizer/{bare}"
     return f"speed/{bare}" if bare in SPEED else f"learning/{bare}/train"
 
 

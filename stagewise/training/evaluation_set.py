@@ -66,11 +66,11 @@ class EvaluationTable:
     Args:
         wheres: each validation record's place, "english.jsonl:17", by index.
         columns: names of the numbers.
-        summarise: rows (N, columns) -> metrics.
+        summarize: rows (N, columns) -> metrics.
     """
 
-    def __init__(self, wheres: Sequence[str], columns: Sequence[str], summarise: Callable[[np.ndarray], dict]):
-        self.wheres, self.columns, self.summarise = list(wheres), list(columns), summarise
+    def __init__(self, wheres: Sequence[str], columns: Sequence[str], summarize: Callable[[np.ndarray], dict]):
+        self.wheres, self.columns, self.summarize = list(wheres), list(columns), summarize
         self.rows = np.zeros((0, len(columns)))
         self.order = np.zeros(0, dtype=np.int64)
 
@@ -80,7 +80,7 @@ class EvaluationTable:
         # Processes are handed whole batches, so the last ones may repeat a record: each counts once.
         self.order, first = np.unique(index, return_index=True)
         self.rows = rows[first]
-        return self.summarise(self.rows)
+        return self.summarize(self.rows)
 
     def write(self, path: Path) -> None:
         """The rows of the last evaluation as jsonl, one record a line."""

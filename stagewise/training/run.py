@@ -82,8 +82,8 @@ def set_up_logging() -> None:
     logger.remove()
     log_visible_text()
     level = "INFO" if is_main() else "ERROR"
-    colour = has_colour(sys.stderr)
-    logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=colour)
+    color = has_colour(sys.stderr)
+    logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=color)
     transformers_logging.set_verbosity_error()
     # Renamings inside transformers and PEFT, which a user of these scripts can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -131,7 +131,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
 
     Returns:
         the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot
-        be honoured, before any weights are read.
+        be honored, before any weights are read.
     """
     set_up_logging()
     preemption = Preemption()

@@ -154,7 +154,7 @@ def logins(auth: str | None) -> list[tuple[str, str]] | None:
 
 
 def check_web(web: WebArguments) -> list[tuple[str, str]] | None:
-    """Refuses by name what cannot be honoured; returns the logins."""
+    """Refuses by name what cannot be honored; returns the logins."""
     if not 0 < web.server_port < 65536:
         raise ArgumentError(f"--server_port: expected 1 to 65535, found {web.server_port}")
     for name in web.allowed_hosts or ():

@@ -388,7 +388,7 @@ def test_merging_keeps_train_mode(adapter):
     assert merge_in_memory(build_tiny_model("llama").train(), adapter).training
 
 
-def test_a_quantised_base_is_not_merged_onto(adapter):
+def test_a_quantized_base_is_not_merged_onto(adapter):
     model = build_tiny_model("llama")
     model.is_quantized = True
     with pytest.raises(AdapterError, match="load the base in 16 bit"):

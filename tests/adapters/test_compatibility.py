@@ -61,7 +61,7 @@ METHODS = {
     "prefix tuning": "--fine_tuning_type prefix_tuning --num_virtual_tokens 4",
 }
 VIRTUAL = ("prompt tuning", "P-tuning", "prefix tuning")
-QUANTISED = ("LoRA, 8 bit", "LoRA, 4 bit", "QLoRA", "QLoRA with AdaLoRA")
+QUANTIZED = ("LoRA, 8 bit", "LoRA, 4 bit", "QLoRA", "QLoRA with AdaLoRA")
 
 
 def works(method: str, stage: str) -> bool:
@@ -73,7 +73,7 @@ def works(method: str, stage: str) -> bool:
 
 def cells(wanted: bool):
     return [
-        pytest.param(method, stage, marks=needs_bitsandbytes if method in QUANTISED else ())
+        pytest.param(method, stage, marks=needs_bitsandbytes if method in QUANTIZED else ())
         for method in METHODS
         for stage in STAGES
         if works(method, stage) is wanted
@@ -159,7 +159,7 @@ def logits(model) -> torch.Tensor:
 
 
 def base_of(stage: str, words: list[str]):
-    """The base again, quantised as the flags say."""
+    """The base again, quantized as the flags say."""
     flags = {name: f"--{name}" in words for name in ("load_in_4bit", "load_in_8bit", "qlora")}
     args = ModelArguments(words[words.index("--model_name_or_path") + 1], **flags)
     if stage == "rm":
@@ -194,7 +194,7 @@ def test_two_steps_saved_and_loaded_again_and_merged(method, stage_name, trained
             merge(out)
         return
     merged = auto.from_pretrained(merge(out)).eval()  # it has compared base + adapter with what it wrote
-    plain = load_adapter(base_of(stage_name, words[:2]), out) if method in QUANTISED else again
+    plain = load_adapter(base_of(stage_name, words[:2]), out) if method in QUANTIZED else again
     assert torch.allclose(logits(merged), logits(plain), atol=5e-4)
 
 
@@ -446,7 +446,7 @@ def test_on_a_16_bit_base_the_adapter_is_in_float32(method, trained, make):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=needs_bitsandbytes if m in QUANTISED else ()) for m in METHODS if m != "full"]
+    "method", [pytest.param(m, marks=needs_bitsandbytes if m in QUANTIZED else ()) for m in METHODS if m != "full"]
 )
 def test_mixed_precision_and_gradient_checkpointing(method, dtype, trained, make):
     words = make("sft", METHODS[method], "--bf16 True", torch_dtype=dtype)
@@ -492,7 +492,7 @@ def test_what_speaks_in_ppo_is_the_adapted_model(method, folds, dtype, make):
 
 @pytest.mark.parametrize("method", ["QLoRA", "LoRA, 4 bit", "LoRA, 8 bit"])
 @needs_bitsandbytes
-def test_what_is_quantised_is_as_the_flag_says(method, make):
+def test_what_is_quantized_is_as_the_flag_says(method, make):
     import bitsandbytes
 
     model = base_of("sft", make("sft", METHODS[method]))
@@ -528,10 +528,10 @@ def test_dora_on_8_bit_is_dora_on_what_the_8_bits_stand_for(trained, make):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--qlora --fine_tuning_type full", "--qlora: quantised weights cannot be trained"),
-        ("--load_in_8bit --use_peft False", "--load_in_8bit: quantised weights cannot be trained"),
+        ("--qlora --fine_tuning_type full", "--qlora: quantized weights cannot be trained"),
+        ("--load_in_8bit --use_peft False", "--load_in_8bit: quantized weights cannot be trained"),
         ("--load_in_4bit --load_in_8bit", "a base has 4 bit or 8 bit"),
-        ("--qlora --init_lora_weights pissa", "which are quantised; leave one of the two out"),
+        ("--qlora --init_lora_weights pissa", "which are quantized; leave one of the two out"),
         ("--fine_tuning_type prefix_tuning --gradient_checkpointing", "--gradient_checkpointing drops the keys"),
         ("--optim paged_adamw_32bit", "paged optimizers need a GPU"),
         ("--fine_tuning_type adalora --lora_rank 4", "--init_r and --target_r are its ranks"),
@@ -568,7 +568,7 @@ def test_an_adapter_that_began_with_pissa_is_no_start_of_dpo(stage, make, capsys
     assert "pissa: takes directions out of the base" in capsys.readouterr().err
 
 
-def test_a_predecessor_is_not_merged_into_quantised_weights(stage, make, capsys):
+def test_a_predecessor_is_not_merged_into_quantized_weights(stage, make, capsys):
     out = stage("supervised_finetuning", *make("sft", out="first"))
     with pytest.raises(SystemExit):
         stage("dpo_training", *make("dpo", f"--qlora True --checkpoint_dir {out}"))
@@ -631,7 +631,7 @@ def test_experts_that_stay_in_16_bit_are_adapted(trained, make):
     merge(out)
 
 
-def test_a_reward_model_of_a_quantised_run_is_not_quantised(make, stage):
+def test_a_reward_model_of_a_quantized_run_is_not_quantized(make, stage):
     """Its scores are what PPO learns from."""
     import stagewise.rl.reward_model as reward
 

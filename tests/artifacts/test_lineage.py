@@ -1,4 +1,4 @@
-"""Licences: found where they are said, with their source, else unknown."""
+"""Licenses: found where they are said, with their source, else unknown."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from stagewise.artifacts.lineage import (
     begin_step,
     earlier_steps,
-    find_licence,
+    find_license,
     finished_step,
     first_model,
     front_matter,
@@ -31,9 +31,9 @@ APACHE = """                                 Apache License
         ("LICENSE.md", "Terms of our own making", "other"),
     ],
 )
-def test_a_licences_text_is_known_by_its_beginning(tmp_path, name, text, expected):
+def test_a_licenses_text_is_known_by_its_beginning(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text)
-    found = find_licence(tmp_path, "base")
+    found = find_license(tmp_path, "base")
     assert found["id"] == expected and f"base/{name}" in found["source"]
     assert found.get("link") == (name if expected == "other" else None)
 
@@ -41,28 +41,28 @@ def test_a_licences_text_is_known_by_its_beginning(tmp_path, name, text, expecte
 def test_the_card_says_it_before_the_file_does(tmp_path):
     (tmp_path / "LICENSE").write_text(APACHE)
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n# x\n")
-    found = find_licence(tmp_path, "base")
+    found = find_license(tmp_path, "base")
     source = "the front matter of base/README.md"
     assert found == {"id": "other", "source": source, "name": "own", "link": "LICENSE"}
 
 
 def test_a_merged_models_run_says_it_first_with_its_first_source(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"licence": {"id": "mit", "source": "the card of first"}}))
+    (tmp_path / "run.json").write_text(json.dumps({"license": {"id": "mit", "source": "the card of first"}}))
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
-    assert find_licence(tmp_path) == {"id": "mit", "source": "the card of first"}
+    assert find_license(tmp_path) == {"id": "mit", "source": "the card of first"}
 
 
 def test_what_was_unknown_may_have_been_written_into_the_card(tmp_path):
     unknown = {"id": "unknown", "source": "nothing was said"}
-    (tmp_path / "run.json").write_text(json.dumps({"licence": unknown}))
+    (tmp_path / "run.json").write_text(json.dumps({"license": unknown}))
     (tmp_path / "README.md").write_text("---\nlicense: unknown\n---\n")
-    assert find_licence(tmp_path) == unknown
+    assert find_license(tmp_path) == unknown
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    assert find_licence(tmp_path)["id"] == "apache-2.0"
+    assert find_license(tmp_path)["id"] == "apache-2.0"
 
 
 def test_unknown_says_where_nothing_was_found(tmp_path):
-    found = find_licence(tmp_path, "models/base")
+    found = find_license(tmp_path, "models/base")
     assert found["id"] == "unknown" and found["source"].startswith("models/base has no README.md")
 
 

@@ -133,14 +133,14 @@ def test_a_cell_that_does_not_exist_is_refused(words, message, capsys):
 
 
 def test_experts_leave_16_bit_before_the_next_ones_are_made(monkeypatch):
-    quantise, held = memory_cell.quantise_experts, []
+    quantize, held = memory_cell.quantize_experts, []
 
     def watched(module, name):
         assert not [each for each in held if each() is not None]
         held.append(weakref.ref(getattr(module, name)))
-        quantise(module, name)
+        quantize(module, name)
 
-    monkeypatch.setattr(memory_cell, "quantise_experts", watched)
+    monkeypatch.setattr(memory_cell, "quantize_experts", watched)
     model = memory_cell.random_model(Cell("tiny_moe", "qlora4_experts", tokens=16), torch.device("cpu"))
     assert len(held) == 4  # two layers, two parameters each
     assert {p.dtype for p in model.parameters() if p.dim() == 3} == {torch.uint8}

@@ -21,7 +21,7 @@ from stagewise.data.statistics import (
     percent,
     quantiles,
     rollout_contents,
-    summarise,
+    summarize,
 )
 from tests.encoders import row_of
 
@@ -94,7 +94,7 @@ def test_bins_have_a_power_of_two_for_a_width_and_hold_every_length():
 
 def test_a_summary_counts_what_is_learned_and_cut():
     measures = measure([example([0, 0, 1, 1]), example([0, 1, 1, 1, 1, 1])])
-    summary = summarise(measures, records=2, cut=1, limits={"model_max_length": 6})
+    summary = summarize(measures, records=2, cut=1, limits={"model_max_length": 6})
     assert summary.as_dict() == {
         "kind": "records",
         "records": 2,
@@ -116,7 +116,7 @@ def test_a_summary_counts_what_is_learned_and_cut():
 
 
 def test_a_summary_tells_blocks_from_the_records_that_they_come_from():
-    summary = summarise(measure([example([1, 1, 1])] * 3), records=1, limits={"block_size": 3})
+    summary = summarize(measure([example([1, 1, 1])] * 3), records=1, limits={"block_size": 3})
     assert summary.lines()[0] == "1 record in 3 blocks, 9 tokens, 6 of them learned (66.7%)"
     assert summary.lines()[1].startswith("tokens of a block: 3 at least")
     assert len(summary.lines()) == 2  # nothing is cut
@@ -125,11 +125,11 @@ def test_a_summary_tells_blocks_from_the_records_that_they_come_from():
 def test_a_summary_of_pairs_and_of_prompts_says_what_they_are():
     pair = PreferenceExample(example([0, 1]), example([0, 1, 1, 1]))
     limits = {"max_source_length": 8, "max_target_length": 3}
-    lines = summarise(measure([pair, pair]), records=2, cut=2, limits=limits).lines()
+    lines = summarize(measure([pair, pair]), records=2, cut=2, limits=limits).lines()
     assert lines[0] == "2 pairs, 12 tokens in both rows, 8 of them the answers' (66.7%)"
     assert lines[1].startswith("tokens of a pair's longer row: 4 at least")
     assert lines[2] == "100% of the pairs (2) are cut at --max_source_length 8 or --max_target_length 3"
-    assert summarise(measure([example([0, 0])]), 1).lines()[0] == "1 prompt, 2 tokens; the answers are still to come"
+    assert summarize(measure([example([0, 0])]), 1).lines()[0] == "1 prompt, 2 tokens; the answers are still to come"
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_a_set_of_many_long_records_is_summed_up_at_once():
     examples = writer.finish()
     started = time.process_time()
     measures = measure(examples)
-    summary = summarise(measures, len(examples))
+    summary = summarize(measures, len(examples))
     padded_step(measures, StepSize(8, 4, 8))
     assert time.process_time() - started < 0.5
     assert (summary.tokens, summary.learned) == (17_671 * 1200, 17_671 * 600)

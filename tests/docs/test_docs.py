@@ -347,7 +347,7 @@ def test_the_error_on_the_page_on_data_is_the_parsers():
 
 
 def test_keys_of_the_example_manifest_are_written_by_the_code():
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "stagewise").glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "stagewise").rglob("*.py"))
     sources += read("supervised_finetuning.py")
     for language, content in code_blocks(read("docs/output.md")):
         if language == "json":

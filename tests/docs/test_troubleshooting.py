@@ -15,7 +15,7 @@ PAGES = ("docs/troubleshooting.md", "docs/troubleshooting_zh.md")
 def texts_of_the_code() -> tuple[str, ...]:
     """Every string of the code, joined as Python joins it; what is filled in is `…`."""
     found = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("stagewise/*.py"), *ROOT.glob("tools/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("stagewise/**/*.py"), *ROOT.glob("tools/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))

@@ -111,7 +111,7 @@ def test_a_merged_adapter_says_what_base_and_adapter_say(tiny_checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-def test_quantised_bases_speak_with_an_adapter(tiny_checkpoint, tmp_path, bits):
+def test_quantized_bases_speak_with_an_adapter(tiny_checkpoint, tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     base = tiny_checkpoint("llama", hidden_size=64, head_dim=16)
     adapter = make_adapter(base, "lora", tmp_path / "adapter")

@@ -53,7 +53,7 @@ def test_weights_of_other_shapes_are_named(tiny_checkpoint):
 
 
 @needs_bitsandbytes
-def test_memory_that_runs_out_while_weights_are_quantised_is_told_as_that(tiny_checkpoint, monkeypatch):
+def test_memory_that_runs_out_while_weights_are_quantized_is_told_as_that(tiny_checkpoint, monkeypatch):
     """transformers keeps such an error and raises another one, which points to its log."""
 
     def is_full(*args, **kwargs):

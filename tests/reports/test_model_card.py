@@ -53,8 +53,8 @@ MANIFEST = {"lineage": LINEAGE, "template": "vicuna", "largest_difference": 1e-5
 APACHE = {"id": "apache-2.0", "source": "the front matter of org/base/README.md"}
 
 
-def card(licence=APACHE, manifest=MANIFEST, scores=False, template="{{ messages[0]['content'] }} ```") -> str:
-    return card_text("mine", manifest, build_tiny_tokenizer(chat_template=template), licence, scores)
+def card(license=APACHE, manifest=MANIFEST, scores=False, template="{{ messages[0]['content'] }} ```") -> str:
+    return card_text("mine", manifest, build_tiny_tokenizer(chat_template=template), license, scores)
 
 
 def front(text: str) -> dict:
@@ -86,13 +86,13 @@ def test_a_base_that_is_a_directory_is_no_hub_name():
     assert "base_model" not in front(text) and "`models/base`" in text
 
 
-def test_a_licence_without_a_name_on_the_hub():
+def test_a_license_without_a_name_on_the_hub():
     own = {"id": "other", "name": "our-terms", "link": "LICENSE", "source": "org/base/LICENSE"}
     found = front(card(own))
     assert (found["license"], found["license_name"], found["license_link"]) == ("other", "our-terms", "LICENSE")
 
 
-def test_an_unknown_licence_is_said_aloud():
+def test_an_unknown_license_is_said_aloud():
     text = card({"id": "unknown", "source": "org/base has no README.md"})
     assert front(text)["license"] == "unknown"
     assert "**Unknown.** org/base has no README.md" in text and "Find out under which terms" in text
@@ -103,7 +103,7 @@ def test_it_tells_stages_data_metrics_and_template():
     for line in (
         "| 1 | supervised finetuning | `org/base` | lora | 40 | 1,100 |",
         "| 2 | adapter merged into its base | `org/base` |  |  |  |",
-        "| 3 | proximal policy optimisation, scored by `rm-merged` | `outputs/sft-merged` | lora | 8 | 30 |",
+        "| 3 | proximal policy optimization, scored by `rm-merged` | `outputs/sft-merged` | lora | 8 | 30 |",
         "| SFT | train | 1,200 | 1,100 | 90 no answer, 10 unknown role | `a.jsonl` |",
         "| SFT | validation | 50 | 50 | none | `v\\|1.jsonl` |",
         "| RM | train | 70 | 70 | none | `p.jsonl` |",
@@ -148,7 +148,7 @@ def test_the_merge_writes_the_card(trained, tmp_path):
     out = tmp_path / "merged"
     merge_peft_adapter.main(["--lora_model", str(adapter), "--output_dir", str(out)])
     run, text = json.loads((out / "run.json").read_text()), (out / "README.md").read_text(encoding="utf-8")
-    assert run["licence"] == {"id": "apache-2.0", "source": f"the text of {base.name}/LICENSE"}
+    assert run["license"] == {"id": "apache-2.0", "source": f"the text of {base.name}/LICENSE"}
     assert front(text)["license"] == "apache-2.0" and (out / "LICENSE").is_file(), "the terms go with the weights"
     step = json.loads((adapter / "run.json").read_text())["lineage"][-1]
     assert (step["steps"], step["method"], step["data"]["train"]["kept"]) == (2, "lora", 6)
@@ -157,7 +157,7 @@ def test_the_merge_writes_the_card(trained, tmp_path):
     assert str(tmp_path) not in text, "no path of this machine"
 
 
-def test_a_merge_onto_a_base_without_licence_says_so(trained, tmp_path):
+def test_a_merge_onto_a_base_without_license_says_so(trained, tmp_path):
     from loguru import logger
 
     said: list[str] = []
@@ -166,7 +166,7 @@ def test_a_merge_onto_a_base_without_licence_says_so(trained, tmp_path):
         merge_peft_adapter.main(["--lora_model", str(trained[1]), "--output_dir", str(tmp_path / "merged")])
     finally:
         logger.remove(number)
-    assert any(line.startswith("WARNING licence of the base: unknown") for line in said)
+    assert any(line.startswith("WARNING license of the base: unknown") for line in said)
     assert front((tmp_path / "merged" / "README.md").read_text())["license"] == "unknown"
 
 

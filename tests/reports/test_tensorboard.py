@@ -18,9 +18,9 @@ from stagewise.reports.tensorboard import ALWAYS, Board, as_text, tag_of
         ("eval_loss", "learning/loss/validation"),
         ("eval_accuracy", "learning/accuracy/validation"),
         ("accuracy", "learning/accuracy/train"),
-        ("learning_rate", "optimiser/learning_rate"),
-        ("grad_norm", "optimiser/grad_norm"),
-        ("kl_coef", "optimiser/kl_coef"),
+        ("learning_rate", "optimizer/learning_rate"),
+        ("grad_norm", "optimizer/grad_norm"),
+        ("kl_coef", "optimizer/kl_coef"),
         ("tokens_per_second", "speed/tokens_per_second"),
         ("memory_gib", "speed/memory_gib"),
         ("eval_runtime", "speed/evaluation_seconds"),
@@ -80,7 +80,7 @@ def test_scalars_are_those_of_the_log(run, written):
     for tag, name in (
         ("learning/loss/train", "loss"),
         ("learning/loss/validation", "eval_loss"),
-        ("optimiser/learning_rate", "learning_rate"),
+        ("optimizer/learning_rate", "learning_rate"),
         ("speed/tokens_per_second", "tokens_per_second"),
     ):
         found = {(event.step, event.value) for event in written.Scalars(tag)}
@@ -88,7 +88,7 @@ def test_scalars_are_those_of_the_log(run, written):
         assert {s for s, _ in found} == {s for s, _ in expected}
         assert sorted(v for _, v in found) == pytest.approx(sorted(v for _, v in expected), rel=1e-5)
     groups = {tag.split("/")[0] for tag in written.Tags()["scalars"]}
-    assert groups == {"learning", "optimiser", "speed"}
+    assert groups == {"learning", "optimizer", "speed"}
 
 
 def test_samples_of_every_evaluation_are_texts(run, written):

@@ -69,7 +69,7 @@ class Letters:
 def test_a_sample_has_our_colors_and_no_others(log, monkeypatch):
     text = "\x1b[31mq\x9ba"
     example = Example([*map(ord, text)], [*[-100] * 6, *map(ord, text[6:])], "a\x1b.jsonl:1")
-    assert marked(Letters(), example, colour=True) == "\033[90m␛[31mq\033[0m\033[32m<U+009B>a\033[0m"
+    assert marked(Letters(), example, color=True) == "\033[90m␛[31mq\033[0m\033[32m<U+009B>a\033[0m"
     monkeypatch.setattr("stagewise.reports.results.has_colour", lambda stream: True)
     show_sample(Letters(), example)
     assert "".join(log) == (

@@ -577,7 +577,7 @@ def test_build_extend_pretrain_merge(tied, texts, tiny_checkpoint, tmp_path, sta
     assert not torch.equal(model.get_input_embeddings().weight[300:], start[300:])  # the new rows were trained
     run_json = json.loads((merged / "run.json").read_text(encoding="utf-8"))
     assert [step["stage"] for step in run_json["lineage"]] == ["vocabulary", "pt", "merge"]
-    assert run_json["licence"]["id"] == "apache-2.0"
+    assert run_json["license"]["id"] == "apache-2.0"
     assert (merged / "NOTICE").read_text() == "whose it is"
 
 

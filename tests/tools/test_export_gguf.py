@@ -87,14 +87,14 @@ def test_refused_before_anything_is_converted(model, tiny_checkpoint, converter,
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
-    quantised = tiny_checkpoint("llama")
-    config = json.loads((quantised / "config.json").read_text(encoding="utf-8"))
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "x"}}))
+    quantized = tiny_checkpoint("llama")
+    config = json.loads((quantized / "config.json").read_text(encoding="utf-8"))
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "x"}}))
     for folder, words in (
         (adapter, "an adapter; merge it first: python merge_peft_adapter.py --lora_model"),
         (tmp_path / "nothing", "expected a directory with config.json"),
         (tiny_checkpoint("llama", task="score"), "a reward model"),
-        (quantised, "is quantised already"),
+        (quantized, "is quantized already"),
     ):
         with pytest.raises(ExportError, match=words):
             export(folder, output, "f16", converter("raise SystemExit(3)"), overwrite=False)

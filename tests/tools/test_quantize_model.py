@@ -48,7 +48,7 @@ def mean_loss(model, tokenizer, length: int) -> float:
 def test_cpm_writes_what_its_loader_reads(bits, tiny_checkpoint, tiny_tokenizer, text, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    from stagewise.models.quantization.row_wise import load_row_quantised
+    from stagewise.models.quantization.row_wise import load_row_quantized
 
     base, out = tiny_checkpoint("llama"), tmp_path / "out"
     words = ["--model_name_or_path", base, "--output_dir", out, "--text_file", text, "--max_length", 48]
@@ -58,7 +58,7 @@ def test_cpm_writes_what_its_loader_reads(bits, tiny_checkpoint, tiny_tokenizer,
     tokenizer = tiny_tokenizer()
     for model, found in (
         (AutoModelForCausalLM.from_pretrained(base), account["before"]),
-        (load_row_quantised(out), account["after"]),
+        (load_row_quantized(out), account["after"]),
     ):
         wanted = mean_loss(model.eval(), tokenizer, 48)
         assert found["loss"] == pytest.approx(wanted, rel=1e-4)
@@ -96,14 +96,14 @@ def test_without_a_text_nothing_is_measured(tiny_checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.count("not measured") == 2
 
 
-def test_lineage_and_licence_go_on(tiny_checkpoint, tmp_path):
+def test_lineage_and_license_go_on(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("llama")
     (base / "run.json").write_text(json.dumps({"stage": "sft", "lineage": [{"stage": "sft", "base_model": "b"}]}))
     (base / "LICENSE.txt").write_text("MIT License\n\nCopyright")
     run("--model_name_or_path", base, "--output_dir", tmp_path / "out", "--quantization", "cpm")
     run_json = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [step["stage"] for step in run_json["lineage"]] == ["sft", "quantize"]
-    assert run_json["licence"]["id"] == "mit"
+    assert run_json["license"]["id"] == "mit"
     assert (tmp_path / "out" / "LICENSE.txt").read_text().startswith("MIT License")
 
 
@@ -134,7 +134,7 @@ def test_an_earlier_model_stays_until_the_new_one_has_been_loaded(tiny_checkpoin
     words = ["--model_name_or_path", base, "--output_dir", out, "--quantization", "cpm"]
     run(*words)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr("tools.quantize_model.load_row_quantised", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("tools.quantize_model.load_row_quantized", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(*words, "--quantization_bit", 8, "--overwrite_output_dir")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -175,4 +175,4 @@ def test_models_are_refused_before_weights_load(tiny_checkpoint, tmp_path, capsy
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config))
-    assert "is quantised already" in refused(capsys, "--model_name_or_path", base, *out)
+    assert "is quantized already" in refused(capsys, "--model_name_or_path", base, *out)

@@ -78,7 +78,7 @@ def test_a_tied_head_is_said_and_counted_once(config_only, capsys):
     assert "| head |" not in text
 
 
-def test_what_is_quantised_is_shown_in_its_bits(config_only, capsys):
+def test_what_is_quantized_is_shown_in_its_bits(config_only, capsys):
     pytest.importorskip("bitsandbytes")
     text = shown(capsys, config_only(), *BASE, "--qlora")
     assert "linear layers in 4 bit" in text
@@ -150,7 +150,7 @@ def test_bits_lower_the_weights(config_only, capsys):
     whole, eight, four = (peak(folder, *BASE, *words) for words in ([], ["--load_in_8bit"], ["--load_in_4bit"]))
     assert four < eight
     assert four < whole
-    assert peak(folder, *BASE, "--qlora") < four  # its scales are quantised once more
+    assert peak(folder, *BASE, "--qlora") < four  # its scales are quantized once more
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_an_allowed_host_is_a_name(name):
         (["--auth", "name:"], "--auth: expected NAME:PASSWORD"),
         (["--server_port", "0"], "--server_port: expected 1 to 65535, found 0"),
         (["--top_p", "2"], "--top_p"),
-        (["--colour", "red"], "--colour"),
+        (["--color", "red"], "--color"),
         (["--temperature", "0", "--top_k", "3"], "--top_k has no effect"),
     ],
 )

@@ -203,5 +203,5 @@ def probe_packing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         alone = torch.cat([model(input_ids=d, use_cache=False).logits.float() for d in documents], dim=1)
     finally:
         model.train(was_training)
-    centred = alone - alone.mean(dim=-1, keepdim=True)
-    return float((packed - alone).square().mean().sqrt() / centred.square().mean().sqrt().clamp_min(1e-12))
+    centered = alone - alone.mean(dim=-1, keepdim=True)
+    return float((packed - alone).square().mean().sqrt() / centered.square().mean().sqrt().clamp_min(1e-12))

@@ -65,8 +65,8 @@ class Step:
     accumulates: bool = False  # --gradient_accumulation_steps above 1
     optim: str = "adamw_torch_fused"
     bits: int | None = None  # of the base's linear layers
-    double_quantisation: bool = True
-    experts_in_bits: bool = False  # whether 3-D expert parameters are quantised, too
+    double_quantization: bool = True
+    experts_in_bits: bool = False  # whether 3-D expert parameters are quantized, too
     reference: bool = False  # a second, frozen model beside it
 
 
@@ -96,16 +96,16 @@ class Memory:
 # -------------------------------------------------------------------------------------------------------- quantities
 
 
-def quantised_bytes(numbers: int, outputs: int, bits: int, double_quantisation: bool) -> float:
+def quantized_bytes(numbers: int, outputs: int, bits: int, double_quantization: bool) -> float:
     """Bytes of a linear layer's weight in bitsandbytes' form.
 
     8 bit: a byte each, and a float32 scale a row. 4 bit: half a byte each, and for every 64 a float32 scale; or, with
-    double quantisation, one of a byte, and for every 256 of those a float32 one.
+    double quantization, one of a byte, and for every 256 of those a float32 one.
     """
     if bits == 8:
         return numbers + 4 * outputs
     scales = numbers / BLOCK
-    return numbers / 2 + (scales + 4 * scales / 256 if double_quantisation else 4 * scales)
+    return numbers / 2 + (scales + 4 * scales / 256 if double_quantization else 4 * scales)
 
 
 def layers_in_bits(model: PreTrainedModel) -> set[int]:
@@ -124,9 +124,9 @@ def weight_bytes(model: nn.Module, step: Step, in_bits: set[int]) -> float:
     for name, parameter in model.named_parameters():
         experts = parameter.dim() == 3 and "expert" in name and "lora_" not in name
         if step.bits == 4 and step.experts_in_bits and experts and not parameter.requires_grad:
-            total += quantised_bytes(parameter.numel(), 0, 4, step.double_quantisation)
+            total += quantized_bytes(parameter.numel(), 0, 4, step.double_quantization)
         elif step.bits and id(parameter) in in_bits:
-            total += quantised_bytes(parameter.numel(), parameter.shape[0], step.bits, step.double_quantisation)
+            total += quantized_bytes(parameter.numel(), parameter.shape[0], step.bits, step.double_quantization)
         else:
             total += parameter.numel() * parameter.element_size()
     return total
@@ -153,7 +153,7 @@ def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> fl
       once, but each its own 16-bit copy where autocast makes one of a 32-bit stream
     - a frozen one in 16, 32 or 4 bit: nothing
     - a LoRA adapter: its input once more, 2 each under autocast, else 4, 1 more for its dropout's mask; and its rank.
-      On a quantised base, under autocast and without dropout, it is the layer's own input and counts once
+      On a quantized base, under autocast and without dropout, it is the layer's own input and counts once
     - attention: c · (2 Q + 2 K), queries, keys, values and its output, and 4 a head. With a
       mask, as several documents in a row or padding need it, keys and values are repeated for each query head (K = Q),
       and the mask is kept, c for each key that its row spans. Where the architecture writes the scores out, (4 + c)

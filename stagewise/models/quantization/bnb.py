@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 METHOD = "bitsandbytes_with_experts"
-MOST = 2**31 - 1  # numbers that bitsandbytes quantises at once: it counts them in 32 bit and doesn't look (0.50.2)
+MOST = 2**31 - 1  # numbers that bitsandbytes quantizes at once: it counts them in 32 bit and doesn't look (0.50.2)
 
 
-def quantisation_options(args: ModelArguments, config: PretrainedConfig) -> dict[str, Any]:
-    """from_pretrained's options for a base that is quantised while it loads; none where it is not.
+def quantization_options(args: ModelArguments, config: PretrainedConfig) -> dict[str, Any]:
+    """from_pretrained's options for a base that is quantized while it loads; none where it is not.
 
-    4 bit is nf4, which follows the weights' distribution (https://arxiv.org/abs/2305.14314); --qlora quantises the
+    4 bit is nf4, which follows the weights' distribution (https://arxiv.org/abs/2305.14314); --qlora quantizes the
     scales of its blocks, too. The output head, and what an adapter trains in full, stay as they are.
 
     Raises:
-        ModelError: for a checkpoint that is quantised already.
+        ModelError: for a checkpoint that is quantized already.
     """
     if args.bits is None:
         return {}
     flag = "--qlora" if args.qlora else f"--load_in_{args.bits}bit"
     if getattr(config, "quantization_config", None):
-        raise ModelError(f"{flag}: {args.model_name_or_path} is quantised already; leave the flag out")
+        raise ModelError(f"{flag}: {args.model_name_or_path} is quantized already; leave the flag out")
     if args.bits == 8:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     own = config.get_text_config().dtype or torch.float32
@@ -93,7 +93,7 @@ class ExpertsConfig(BitsAndBytesConfig):
 
 
 @register_quantizer(METHOD)
-class ExpertsQuantiser(Bnb4BitHfQuantizer):
+class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """Packs each stack of experts as it is read: no two stand in 16 bit at once."""
 
     def __init__(self, quantization_config: ExpertsConfig, **kwargs: Any):
@@ -117,7 +117,7 @@ class ExpertsQuantiser(Bnb4BitHfQuantizer):
         for name, parameter in model.named_parameters():
             if is_expert_stack(name, parameter) and parameter.numel() > MOST:
                 raise ModelError(
-                    f"{name} has {parameter.numel():,} numbers, of which bitsandbytes quantises {MOST:,} at once; "
+                    f"{name} has {parameter.numel():,} numbers, of which bitsandbytes quantizes {MOST:,} at once; "
                     "leave such experts in 16 bit (--quantize_experts False)"
                 )
         super()._process_model_before_weight_loading(model, **kwargs)
@@ -132,10 +132,10 @@ class ExpertsQuantiser(Bnb4BitHfQuantizer):
 
 
 class _Pack(ConversionOps):
-    """What from_pretrained calls for each weight that is to be quantised."""
+    """What from_pretrained calls for each weight that is to be quantized."""
 
-    def __init__(self, quantiser: ExpertsQuantiser):
-        self.quantiser = quantiser
+    def __init__(self, quantizer: ExpertsQuantizer):
+        self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **kwargs: Any) -> dict:
         from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -144,9 +144,9 @@ class _Pack(ConversionOps):
         for path, value in input_dict.items():
             module, name = get_module_from_name(model, path)
             if not is_expert_stack(path, module._parameters[name]):
-                result |= Bnb4bitQuantize(self.quantiser).convert({path: value}, model=model, **kwargs)
+                result |= Bnb4bitQuantize(self.quantizer).convert({path: value}, model=model, **kwargs)
                 continue
             weight = value[0] if isinstance(value, list) else value
-            twice = self.quantiser.quantization_config.bnb_4bit_use_double_quant
-            result[path], self.quantiser.states[path] = pack(weight, twice=twice)
+            twice = self.quantizer.quantization_config.bnb_4bit_use_double_quant
+            result[path], self.quantizer.states[path] = pack(weight, twice=twice)
         return result

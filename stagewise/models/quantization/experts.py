@@ -1,6 +1,6 @@
 """Experts that are one 3-D parameter, held in 4 bit, and LoRA on them.
 
-bitsandbytes quantises linear layers as they load; this does the same to experts that are no layers. The packed
+bitsandbytes quantizes linear layers as they load; this does the same to experts that are no layers. The packed
 parameter keeps its name, its place and three dimensions, and the module puts it together whenever it is read: once a
 forward pass.
 
@@ -34,7 +34,7 @@ Change = tuple[torch.Tensor, torch.Tensor, float]  # (experts, rows, rank), (exp
 # ------------------------------------------------------------------------------------------------------ how it is held
 
 
-class QuantisedExperts(nn.Module):
+class QuantizedExperts(nn.Module):
     """What a module with packed parameters is besides its own class; `hold` makes it so."""
 
     own: type[nn.Module]
@@ -81,9 +81,9 @@ class QuantisedExperts(nn.Module):
 
 
 @cache
-def _class_of(own: type[nn.Module], names: tuple[str, ...]) -> type[QuantisedExperts]:
+def _class_of(own: type[nn.Module], names: tuple[str, ...]) -> type[QuantizedExperts]:
     readers = {name: property(lambda self, name=name: self.whole(name)) for name in names}
-    return type(f"Quantised{own.__name__}", (QuantisedExperts, own), {"own": own, **readers})
+    return type(f"Quantized{own.__name__}", (QuantizedExperts, own), {"own": own, **readers})
 
 
 def is_expert_stack(name: str, parameter: torch.Tensor) -> bool:
@@ -95,8 +95,8 @@ def pack(weight: torch.Tensor, *, twice: bool) -> tuple[nn.Parameter, QuantState
     """A weight (experts, rows, columns) in nf4: two numbers a byte, (experts, rows, columns / 2), and its scales.
 
     Args:
-        weight: where it is quantised and stays.
-        twice: quantise the scales once more.
+        weight: where it is quantized and stays.
+        twice: quantize the scales once more.
     """
     from bitsandbytes.functional import quantize_4bit
 
@@ -106,21 +106,21 @@ def pack(weight: torch.Tensor, *, twice: bool) -> tuple[nn.Parameter, QuantState
 
 def hold(module: nn.Module, states: dict[str, QuantState]) -> None:
     """Makes a module, whose parameters of these names are packed, put them together where they are read."""
-    if not isinstance(module, QuantisedExperts):
+    if not isinstance(module, QuantizedExperts):
         module.states, module.changes, module.made = {}, {}, None
         # each expert in turn reads the parameters; checkpointing ends its second forward pass by an exception
         module.register_forward_pre_hook(_begin)
         module.register_forward_hook(_end, always_call=True)
     module.states |= states
-    own = module.own if isinstance(module, QuantisedExperts) else type(module)
+    own = module.own if isinstance(module, QuantizedExperts) else type(module)
     module.__class__ = _class_of(own, tuple(sorted(module.states)))
 
 
-def _begin(module: QuantisedExperts, inputs: Any) -> None:
+def _begin(module: QuantizedExperts, inputs: Any) -> None:
     module.made = {}
 
 
-def _end(module: QuantisedExperts, inputs: Any, output: Any) -> None:
+def _end(module: QuantizedExperts, inputs: Any, output: Any) -> None:
     module.made = None
 
 
@@ -147,4 +147,4 @@ class ParamWrapper(lora.ParamWrapper):
 
 def reach_packed(config: LoraConfig) -> None:
     """Lets an adapter of this config take experts that are packed; others it takes as ever."""
-    config._register_custom_module({QuantisedExperts: ParamWrapper})
+    config._register_custom_module({QuantizedExperts: ParamWrapper})

@@ -1,6 +1,6 @@
 """Linear layers in 8 or 4 bit by rows: one scale for each output feature, symmetric, in plain torch.
 
-    from stagewise.models.quantization.row_wise import load_row_quantised
+    from stagewise.models.quantization.row_wise import load_row_quantized
 
 The form in which the CPM and GLM families published their 8 and 4 bit models: a row's largest absolute value becomes
 127 (or 7), every weight is rounded to the nearest step, and the layer computes in 16 or 32 bit with the weight put
@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from stagewise.artifacts.weight_files import check_hashes, check_weight_files
-from stagewise.errors import RowQuantisationError
+from stagewise.errors import RowQuantizationError
 
 METHOD = "row_wise"  # quant_method in config.json
 BITS = (4, 8)
@@ -32,7 +32,7 @@ BITS = (4, 8)
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def quantise_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds each row to whole steps of its own scale.
 
     With m = 2^(bits-1) - 1 steps to either side: scale = max|row| / m, step = round(weight / scale), ties to even. The
@@ -46,15 +46,15 @@ def quantise_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.
         steps (O, I) in int8, within ±m; scales (O,) in float32.
 
     Raises:
-        RowQuantisationError: for a weight that is not finite, or other bits.
+        RowQuantizationError: for a weight that is not finite, or other bits.
     """
     if bits not in BITS:
-        raise RowQuantisationError(f"expected 4 or 8 bits, found {bits}")
+        raise RowQuantizationError(f"expected 4 or 8 bits, found {bits}")
     most = 2 ** (bits - 1) - 1
     exact = weight.detach().double()
     largest = exact.abs().amax(dim=1, keepdim=True)
     if not torch.isfinite(largest).all():
-        raise RowQuantisationError("a weight is NaN or infinite: the model cannot be quantised")
+        raise RowQuantizationError("a weight is NaN or infinite: the model cannot be quantized")
     divisor = torch.where(largest == 0, torch.ones_like(largest), largest)
     steps = torch.round(exact * most / divisor).to(torch.int8)
     return steps, (largest[:, 0] / most).float()
@@ -73,7 +73,7 @@ def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------------------- layers
 
 
-class RowQuantisedLinear(nn.Module):
+class RowQuantizedLinear(nn.Module):
     """A linear layer that keeps its weight as whole steps and one scale a row.
 
     weight: (out, in) int8, or (out, in / 2) with two steps a byte; weight_scale: (out,) float32; bias: (out,) or None.
@@ -88,13 +88,13 @@ class RowQuantisedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
 
     @classmethod
-    def of(cls, layer: nn.Linear | Conv1D, bits: int) -> RowQuantisedLinear:
-        """The quantised form of a layer, on its device."""
+    def of(cls, layer: nn.Linear | Conv1D, bits: int) -> RowQuantizedLinear:
+        """The quantized form of a layer, on its device."""
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0], layer.bias, bits)
         if weight.device.type != "meta":
-            steps, scale = quantise_rows(weight, bits)
+            steps, scale = quantize_rows(weight, bits)
             packed = steps if bits == 8 else pack_pairs(steps)
             made.weight = nn.Parameter(packed.contiguous(), requires_grad=False)
             made.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -102,7 +102,7 @@ class RowQuantisedLinear(nn.Module):
                 made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
         return made
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as the layer computes with it: (out, in)."""
         steps = self.weight if self.bits == 8 else unpack_pairs(self.weight)
         return (steps.float() * self.weight_scale.float().unsqueeze(1)).to(dtype)
@@ -110,13 +110,13 @@ class RowQuantisedLinear(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, in) -> (…, out), in the precision of `hidden`."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return F.linear(hidden, self.dequantised(hidden.dtype), bias)
+        return F.linear(hidden, self.dequantized(hidden.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
-def rows_to_quantise(model: PreTrainedModel) -> list[str]:
+def rows_to_quantize(model: PreTrainedModel) -> list[str]:
     """The names of all linear layers but the output head."""
     head = model.get_output_embeddings()
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
@@ -124,35 +124,35 @@ def rows_to_quantise(model: PreTrainedModel) -> list[str]:
 
 
 def check_rows(model: PreTrainedModel, bits: int) -> list[str]:
-    """What `quantise_model` would take; the model may be without weights.
+    """What `quantize_model` would take; the model may be without weights.
 
     Raises:
-        RowQuantisationError: if there is no linear layer, or a row of odd length for 4 bits.
+        RowQuantizationError: if there is no linear layer, or a row of odd length for 4 bits.
     """
-    names = rows_to_quantise(model)
+    names = rows_to_quantize(model)
     if not names:
-        raise RowQuantisationError(f"{type(model).__name__} has no linear layers beside its head")
+        raise RowQuantizationError(f"{type(model).__name__} has no linear layers beside its head")
     for name in names if bits == 4 else []:
         layer = model.get_submodule(name)
         inputs = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
         if inputs % 2:
-            raise RowQuantisationError(
+            raise RowQuantizationError(
                 f"{name} has {inputs} inputs; two 4-bit steps share a byte, so take --quantization_bit 8"
             )
     return names
 
 
-def quantise_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """Replaces every linear layer but the head by its quantised form, one at a time; returns the same model.
+def quantize_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """Replaces every linear layer but the head by its quantized form, one at a time; returns the same model.
 
     Raises:
-        RowQuantisationError: see `check_rows`.
+        RowQuantizationError: see `check_rows`.
     """
     for name in check_rows(model, bits):
-        model.set_submodule(name, RowQuantisedLinear.of(model.get_submodule(name), bits))
-    config = RowQuantisationConfig(bits)
+        model.set_submodule(name, RowQuantizedLinear.of(model.get_submodule(name), bits))
+    config = RowQuantizationConfig(bits)
     model.config.quantization_config = config
-    model.hf_quantizer = RowQuantiser(config, pre_quantized=True)
+    model.hf_quantizer = RowQuantizer(config, pre_quantized=True)
     model.quantization_method, model.is_quantized = METHOD, True
     return model.requires_grad_(False)
 
@@ -161,33 +161,33 @@ def quantise_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
 
 
 @register_quantization_config(METHOD)
-class RowQuantisationConfig(QuantizationConfigMixin):
+class RowQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` in config.json: {"quant_method": "row_wise", "bits": 8}."""
 
     def __init__(self, bits: int, **kwargs: Any):
         if bits not in BITS:
-            raise RowQuantisationError(f"config.json: expected 4 or 8 bits, found {bits}")
+            raise RowQuantizationError(f"config.json: expected 4 or 8 bits, found {bits}")
         self.quant_method, self.bits = METHOD, bits
 
 
 @register_quantizer(METHOD)
-class RowQuantiser(HfQuantizer):
-    """Puts `RowQuantisedLinear` where the checkpoint has it, before the weights are read."""
+class RowQuantizer(HfQuantizer):
+    """Puts `RowQuantizedLinear` where the checkpoint has it, before the weights are read."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            raise RowQuantisationError("the weights are not in this form yet: python -m tools.quantize_model makes it")
+            raise RowQuantizationError("the weights are not in this form yet: python -m tools.quantize_model makes it")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in check_rows(model, self.quantization_config.bits):
             layer = model.get_submodule(name)
-            model.set_submodule(name, RowQuantisedLinear.of(layer.to("meta"), self.quantization_config.bits))
+            model.set_submodule(name, RowQuantizedLinear.of(layer.to("meta"), self.quantization_config.bits))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
-            if isinstance(module, RowQuantisedLinear) and module.weight.dtype != torch.int8:
-                raise RowQuantisationError(f"{name}: the weight was read as {module.weight.dtype}, not as int8")
+            if isinstance(module, RowQuantizedLinear) and module.weight.dtype != torch.int8:
+                raise RowQuantizationError(f"{name}: the weight was read as {module.weight.dtype}, not as int8")
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -198,11 +198,11 @@ class RowQuantiser(HfQuantizer):
         return False
 
 
-def load_row_quantised(folder: str | Path, **options: Any) -> PreTrainedModel:
+def load_row_quantized(folder: str | Path, **options: Any) -> PreTrainedModel:
     """Loads a causal language model that was saved in this form; `options` go to from_pretrained.
 
     Raises:
-        RowQuantisationError: if the directory's config.json names another form, or none.
+        RowQuantizationError: if the directory's config.json names another form, or none.
         FileError: a file is cut, names others elsewhere, or is not what was saved.
     """
     check_weight_files(Path(folder))
@@ -211,7 +211,7 @@ def load_row_quantised(folder: str | Path, **options: Any) -> PreTrainedModel:
     found = getattr(config, "quantization_config", None) or {}
     method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
     if method != METHOD:
-        raise RowQuantisationError(
+        raise RowQuantizationError(
             f"{folder}: its config.json says {method or 'nothing'} where {METHOD!r} is expected"
         )
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()

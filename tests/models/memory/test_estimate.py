@@ -12,7 +12,7 @@ from benchmarks.memory_shapes import Cell
 from stagewise.errors import EstimateError
 from stagewise.models.attention.shifted import register_shifted
 from stagewise.models.memory import estimate as memory
-from stagewise.models.memory.estimate import Step, estimate, layers_in_bits, quantised_bytes
+from stagewise.models.memory.estimate import Step, estimate, layers_in_bits, quantized_bytes
 from stagewise.models.memory.structure import decoder_layers, measure_layer, parameters_of, skeleton
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -337,10 +337,10 @@ def test_dropout_keeps_a_byte_for_each_input(build):
 
 
 def test_bytes_in_4_and_8_bit_by_hand():
-    assert quantised_bytes(4096 * 256, 256, 8, False) == 4096 * 256 + 4 * 256
+    assert quantized_bytes(4096 * 256, 256, 8, False) == 4096 * 256 + 4 * 256
     # 16,384 blocks of 64, a float32 scale each; or a byte each and a float32 for each 256 blocks
-    assert quantised_bytes(4096 * 256, 256, 4, False) == 2048 * 256 + 4 * 16384
-    assert quantised_bytes(4096 * 256, 256, 4, True) == 2048 * 256 + 16384 + 4 * 64
+    assert quantized_bytes(4096 * 256, 256, 4, False) == 2048 * 256 + 4 * 16384
+    assert quantized_bytes(4096 * 256, 256, 4, True) == 2048 * 256 + 16384 + 4 * 64
 
 
 def test_the_head_stays_out_of_the_bits(build):

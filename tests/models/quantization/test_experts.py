@@ -16,7 +16,7 @@ from stagewise.artifacts.manifest import parameters_of
 from stagewise.config.arguments import AdapterArguments, ModelArguments
 from stagewise.errors import AdapterError, ModelError
 from stagewise.models.loading import load_causal_lm
-from stagewise.models.quantization.bnb import ExpertsConfig, ExpertsQuantiser
+from stagewise.models.quantization.bnb import ExpertsConfig, ExpertsQuantizer
 from tests.adapters.test_compatibility import base_of, logits, make, merge, needs_bitsandbytes, trained  # noqa: F401  (fixtures among them)
 from tests.conftest import adapter_weights, build_tiny_model, build_tiny_tokenizer
 from tests.launching import run, torchrun
@@ -33,7 +33,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize(
-    ("quantised", "taken"),
+    ("quantized", "taken"),
     [
         ("", "attention"),
         ("", "experts"),
@@ -49,14 +49,14 @@ TAKEN = {
         pytest.param("--load_in_8bit True", "experts", marks=needs_bitsandbytes),
     ],
 )
-def test_attention_alone_experts_alone_or_both(quantised, taken, trained, make):  # noqa: F811
+def test_attention_alone_experts_alone_or_both(quantized, taken, trained, make):  # noqa: F811
     flags, parts = TAKEN[taken]
-    words = make("sft", f"{quantised} {flags} --router_aux_loss True", family="mixtral")
+    words = make("sft", f"{quantized} {flags} --router_aux_loss True", family="mixtral")
     out, model = trained("sft", words)
     saved = adapter_weights(out)
     assert {part for name in saved for part in ("self_attn", "experts", "gate.") if part in name} == parts
     assert all(value.abs().max() > 0 for value in saved.values())  # B begins at 0
-    again = load_adapter(base_of("sft", words) if "False" not in quantised else plain_experts(words), out)
+    again = load_adapter(base_of("sft", words) if "False" not in quantized else plain_experts(words), out)
     assert torch.allclose(logits(again), logits(model), atol=1e-4)
     merged = AutoModelForCausalLM.from_pretrained(merge(out)).eval()
     on_plain = load_adapter(AutoModelForCausalLM.from_pretrained(words[1]), out)
@@ -73,12 +73,12 @@ def plain_experts(words: list[str]):
 IDS = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22, 23, 24]])
 
 
-def quantised(folder, **flags):
+def quantized(folder, **flags):
     return load_causal_lm(ModelArguments(str(folder), qlora=True, **flags), for_training=False)
 
 
 def in_4_bit(weight: torch.Tensor) -> torch.Tensor:
-    """What nf4 with double quantisation makes of a weight."""
+    """What nf4 with double quantization makes of a weight."""
     from bitsandbytes import functional
 
     return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
@@ -123,7 +123,7 @@ def written_out(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rank: in
 def test_logits_and_gradients_are_those_of_the_weights_written_out(family, checkpointing, tiny_checkpoint):
     folder = tiny_checkpoint(family, **FAMILIES[family])
     args = AdapterArguments(lora_rank=3, lora_alpha=7, lora_dropout=0.0)
-    wrapped = with_random_b(attach_adapter(quantised(folder), args, "CAUSAL_LM"))
+    wrapped = with_random_b(attach_adapter(quantized(folder), args, "CAUSAL_LM"))
     if checkpointing:
         wrapped.train().enable_input_require_grads()
         wrapped.gradient_checkpointing_enable({"use_reentrant": False})
@@ -153,7 +153,7 @@ def test_an_adapter_fits_experts_in_4_bit_and_in_16_alike(family, tiny_checkpoin
     """The same names, of the same shapes, for the same weights: each reads what the other wrote."""
     folder = tiny_checkpoint(family, **FAMILIES[family])
     args = AdapterArguments(lora_dropout=0.0)
-    bases = {"four": quantised, "sixteen": lambda path: quantised(path, quantize_experts=False)}
+    bases = {"four": quantized, "sixteen": lambda path: quantized(path, quantize_experts=False)}
     for name, base in bases.items():
         with_random_b(attach_adapter(base(folder), args, "CAUSAL_LM")).save_pretrained(tmp_path / name)
     four, sixteen = (adapter_weights(tmp_path / name) for name in bases)
@@ -274,7 +274,7 @@ def test_experts_leave_16_bit_as_they_are_read(tiny_checkpoint, monkeypatch):
 
     monkeypatch.setattr(bnb, "pack", watched)
     folder = tiny_checkpoint("mixtral")
-    model = quantised(folder)
+    model = quantized(folder)
     assert len(seen) == 2 * 2  # layers, parameters
     plain = AutoModelForCausalLM.from_pretrained(folder)
     for ours, own in zip(model.model.layers, plain.model.layers, strict=True):
@@ -287,7 +287,7 @@ def test_experts_leave_16_bit_as_they_are_read(tiny_checkpoint, monkeypatch):
 def test_experts_in_4_bit_are_put_together_once_a_forward_pass_and_not_kept(tiny_checkpoint, monkeypatch):
     import bitsandbytes.functional as functional
 
-    wrapped = attach_adapter(quantised(tiny_checkpoint("mixtral")), AdapterArguments(lora_dropout=0.0), "CAUSAL_LM")
+    wrapped = attach_adapter(quantized(tiny_checkpoint("mixtral")), AdapterArguments(lora_dropout=0.0), "CAUSAL_LM")
     dequantize, seen = functional.dequantize_4bit, []
 
     def watched(packed, *args, **kwargs):
@@ -311,7 +311,7 @@ def test_experts_in_4_bit_are_put_together_once_a_forward_pass_and_not_kept(tiny
 @needs_bitsandbytes
 def test_experts_in_4_bit_follow_their_model_into_another_precision_and_place(tiny_checkpoint):
     """DeepSpeed casts it, and so does --bf16_full_eval."""
-    wrapped = attach_adapter(quantised(tiny_checkpoint("mixtral")), AdapterArguments(lora_dropout=0.0), "CAUSAL_LM")
+    wrapped = attach_adapter(quantized(tiny_checkpoint("mixtral")), AdapterArguments(lora_dropout=0.0), "CAUSAL_LM")
     experts = wrapped.get_base_model().model.layers[0].mlp.experts.get_base_layer()
     before = experts.gate_up_proj
     wrapped.to(torch.bfloat16)
@@ -326,7 +326,7 @@ def test_experts_in_4_bit_follow_their_model_into_another_precision_and_place(ti
 @needs_bitsandbytes
 def test_numbers_of_experts_in_4_bit_are_counted_and_not_their_bytes(tiny_checkpoint):
     folder = tiny_checkpoint("mixtral")
-    assert parameters_of(quantised(folder))["all"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    assert parameters_of(quantized(folder))["all"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
 
 
 @needs_bitsandbytes
@@ -334,15 +334,15 @@ def test_experts_that_bitsandbytes_cannot_count_are_refused():
     model = torch.nn.Module()
     model.experts = torch.nn.Module()
     model.experts.gate_up_proj = torch.nn.Parameter(torch.empty(160, 3072, 5120, device="meta"))
-    quantiser = ExpertsQuantiser(ExpertsConfig(load_in_4bit=True))
+    quantizer = ExpertsQuantizer(ExpertsConfig(load_in_4bit=True))
     with pytest.raises(ModelError, match="experts.gate_up_proj has 2,516,582,400 numbers, of which bitsandbytes"):
-        quantiser._process_model_before_weight_loading(model, device_map=None)
+        quantizer._process_model_before_weight_loading(model, device_map=None)
 
 
 @needs_bitsandbytes
 def test_nothing_is_merged_into_experts_in_4_bit(tiny_checkpoint):
     args = AdapterArguments(target_modules="gate_up_proj,down_proj", lora_dropout=0.0)
-    wrapped = attach_adapter(quantised(tiny_checkpoint("mixtral")), args, "CAUSAL_LM")
+    wrapped = attach_adapter(quantized(tiny_checkpoint("mixtral")), args, "CAUSAL_LM")
     with pytest.raises(AdapterError, match="is held in 4 bit, into which nothing is merged; load it in 16 bit"):
         wrapped.merge_and_unload()
 
@@ -350,8 +350,8 @@ def test_nothing_is_merged_into_experts_in_4_bit(tiny_checkpoint):
 @needs_bitsandbytes
 def test_a_base_with_experts_in_4_bit_is_not_written_without_their_scales(tiny_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
-        quantised(tiny_checkpoint("mixtral")).save_pretrained(tmp_path / "m")
-    quantised(tiny_checkpoint("llama")).save_pretrained(tmp_path / "l")  # which has none
+        quantized(tiny_checkpoint("mixtral")).save_pretrained(tmp_path / "m")
+    quantized(tiny_checkpoint("llama")).save_pretrained(tmp_path / "l")  # which has none
 
 
 # ── routers ─────────────────────────────────────────────────────────────────────────────────────────────────────────

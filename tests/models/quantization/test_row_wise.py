@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from stagewise.errors import RowQuantisationError
+from stagewise.errors import RowQuantizationError
 from stagewise.models.quantization.row_wise import (
-    RowQuantisedLinear,
+    RowQuantizedLinear,
     check_rows,
-    load_row_quantised,
+    load_row_quantized,
     pack_pairs,
-    quantise_model,
-    quantise_rows,
-    rows_to_quantise,
+    quantize_model,
+    quantize_rows,
+    rows_to_quantize,
     unpack_pairs,
 )
 
@@ -27,7 +27,7 @@ STEPS_4 = [[4, -7, 2, 1], [7, 0, 0, 0], [0, 0, 0, 0]]
 
 @pytest.mark.parametrize(("bits", "expected", "most"), [(8, STEPS_8, 127), (4, STEPS_4, 7)])
 def test_steps_and_scales_by_hand(bits, expected, most):
-    steps, scales = quantise_rows(torch.tensor(ROWS, dtype=torch.float64), bits)
+    steps, scales = quantize_rows(torch.tensor(ROWS, dtype=torch.float64), bits)
     assert steps.dtype == torch.int8
     assert steps.tolist() == expected
     torch.testing.assert_close(
@@ -40,7 +40,7 @@ def test_steps_and_scales_by_hand(bits, expected, most):
 def test_no_weight_moves_by_more_than_half_a_step(bits, dtype):
     torch.manual_seed(0)
     weight = torch.randn(16, 32).to(dtype)
-    steps, scales = quantise_rows(weight, bits)
+    steps, scales = quantize_rows(weight, bits)
     back = steps.double() * scales.double()[:, None]
     # computed here in float64 from the definition, not by the code under test
     step = weight.double().abs().max(dim=1, keepdim=True).values / (2 ** (bits - 1) - 1)
@@ -70,7 +70,7 @@ def test_a_layer_computes_in_float64_what_its_steps_say(bits, expected):
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(ROWS))
         layer.bias.copy_(torch.tensor([0.5, -1.0, 2.0]))
-    made = RowQuantisedLinear.of(layer, bits)
+    made = RowQuantizedLinear.of(layer, bits)
     hidden = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-1.0, 0.5, 0.0, 0.25]], dtype=torch.float64)
     most = 127 if bits == 8 else 7
     weight = torch.tensor(expected, dtype=torch.float64) * torch.tensor([[2.0], [15.875], [0.0]]).double() / most
@@ -80,16 +80,16 @@ def test_a_layer_computes_in_float64_what_its_steps_say(bits, expected):
 
 
 def test_what_has_no_steps_is_refused():
-    with pytest.raises(RowQuantisationError, match="NaN or infinite"):
-        quantise_rows(torch.tensor([[1.0, float("nan")]]), 8)
-    with pytest.raises(RowQuantisationError, match="expected 4 or 8 bits, found 3"):
-        quantise_rows(torch.ones(1, 2), 3)
+    with pytest.raises(RowQuantizationError, match="NaN or infinite"):
+        quantize_rows(torch.tensor([[1.0, float("nan")]]), 8)
+    with pytest.raises(RowQuantizationError, match="expected 4 or 8 bits, found 3"):
+        quantize_rows(torch.ones(1, 2), 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "gpt2"])
 def test_all_linear_layers_but_the_head_are_taken(family, tiny_model):
     model = tiny_model(family)
-    names = rows_to_quantise(model)
+    names = rows_to_quantize(model)
     layers = {
         "llama": 7,  # q, k, v, o, gate, up, down
         "bloom": 4,  # query_key_value, dense, dense_h_to_4h, dense_4h_to_h
@@ -102,7 +102,7 @@ def test_all_linear_layers_but_the_head_are_taken(family, tiny_model):
 
 def test_an_odd_row_is_refused_for_4_bits_by_name(tiny_model):
     model = tiny_model("llama", intermediate_size=63)
-    with pytest.raises(RowQuantisationError, match=r"down_proj has 63 inputs.*--quantization_bit 8"):
+    with pytest.raises(RowQuantizationError, match=r"down_proj has 63 inputs.*--quantization_bit 8"):
         check_rows(model, 4)
     assert len(check_rows(model, 8)) == 14
 
@@ -114,24 +114,24 @@ def test_a_saved_model_loads_with_the_same_logits(family, bits, tiny_model, tmp_
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         exact = model(input_ids=ids).logits
-        quantise_model(model, bits)
+        quantize_model(model, bits)
         wanted = model(input_ids=ids).logits
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "row_wise", "bits": bits}
-    loaded = load_row_quantised(tmp_path, dtype="auto")
+    loaded = load_row_quantized(tmp_path, dtype="auto")
     with torch.no_grad():
         found = loaded(input_ids=ids).logits
     assert torch.equal(found, wanted)
-    # quantised it is: not the same, yet near in 8 bit
+    # quantized it is: not the same, yet near in 8 bit
     change = (wanted - exact).square().mean().sqrt() / exact.std()
     assert 0 < change < (0.1 if bits == 8 else 1.0)
 
 
 def test_a_16_bit_model_keeps_its_scales_in_32(tiny_model, tmp_path):
-    model = quantise_model(tiny_model("llama").to(torch.bfloat16), 8)
+    model = quantize_model(tiny_model("llama").to(torch.bfloat16), 8)
     model.save_pretrained(tmp_path)
-    loaded = load_row_quantised(tmp_path, dtype="auto")
+    loaded = load_row_quantized(tmp_path, dtype="auto")
     layer = loaded.model.layers[0].mlp.down_proj
     assert (layer.weight.dtype, layer.weight_scale.dtype) == (torch.int8, torch.float32)
     assert torch.equal(layer.weight_scale, model.model.layers[0].mlp.down_proj.weight_scale)
@@ -139,19 +139,19 @@ def test_a_16_bit_model_keeps_its_scales_in_32(tiny_model, tmp_path):
 
 
 def test_another_model_is_refused_by_the_loader(tiny_checkpoint):
-    with pytest.raises(RowQuantisationError, match="says nothing where 'row_wise' is expected"):
-        load_row_quantised(tiny_checkpoint("llama"))
+    with pytest.raises(RowQuantizationError, match="says nothing where 'row_wise' is expected"):
+        load_row_quantized(tiny_checkpoint("llama"))
 
 
 def test_the_stages_load_it_as_any_model(tiny_model, tiny_tokenizer, tmp_path):
     from stagewise.config.arguments import ModelArguments
     from stagewise.models.loading import load_causal_lm
 
-    model = quantise_model(tiny_model("llama"), 8)
+    model = quantize_model(tiny_model("llama"), 8)
     model.save_pretrained(tmp_path)
     ids = torch.arange(5, 25)[None]
     loaded = load_causal_lm(ModelArguments(str(tmp_path)), for_training=False)
-    assert isinstance(loaded.model.layers[0].mlp.down_proj, RowQuantisedLinear)
+    assert isinstance(loaded.model.layers[0].mlp.down_proj, RowQuantizedLinear)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
@@ -162,4 +162,10 @@ def test_an_adapter_on_it_is_refused(tiny_model):
     from stagewise.errors import ArgumentError
 
     with pytest.raises(ArgumentError, match="has no linear layers"):
-        attach_adapter(quantise_model(tiny_model("llama"), 8), AdapterArguments(), "CAUSAL_LM")
+        attach_adapter(quantize_model(tiny_model("llama"), 8), AdapterArguments(), "CAUSAL_LM")
+
+
+def test_the_name_that_older_model_cards_give_still_loads():
+    from stagewise.row_quantisation import load_row_quantised
+
+    assert load_row_quantised is load_row_quantized
