@@ -74,7 +74,7 @@ from stagewise.config.command_line import parse
 from stagewise.errors import ArgumentError, MergeError
 from stagewise.models.attention.rope import write_rope
 from stagewise.models.config import load_config
-from stagewise.models.hub import check_adapter, find_source, hub_options
+from stagewise.models.hub import check_adapter, find_source, hub_options, no_hub_model
 from stagewise.models.reward_head import reward_config
 from stagewise.models.tokenizer import open_tokenizer
 from stagewise.reports.model_card import called, write_card
@@ -161,7 +161,7 @@ def fetch(source: str, args: ModelArguments) -> str:
         if not list(Path(folder).glob("*.safetensors")):
             folder = snapshot_download(source, allow_patterns=[*wanted, "*.bin"], **options)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise MergeError(f"--base_model {source}: no such directory, and no hub model was found: {error}") from error
+        raise MergeError(f"--base_model {source}: {no_hub_model(error)}") from error
     return folder
 
 

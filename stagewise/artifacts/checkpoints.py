@@ -19,6 +19,8 @@ from loguru import logger
 from stagewise.artifacts.file_hashes import ALGORITHM, hash_files
 from stagewise.artifacts.json_files import inside, read_object, sync_folder, write_durably
 from stagewise.artifacts.processes import from_first
+from stagewise.config.checks import named_checkpoint
+from stagewise.config.flags import NO
 from stagewise.errors import ArgumentError, FileError
 from stagewise.formats.json_lines import json_bytes
 
@@ -26,7 +28,6 @@ MARK = "whole.json"
 LEFT = "left.json"  # what the mark is called of a checkpoint that a run left behind which went on from an earlier one
 WITHOUT = "the checkpoint does not count"
 REMOVED = ".removed"  # behind the name of a checkpoint while its files are deleted
-YES = ("true", "yes", "1")  # to --resume_from_checkpoint: the last whole one
 
 
 def mark_whole(folder: str | Path) -> None:
@@ -165,22 +166,21 @@ def resume_point(output_dir: str, asked: str | None) -> Path | None:
     Raises:
         ArgumentError: the folder named is missing or not whole.
     """
-    if asked is None or str(asked).lower() in ("false", "no", "0", ""):
+    if asked is None or str(asked).lower() in (*NO, "none", ""):
         return None
     return from_first(lambda: _resume_point(output_dir, str(asked)))
 
 
 def _resume_point(output_dir: str, asked: str) -> Path | None:
-    if asked.lower() in YES:
+    named = named_checkpoint(asked)
+    if named is None:
         folder = last_whole(output_dir)
         if folder is None:
             logger.warning(
                 f"--resume_from_checkpoint True: {output_dir} holds no whole checkpoint; starting at step 0"
             )
         return folder
-    folder = Path(asked)
-    if not folder.is_dir():
-        raise ArgumentError(f"--resume_from_checkpoint {asked}: no such folder")
+    folder = named
     if not (folder / MARK).is_file():
         with suppress(FileNotFoundError):  # not left behind, or another process was first
             os.replace(folder / LEFT, folder / MARK)

@@ -14,6 +14,7 @@ from stagewise.config.arguments import (
     ModelArguments,
     PairArguments,
 )
+from stagewise.config.flags import NO, YES
 from stagewise.errors import ArgumentError
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "longrope")
@@ -23,6 +24,20 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ArgumentError that names the flag unless `value` is one of `choices`."""
     if value not in choices:
         raise ArgumentError(f"--{flag}: expected one of {', '.join(choices)}, found {value!r}")
+
+
+def named_checkpoint(value: str | bool | None) -> Path | None:
+    """The folder that --resume_from_checkpoint names; None where its value is True, False or absent.
+
+    Raises:
+        ArgumentError: the folder does not exist.
+    """
+    text = str(value).lower()
+    if text in YES or text in NO or text in ("none", ""):
+        return None
+    if not Path(str(value)).is_dir():
+        raise ArgumentError(f"--resume_from_checkpoint {value}: no such folder")
+    return Path(str(value))
 
 
 def check_shared(*arguments: Any) -> None:

@@ -87,14 +87,15 @@ def _list(words: list[str], flag: Flag | None) -> list[str] | None:
 
 def _of_json(text: str, known: Mapping[str, Flag], path: str) -> list[tuple[str, list[str]]]:
     """The flags of a JSON file; see `read_flags`."""
-    top = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, path))
+    # Numbers stay as they are spelled: a text flag takes 1.10 as the command line does, not as 1.1.
+    top = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, path), parse_float=Spelled, parse_int=Spelled)
     if not isinstance(top, dict):
         raise ArgumentError(f"{path}: expected flags and their values, found {type(top).__name__}")
     flags = []
     for name, value in _once([(_name(key), value) for key, value in top.items()], path).items():
         flag, place = known.get(name), f"{path}: {name}"
         if isinstance(value, dict):
-            words = _mapping(value, flag, place)
+            words = _mapping(_numbers(value), flag, place)
         elif isinstance(value, list):
             if any(item is None or isinstance(item, dict | list) for item in value):
                 raise ArgumentError(f"{place}: expected a list of single values")
@@ -104,6 +105,19 @@ def _of_json(text: str, known: Mapping[str, Flag], path: str) -> list[tuple[str,
         if words is not None:
             flags.append((name, words))
     return flags
+
+
+class Spelled(str):
+    """A number of a JSON file as it is spelled there."""
+
+
+def _numbers(value: Any) -> Any:
+    """A value with its numbers as numbers, for a flag that takes a dictionary."""
+    if isinstance(value, dict):
+        return {name: _numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_numbers(each) for each in value]
+    return json.loads(value) if isinstance(value, Spelled) else value
 
 
 def _once(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:

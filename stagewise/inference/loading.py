@@ -29,7 +29,7 @@ from stagewise.config.arguments import ChatArguments, ModelArguments
 from stagewise.config.checks import check_choice, check_shared
 from stagewise.errors import AdapterError, ArgumentError, SpeakerError
 from stagewise.inference.arguments import SpeakerArguments
-from stagewise.models.hub import find_source
+from stagewise.models.hub import find_source, no_hub_model
 from stagewise.models.loading import load_causal_lm
 from stagewise.models.tokenizer import load_tokenizer
 
@@ -153,7 +153,7 @@ def local_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None
         try:
             source = snapshot_download(source, token=args.hf_hub_token, cache_dir=args.cache_dir)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise SpeakerError(f"--lora_model {source}: no such directory, and no hub adapter: {error}") from error
+            raise SpeakerError(f"--lora_model {source}: {no_hub_model(error)}") from error
     try:
         return source, read_adapter_config(source)
     except AdapterError as error:

@@ -21,6 +21,7 @@ from stagewise.models.hub import (
     check_family,
     find_source,
     hub_options,
+    no_hub_model,
     refuse_adapter,
     refuse_family,
 )
@@ -70,10 +71,10 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
 def _unreadable(error: Exception, source: str, options: dict[str, Any]) -> ModelError:
     """What is wrong with a model's config.json, in our words where transformers' own name other flags than ours."""
     place, said = f"--model_name_or_path {source}", " ".join(str(error).split())
+    if isinstance(error, OSError) and not Path(source).is_dir():
+        return ModelError(f"{place}: {no_hub_model(error)}")
     if isinstance(error, OSError):
-        local = Path(source).is_dir()
-        hint = "no usable config.json" if local else "no such directory, and no hub model was found"
-        return ModelError(f"{place}: {hint} ({said})")
+        return ModelError(f"{place}: no usable config.json ({said})")
     if needed := own_code(source, options):
         return needed
     kind = PretrainedConfig.get_config_dict(source, **options)[0].get("model_type")

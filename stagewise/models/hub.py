@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from importlib.metadata import version
@@ -20,6 +21,10 @@ if Version(TRANSFORMERS) < Version("5.17"):
     raise ImportError(f"transformers {TRANSFORMERS} is too old: pip install 'transformers>=5.17'")
 
 MODELSCOPE_PREFIX = "modelscope://"
+# Errors of the hub's client, by name: its classes moved between the versions that are supported.
+NOT_FOUND = {"RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"}
+NOT_REACHED = {"ConnectError", "ConnectionError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
+LOCAL_FOLDERS = ("models", "outputs")
 
 ANOTHER = "a model that transformers has a class for, such as Qwen3, Llama or GLM-4"
 # model_type of families whose published code needs names that transformers 5 no longer has -> what they are called,
@@ -61,9 +66,44 @@ def local_source(name: str, flag: str) -> str | None:
         raise ModelError(f"--{flag} {name}: expected a directory with config.json, found a file")
     if _from_modelscope(name):
         return None
-    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise ModelError(f"--{flag} {name}: no such directory")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or _is_in_local_folder(path):
+        raise ModelError(f"--{flag} {name}: no such directory{_similar_names(path)}")
     return None
+
+
+def _is_in_local_folder(path: Path) -> bool:
+    """Whether a missing path of the form folder/name is meant as a path, not as a hub name.
+
+    A folder of hub downloads may be named like an organization, so a folder counts only if runs were written to it, or
+    if it has one of the two names that the recipes use.
+    """
+    folder = path.parent
+    if len(path.parts) != 2 or not folder.is_dir():
+        return False
+    return folder.name in LOCAL_FOLDERS or any(folder.glob("*/run.json"))
+
+
+def _similar_names(path: Path) -> str:
+    """The end of an error about a missing directory: what stands there under a similar name; "" for nothing."""
+    if not path.parent.is_dir():
+        return ""
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    return f"; {path.parent} holds {', '.join(similar)}" if similar else ""
+
+
+def no_hub_model(error: BaseException) -> str:
+    """Why a name led to no model or adapter, in one sentence; the library's own error names the cause at its end."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    cause: BaseException | None = error
+    while cause is not None:
+        kind = type(cause).__name__
+        if kind in NOT_FOUND:
+            return f"no such directory, and {hub} has no such model that this account may read"
+        if kind in NOT_REACHED:
+            return f"no such directory, and no hub model was found: {hub} was not reached and the cache has none"
+        cause = cause.__cause__ or cause.__context__
+    return f"no such directory, and no hub model was found ({' '.join(str(error).split())})"
 
 
 def _from_modelscope(name: str) -> bool:

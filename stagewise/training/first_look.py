@@ -17,7 +17,7 @@ from typing import Any
 from loguru import logger
 
 from stagewise.config.arguments import DataArguments, PredecessorArguments, RunArguments
-from stagewise.config.checks import check_shared
+from stagewise.config.checks import check_shared, named_checkpoint
 from stagewise.config.command_line import Given, parse
 from stagewise.config.flags import NO
 from stagewise.config.transformers_flags import training_arguments
@@ -89,6 +89,7 @@ def first_look(
                 find_adapter_config(folder)
         status = code
         for part in parts:
+            named_checkpoint(getattr(part, "resume_from_checkpoint", None))
             _check_models(part)
             _check_files(part)
             if isinstance(part, DataArguments) and texts:

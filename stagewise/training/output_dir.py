@@ -10,9 +10,10 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.artifacts.checkpoints import YES, checkpoints
+from stagewise.artifacts.checkpoints import checkpoints
 from stagewise.artifacts.manifest import MANIFEST, read_manifest
 from stagewise.artifacts.processes import from_first
+from stagewise.config.flags import YES
 from stagewise.errors import ArgumentError
 from stagewise.training.settings import StageArguments
 

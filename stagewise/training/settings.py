@@ -34,7 +34,7 @@ class StageArguments(RunArguments, TrainingArguments):
         self.check()
         if self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        if str(self.resume_from_checkpoint).lower() in ("false", "no", "0", "none", ""):
+        if str(self.resume_from_checkpoint).lower() in (*NO, "none", ""):
             self.resume_from_checkpoint = None
         if isinstance(self.report_to, str):
             self.report_to = [name.strip() for name in self.report_to.split(",")]

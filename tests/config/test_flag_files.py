@@ -174,3 +174,15 @@ def test_what_is_no_file_of_flags_is_named(text, wanted, tmp_path):
     got = in_file(kinds_of("supervised_finetuning"), tmp_path / "run.yaml", text)
     assert got.startswith(f"error: {tmp_path}/run.yaml")
     assert wanted in got
+
+
+@pytest.mark.parametrize("spelled", ["1.10", "1e3", "-0", "7.50", "12345678901234567890.5", "1E+2"])
+def test_a_number_of_a_json_file_keeps_its_spelling(spelled, tmp_path):
+    got = in_file(kinds_of("supervised_finetuning"), tmp_path / "run.json", f'{{"run_name": {spelled}}}')
+    assert got == ("run_name", [spelled])
+
+
+def test_numbers_in_a_dictionary_of_a_json_file_are_numbers(tmp_path):
+    text = '{"lr_scheduler_kwargs": {"min_lr": 1e-6, "steps": [1, 2.5]}}'
+    got = in_file(kinds_of("supervised_finetuning"), tmp_path / "run.json", text)
+    assert got == ("lr_scheduler_kwargs", ['{"min_lr": 1e-06, "steps": [1, 2.5]}'])

@@ -131,6 +131,27 @@ def test_a_directory_that_is_not_there_is_named(name):
         find_source(name, arguments(name))
 
 
+def test_a_missing_directory_beside_runs_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/sft-merged").mkdir(parents=True)
+    assert find_source("runs/sft-merge", arguments("x")) == "runs/sft-merge"  # a folder of downloads, perhaps
+    (tmp_path / "runs/sft-merged/run.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"^--model_name_or_path runs/sft-merge: .*directory; runs holds sft-merged$"):
+        find_source("runs/sft-merge", arguments("x"))
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(ModelError, match=r"^--model_name_or_path outputs/pt: no such directory$"):
+        find_source("outputs/pt", arguments("x"))
+
+
+def test_the_librarys_long_text_about_a_missing_model_is_not_repeated():
+    with pytest.raises(ModelError) as found:  # the tests' environment is offline
+        load_config(arguments("nobody/nothing"))
+    assert str(found.value) == (
+        "--model_name_or_path nobody/nothing: no such directory, and no hub model was found: "
+        "https://huggingface.co was not reached and the cache has none"
+    )
+
+
 def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ModelError, match="found a file"):

@@ -95,6 +95,14 @@ def test_data_that_is_not_there(stage, answer, tmp_path):
         assert (code, out, err) == (1, "", f"error: --{name}: there is no folder or file '/nowhere'\n")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_that_is_not_there(stage, answer):
+    more = ["--reward_model_name_or_path", "some/model"] if "ppo" in stage else []
+    flags = ["--model_name_or_path", "some/model", "--output_dir", "out", *more]
+    code, out, err = answer(f"{stage}.py", *flags, "--resume_from_checkpoint", "out/checkpoint-7")
+    assert (code, out, err) == (1, "", "error: --resume_from_checkpoint out/checkpoint-7: no such folder\n")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
