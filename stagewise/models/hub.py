@@ -78,9 +78,7 @@ def _is_in_local_folder(path: Path) -> bool:
     if it has one of the two names that the recipes use.
     """
     folder = path.parent
-    if len(path.parts) != 2 or not folder.is_dir():
-        return False
-    return folder.name in LOCAL_FOLDERS or any(folder.glob("*/run.json"))
+    return len(path.parts) == 2 and (str(folder) in LOCAL_FOLDERS or any(folder.glob("*/run.json")))
 
 
 def _similar_names(path: Path) -> str:

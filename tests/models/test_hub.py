@@ -138,7 +138,6 @@ def test_a_missing_directory_beside_runs_is_no_hub_name(tmp_path, monkeypatch):
     (tmp_path / "runs/sft-merged/run.json").write_text("{}")
     with pytest.raises(ModelError, match=r"^--model_name_or_path runs/sft-merge: .*directory; runs holds sft-merged$"):
         find_source("runs/sft-merge", arguments("x"))
-    (tmp_path / "outputs").mkdir()
     with pytest.raises(ModelError, match=r"^--model_name_or_path outputs/pt: no such directory$"):
         find_source("outputs/pt", arguments("x"))
 
