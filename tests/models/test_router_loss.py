@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 
 from stagewise.adapters.attach import attach_adapter
 from stagewise.config.arguments import AdapterArguments, ModelArguments
 from stagewise.errors import ArgumentError
+from stagewise.models.hub import TRANSFORMERS
 from stagewise.models.router_loss import RouterLoss, router_loss
 from tests.adapters.test_compatibility import SCRIPTS
 from tests.conftest import build_tiny_model
@@ -61,6 +63,10 @@ def test_the_loss_is_the_formulas_without_padding(family, adapted):
     mask[1, 5:] = 0
     model.train()(input_ids=ids, attention_mask=mask, use_cache=False)
     assert len(held) == 2  # one a layer
+    if family == "granitemoe" and Version(TRANSFORMERS) < Version("5.23"):  # 5.17 hands on no scores of its routers
+        with pytest.raises(ArgumentError, match="--router_aux_loss: this model's layers have no routers"):
+            router.take()
+        return
     expected = by_hand([scores.reshape(18, -1) for scores in held], mask.flatten().bool().tolist(), 2)
     found = router.take()
     assert found.item() == pytest.approx(3 * expected, rel=1e-4)

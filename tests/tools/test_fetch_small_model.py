@@ -90,6 +90,11 @@ def test_it_is_a_plain_model_that_answers(smollm):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(smollm, local_files_only=True)
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
+        "<|im_end|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    )
     assert model.dtype == torch.float32
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     text = tokenizer.apply_chat_template(
