@@ -283,8 +283,13 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
 def unanswerable(
     speaker: Speaker, prompts: list[Prompt], sampling: SamplingArguments, on_bad_record: str
 ) -> dict[int, str]:
-    """Why which prompts cannot be asked; raises the first reason unless they are to be skipped."""
-    reasons = {}
+    """The reasons of the prompts that cannot be answered, by index.
+
+    Raises:
+        SpeakerError: unless they are to be skipped: the first reason, and how many prompts there are like it.
+    """
+    reasons: dict[int, str] = {}
+    errors = []
     room = sampling.settled(speaker.defaults)["max_new_tokens"]
     speaker.longest_question(room)  # the flag's fault, not a record's
     for place, prompt in enumerate(prompts):
@@ -294,9 +299,11 @@ def unanswerable(
         try:
             speaker.encode(prompt.conversation, room)
         except SpeakerError as error:
-            if on_bad_record == "error":
-                raise
+            errors.append(error)
             reasons[place] = str(error)
+    if errors and on_bad_record == "error":
+        count = f"{len(errors):,} of {len(prompts):,} questions cannot be answered"
+        raise SpeakerError(f"{errors[0]} ({count}; --on_bad_record skip answers the others)")
     return reasons
 
 

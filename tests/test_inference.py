@@ -130,8 +130,10 @@ def test_a_prompt_that_is_too_long_is_an_error_or_has_no_answer(tiny_checkpoint,
     base = tiny_checkpoint("llama", max_position_embeddings=256)
     long = {"prompt": "long " * 300}
     data = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}, long, {"prompt": "b"}])
-    with pytest.raises(SpeakerError, match="prompts.jsonl:2: the last question alone is longer"):
+    with pytest.raises(SpeakerError, match="prompts.jsonl:2: the last question alone is longer") as raised:
         inference.main(words(base, data, tmp_path / "out.jsonl"))
+    end = "(1 of 3 questions cannot be answered; --on_bad_record skip answers the others)"
+    assert str(raised.value).endswith(end)
     more = ("--on_bad_record", "skip", "--overwrite_output_file")
     inference.main(words(base, data, tmp_path / "out.jsonl", *more))
     first, second, third = read(tmp_path / "out.jsonl")
