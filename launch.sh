@@ -9,12 +9,20 @@
 #   MASTER_ADDR MASTER_PORT     address and port of machine 0, where NNODES is above 1; default port 29500
 #   PYTHON                      interpreter; default: the active environment's, else .venv's, else python3 if it has torch
 #   GPUS                        visible GPUs; counted unless given
+#   CPU_BFLOAT16                1 if the CPU has instructions for bfloat16, else 0; found out unless given
 #   LAUNCH_DRY=1                print the commands and run none of them
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" # paths in recipes and in their flags are relative to this folder
 OUTPUTS=${OUTPUTS:-outputs} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+CPU_BFLOAT16=${CPU_BFLOAT16:-}
 SMALL_MODEL=models/SmolLM2-135M-Instruct
+COUNT_DEVICES='import torch
+try:
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+except (AttributeError, RuntimeError):
+    bfloat16 = False
+print(torch.accelerator.device_count(), int(bfloat16))'
 
 say() { echo "$*" >&2; }
 fail() { say "error: $*"; exit 2; }
@@ -66,9 +74,11 @@ set_up() {
 # all in float32 on a CPU without instructions for bfloat16.
 find_devices() {
     find_python
-    if [ -z "${GPUS:-}" ]; then
-        GPUS=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())') ||
+    local counted
+    if [ -z "${GPUS:-}" ] || [ "$GPUS$CPU_BFLOAT16" = 0 ]; then
+        counted=$("$PYTHON" -c "$COUNT_DEVICES") ||
             fail "$PYTHON cannot import torch: 'bash launch.sh set_up' installs what is missing"
+        GPUS=${GPUS:-${counted% *}} CPU_BFLOAT16=${counted#* }
     fi
     local name
     for name in GPUS NPROC NNODES NODE_RANK; do
@@ -78,7 +88,7 @@ find_devices() {
     [ "$NPROC" -gt 0 ] || fail "NPROC=$NPROC: expected at least 1"
     PRECISION=(--torch_dtype bfloat16 --bf16)
     # Without instructions for it a CPU computes in bfloat16 some fifty times slower than in float32.
-    if [ "$GPUS" = 0 ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.ops.mkldnn._is_mkldnn_bf16_supported())' 2>/dev/null; then
+    if [ "$GPUS" = 0 ] && [ "$CPU_BFLOAT16" = 0 ]; then
         PRECISION=(--torch_dtype float32)
         say "precision: float32, since this CPU has no instructions for bfloat16"
     fi

@@ -37,7 +37,7 @@ set_up
 find_devices
 choose_model # MODEL, else the small model, which is fetched
 BASE=$MODEL
-export PYTHON GPUS NPROC OUTPUTS
+export PYTHON GPUS CPU_BFLOAT16 NPROC OUTPUTS
 mkdir -p "$OUTPUTS"
 printf 'started\t%s\n' "$(date +%s)" >"$OUTPUTS/seconds.tsv"
 
@@ -45,38 +45,13 @@ if [ "$GPUS" -gt 0 ]; then # two stages run beside each other below: without a l
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 fi
 
-# Loading the libraries takes each process seconds. Where one process is a stage, they are loaded once, and each command
-# is a fork of the process that has them: it gets the command's words and answers with its exit status.
-LOADED=
-if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ] && [ -z "${LAUNCH_DRY:-}" ]; then
-    pipes=$(mktemp -d)
-    mkfifo "$pipes/commands" "$pipes/statuses"
-    "$PYTHON" -m tools.preloaded 3>&1 <"$pipes/commands" >"$pipes/statuses" &
-    exec 4>"$pipes/commands" 5<"$pipes/statuses"
-    rm -r "$pipes"
-    LOADED=1
-fi
-
-# perform WORDS…: shows a command and runs it; `python` and its script or module come first.
-perform() {
-    if [ -z "$LOADED" ]; then run "$@"; return; fi
-    local status
-    show "$@"
-    { printf '%s\0' $(($# - 1)) && printf '%s\0' "${@:2}"; } >&4
-    read -r status <&5 || fail "the process that ran the command is gone; its own words are above"
-    return "$status"
-}
-
 # stage NAME FLAGS…: runs run_NAME.sh from MODEL, merges its adapter into MODEL, and writes down the seconds of both.
 stage() {
-    local name=$1 began=$SECONDS recipe
-    local -a command
+    local name=$1 began=$SECONDS
     shift
     say "" && say "━━ $name ━━"
-    recipe=$(MODEL=$MODEL LAUNCH_DRY=1 bash "run_$name.sh" "${EVERY[@]}" "$@")
-    eval "command=($recipe)"
-    perform "${command[@]}"
-    perform "$PYTHON" merge_peft_adapter.py --base_model "$MODEL" --lora_model "$OUTPUTS/$name" \
+    MODEL=$MODEL bash "run_$name.sh" "${EVERY[@]}" "$@"
+    run "$PYTHON" merge_peft_adapter.py --base_model "$MODEL" --lora_model "$OUTPUTS/$name" \
         --tokenizer_path "$OUTPUTS/$name" --output_dir "$OUTPUTS/$name-merged" --overwrite_output_dir
     printf '%s\t%s\n' "$name" $((SECONDS - began)) >>"$OUTPUTS/seconds.tsv"
 }
@@ -90,7 +65,7 @@ dpo() { MODEL=$OUTPUTS/sft-merged stage dpo "${DPO[@]}"; }
 beside=
 if [ "$GPUS" -gt 0 ] && [ -z "${LAUNCH_DRY:-}" ]; then
     say "" && say "dpo: runs meanwhile; what it says comes after PPO, and is in $OUTPUTS/dpo.log"
-    (unset MASTER_PORT && LOADED= && dpo) >"$OUTPUTS/dpo.log" 2>&1 &
+    (unset MASTER_PORT && dpo) >"$OUTPUTS/dpo.log" 2>&1 &
     beside=$!
     trap 'kill $beside 2>/dev/null || true' EXIT
 fi
@@ -107,4 +82,4 @@ fi
 
 # ── report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 say "" && say "━━ report ━━"
-perform "$PYTHON" -m tools.report --outputs "$OUTPUTS"
+run "$PYTHON" -m tools.report --outputs "$OUTPUTS"

@@ -166,6 +166,19 @@ def smollm() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_smollm(smollm, tmp_path_factory) -> Path:
+    """A tiny random Llama with the small real model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048, "eos_token_id": 2, "pad_token_id": 2}
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    build_tiny_model("llama", **shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def logged():
     """The lines that are logged while a test runs, as they come."""

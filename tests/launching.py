@@ -4,7 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from tests import zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
@@ -38,16 +41,44 @@ def torchrun(script: str, *words, launcher=("--nproc_per_node", "2")) -> list[st
     return [str(word) for word in command]
 
 
-def run(command: list[str], timeout: int = 600) -> str:
-    """Runs a command from the project's root; its output, or an AssertionError that shows the end of it."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=timeout,
-        text=True,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-6000:]}"
-    return done.stdout
+def run(command: list[str], timeout: int = 600, torchrun: bool = False) -> str:
+    """Runs a command from the project's root; its output, or an AssertionError that shows the end of it.
+
+    Args:
+        command: what `python` or `torchrun` gives.
+        timeout: seconds.
+        torchrun: True starts a command of `torchrun` by torchrun itself; else its processes are forks, which skip the
+            imports (tests/zygote.py).
+    """
+    if command[1:3] == ["-m", "torch.distributed.run"] and not torchrun:
+        code, output = _run_in_forks(command, timeout)
+    else:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            text=True,
+        )
+        code, output = done.returncode, done.stdout
+    assert code == 0, f"exit code {code}\n{output[-6000:]}"
+    return output
+
+
+def _run_in_forks(command: list[str], timeout: int) -> tuple[int, str]:
+    script = next(index for index, word in enumerate(command) if word.endswith(".py"))
+    options = dict(zip(command[3:script:2], command[4:script:2], strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        code = zygote.launch(
+            command[script],
+            command[script + 1 :],
+            environment(),
+            int(options["--master_port"]),
+            log,
+            int(options["--nproc_per_node"]),
+            timeout,
+        )
+        return code, log.read_text(encoding="utf-8", errors="replace")

@@ -81,7 +81,7 @@ def test_two_processes_are_one_process_with_twice_the_batch(stage_name, stage, w
     # Plain gradient descent: a loss that is wrong by a factor, which Adam would not see, shows.
     descent = {"optim": "sgd", "learning_rate": 0.5}
     one = stage(script, *words(stage_name, "one", batch=2, **descent))
-    run(torchrun(script, *words(stage_name, "two", batch=1, **descent)))
+    run(torchrun(script, *words(stage_name, "two", batch=1, **descent)), torchrun=True)
     assert_same(tmp_path / "two", one, rtol=1e-4, atol=1e-5)
     first, second = manifest(one), manifest(tmp_path / "two")
     assert (first["processes"], second["processes"]) == (1, 2)

@@ -1,4 +1,4 @@
-"""The notebooks: they run from top to bottom on the small real model, two steps a stage."""
+"""The notebooks: they run from top to bottom on a tiny model, two steps per stage."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,9 @@ def test_there_are_no_other_notebooks():
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", STAGES)
-def test_a_notebook_runs_from_top_to_bottom(name, smollm, tmp_path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(name, tiny_smollm, tmp_path, monkeypatch):
     for variable, value in {
-        "MODEL": str(smollm),
+        "MODEL": str(tiny_smollm),
         "OUTPUTS": str(tmp_path),
         "MAX_STEPS": "2",
         "MAX_EVAL_SAMPLES": "2",

@@ -45,6 +45,7 @@ def test_a_local_directory_asks_no_hub(tiny_checkpoint, no_network):
 def test_a_hub_name_does_ask(no_network, monkeypatch):
     """The guard of the test above works."""
     asked = []
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's five tries
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a[0]) or (_ for _ in ()).throw(OSError()))
     with pytest.raises(ModelError, match="nobody/nothing"):
         load_config(arguments("nobody/nothing"))
