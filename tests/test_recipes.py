@@ -19,6 +19,7 @@ SCRIPTS = {
     "dpo": "dpo_training.py",
 }
 SMALL_MODEL = "models/SmolLM2-135M-Instruct"
+CPU_BFLOAT16 = str(int(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 OURS = ("MODEL", "REWARD_MODEL", "OUTPUTS", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LAUNCH_DRY")
 
 
@@ -27,7 +28,7 @@ def bash(script, *flags, timeout=60, **environment):
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
     return subprocess.run(
         ["bash", str(ROOT / script), *flags],
-        env={**kept, "PYTHON": sys.executable, "GPUS": "0", **environment},
+        env={**kept, "PYTHON": sys.executable, "GPUS": "0", "CPU_BFLOAT16": CPU_BFLOAT16, **environment},
         cwd="/",  # a recipe is started from anywhere
         capture_output=True,
         text=True,

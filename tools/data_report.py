@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.config.arguments import ModelArguments
+from stagewise.config.stages import STAGES
 from stagewise.data.bad_records import too_long_line
 from stagewise.data.control_tokens import control_line
 from stagewise.data.examples import Example, PreferenceExample
@@ -36,7 +37,6 @@ from stagewise.reports.results import marked
 from stagewise.reports.terminal_text import visible
 from stagewise.training.settings import StageArguments
 
-CAPACITY = {"pt": "block_size", "sft": "model_max_length"}  # the flag that says how many tokens a packed row holds
 REJECTED = 10  # records that were left out for what is wrong with them, of which is said what that is
 BAR = 40  # characters of the longest bar of the histogram
 STRETCH = 600  # characters that are shown of a stretch of a sample's text
@@ -107,9 +107,10 @@ def step_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
     ]
     streamed = shown.splits.summary["train"].streamed
     padded = step_line(padded_step(measures, size), streamed)
-    if shown.stage not in CAPACITY:
+    flag = STAGES[shown.stage].capacity_flag
+    if flag is None:
         return [*lines, padded]
-    capacity = shown.flag(CAPACITY[shown.stage])
+    capacity = shown.flag(flag)
     config, how = load_config(shown.flags[ModelArguments]), ("packing", "padded_because", "shift_attn")
     exact, reason = rows_by_flags(config, *map(shown.flag, how))
     rows = len(pack(measures.lengths.tolist(), capacity))

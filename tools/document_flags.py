@@ -38,10 +38,11 @@ from stagewise.config.arguments import RunArguments
 from stagewise.config.command_line import ALWAYS_SO, NOT_YET, RENAMED, RENAMED_OPTIMIZERS
 from stagewise.config.flags import Flag
 from stagewise.config.flags import flags_of as flags_by_name
+from stagewise.config.stages import BY_SCRIPT, STAGES
 from stagewise.config.transformers_flags import MOST_USED
 from stagewise.training.settings import StageArguments
 from tools.flag_texts import CHINESE, TRAINING
-from tools.stage_scripts import STAGES, dataclasses_of
+from tools.stage_scripts import dataclasses_of
 
 MERGE = "merge_peft_adapter"
 # Scripts that use a model, and where the list of their dataclasses is.
@@ -50,11 +51,7 @@ DOCUMENTS = {"en": Path("docs/arguments.md"), "zh": Path("docs/arguments_zh.md")
 # The page that has all flags of a script, without its language.
 PAGES = {
     **{script: script for script in USERS},
-    "pretraining": "pt",
-    "supervised_finetuning": "sft",
-    "reward_modeling": "rm",
-    "ppo_training": "ppo",
-    "dpo_training": "dpo",
+    **{stage.script: stage.name for stage in STAGES.values()},
 }
 # What stands above the flags of a dataclass on a stage's page, in its order; the stage's own come first.
 TITLES = {
@@ -98,14 +95,14 @@ class FlagsError(ValueError):
 
 def flag_names() -> dict[str, dict[str, Flag]]:
     """The flags of each stage script and of the merge script, by the script's name without .py."""
-    types = {script: dataclasses_of(script) for script in STAGES} | {MERGE: importlib.import_module(MERGE).FLAGS}
+    types = {script: dataclasses_of(script) for script in BY_SCRIPT} | {MERGE: importlib.import_module(MERGE).FLAGS}
     return {script: flags_by_name(found) for script, found in types.items()}
 
 
 def groups() -> dict[str, tuple[type, list[str]]]:
     """Each dataclass by its name, with the titles of the stages that have its flags."""
     found: dict[str, tuple[type, list[str]]] = {}
-    for script, title in STAGES.items():
+    for script, title in ((stage.script, stage.label) for stage in STAGES.values()):
         for kind in dataclasses_of(script):
             found.setdefault(kind.__name__, (kind, []))[1].append(title)
     found["MergeArguments"] = importlib.import_module(MERGE).MergeArguments, []
@@ -246,7 +243,7 @@ def stage_tables(script: str, language: str) -> str:
     if script in USERS:
         return titled([(USE_TITLES[kind.__name__][place], flag_table(kind, language)) for kind in flags_of(script)])
     stages, kinds = groups(), {kind.__name__: kind for kind in dataclasses_of(script)}
-    own = [name for name in kinds if stages[name][1] == [STAGES[script]]]
+    own = [name for name in kinds if stages[name][1] == [BY_SCRIPT[script].label]]
     if unknown := kinds.keys() - {*own, *TITLES}:
         raise FlagsError(f"tools/document_flags.py: TITLES has no {', '.join(sorted(unknown))}")
     parts = [(OWN[place], flag_table(kinds[name], language)) for name in own if own_fields(kinds[name])]

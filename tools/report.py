@@ -23,6 +23,7 @@ from loguru import logger
 from stagewise.artifacts.json_files import read_object
 from stagewise.artifacts.weight_files import AGAIN
 from stagewise.config.paths import path_of
+from stagewise.config.stages import STAGES
 from stagewise.data.records import find_files, load_records
 from stagewise.formats.json_lines import read_json_lines
 from stagewise.formats.parsers import Conversation, parse_conversation, parse_preference
@@ -31,11 +32,8 @@ from stagewise.reports.terminal_text import print_error
 from tools import judging
 from tools.judging import Line, Rows, in_language
 
-STAGES = ("pt", "sft", "rm", "ppo", "dpo")
-TITLES = {"pt": "PT", "sft": "SFT", "rm": "RM", "ppo": "PPO", "dpo": "DPO"}
 LANGUAGES = ("english", "chinese")
-TALKERS = ("sft", "dpo", "ppo")  # and the base
-CURVES = {"ppo": "reward"}  # what a stage's panel shows, where it is not the loss
+TALKERS = ("sft", "dpo", "ppo")  # in the order of their answers; the base comes first
 
 
 class ReportError(ValueError):
@@ -181,11 +179,12 @@ def ask_all(outputs: Path, stages: dict[str, Stage], max_new_tokens: int) -> lis
 
     models = {"base": stages["pt"].run["base_model"]}
     for name in TALKERS:
-        models[TITLES[name]] = str(outputs / f"{name}-merged")
-        if not Path(models[TITLES[name]], "config.json").is_file():
+        folder = outputs / f"{name}-merged"
+        models[STAGES[name].label] = str(folder)
+        if not (folder / "config.json").is_file():
             raise ReportError(
-                f"{models[TITLES[name]]}: no merged model; python merge_peft_adapter.py --lora_model {outputs / name} "
-                f"--output_dir {models[TITLES[name]]}"
+                f"{folder}: no merged model; python merge_peft_adapter.py --lora_model {outputs / name} "
+                f"--output_dir {folder}"
             )
     template = AutoTokenizer.from_pretrained(models["SFT"]).chat_template
     prompts = held_out_prompts(stages["sft"].run["flags"]["validation_file_dir"])
@@ -271,11 +270,11 @@ def draw(stages: dict[str, Stage], path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(10, 5.6))
     axes.flat[-1].axis("off")
     for axis, (name, stage) in zip(axes.flat, stages.items(), strict=False):
-        key = CURVES.get(name, "loss")
+        key = STAGES[name].curve
         for _, lines in drawn(stage.history, [both("", key)]):
             for line in lines:
                 plot(axis, line, "C0" if line.label == "training" else "C1")
-        axis.set(title=TITLES[name], xlabel="step", ylabel=key)
+        axis.set(title=STAGES[name].label, xlabel="step", ylabel=key)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
@@ -300,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         print_error(error)
         sys.exit(2)
-    minutes = {TITLES[n]: seconds.get(n, stage.run["seconds"]) / 60 for n, stage in stages.items()}
+    minutes = {STAGES[n].label: seconds.get(n, stage.run["seconds"]) / 60 for n, stage in stages.items()}
     total = (time.time() - seconds["started"]) / 60 if "started" in seconds else None
     text = report(stages, lines, said, minutes, total)
     (args.outputs / "report.md").write_text(text, encoding="utf-8")

@@ -17,18 +17,10 @@ import argparse
 from pathlib import Path
 
 from stagewise.config.paths import path_of
+from stagewise.config.stages import BY_SCRIPT, STAGES
 from stagewise.formats.readers import RECORD_FILES, TEXT_FILES
 from stagewise.training.first_look import first_look
 from tools.stage_scripts import dataclasses_of, early_flags
-
-STAGES = {
-    "pt": "pretraining",
-    "sft": "supervised_finetuning",
-    "rm": "reward_modeling",
-    "dpo": "dpo_training",
-    "ppo": "ppo_training",
-}
-STAGE_OF = {script: name for name, script in STAGES.items()}
 
 
 def own_parser() -> argparse.ArgumentParser:
@@ -49,11 +41,10 @@ def own_parser() -> argparse.ArgumentParser:
 def stage_name(word: str) -> str:
     """ "sft" of "sft", "supervised_finetuning.py" or "path/to/supervised_finetuning.py"."""
     name = Path(word).name.removesuffix(".py")
-    found = name if name in STAGES else STAGE_OF.get(name)
-    if found is None:
-        scripts = ", ".join(f"{script}.py ({short})" for short, script in STAGES.items())
+    if name not in STAGES and name not in BY_SCRIPT:
+        scripts = ", ".join(f"{stage.script}.py ({stage.name})" for stage in STAGES.values())
         raise argparse.ArgumentTypeError(f"expected a stage, one of {scripts}; found {word!r}")
-    return found
+    return name if name in STAGES else BY_SCRIPT[name].name
 
 
 def natural(word: str) -> int:
@@ -82,7 +73,7 @@ def picture(word: str) -> Path:
 if __name__ == "__main__":  # a wrong flag or path is answered before torch has loaded
     own, words = own_parser().parse_known_args()
     first_look(
-        early_flags(STAGES[own.stage]),
+        early_flags(STAGES[own.stage].script),
         None,
         stage=True,
         texts=TEXT_FILES if own.stage == "pt" else RECORD_FILES,
@@ -152,8 +143,8 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
     check_shared(*parts)
     settle_what_to_do(args, flags[DataArguments], given)
     if adapter.peft_path:
-        take_method_of_adapter(adapter, "SEQ_CLS" if script == STAGES["rm"] else "CAUSAL_LM")
-    settle_long_context(STAGE_OF[script], parts)
+        take_method_of_adapter(adapter, BY_SCRIPT[script].task)
+    settle_long_context(BY_SCRIPT[script].name, parts)
     if LanguageModelArguments in flags:
         check_streaming(args, flags[DataArguments], flags[LanguageModelArguments])
     return flags
@@ -168,7 +159,7 @@ def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
     Raises:
         ArgumentError, RecordError: what the stage would say.
     """
-    read_data = importlib.import_module(STAGES[stage]).read_data
+    read_data = importlib.import_module(STAGES[stage].script).read_data
     wanted = typing.get_type_hints(read_data)
     splits, tokenizer, *others = read_data(**{name: flags[kind] for name, kind in wanted.items() if name != "return"})
     refused = []
@@ -176,7 +167,7 @@ def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
         refused = first_of_stream(splits, max(STREAMED, flags[DataArguments].max_train_samples))
     path = Path(folder, "rejected.jsonl")
     rejected = [*map(str, refused), *(f"{entry['where']}: {entry['message']}" for entry in read_json_lines(path))]
-    return Shown(stage, STAGES[stage], flags, splits, tokenizer, others[0].name if others else None, rejected)
+    return Shown(stage, STAGES[stage].script, flags, splits, tokenizer, others[0].name if others else None, rejected)
 
 
 def first_of_stream(splits: Splits, limit: int) -> list[RecordError]:
@@ -200,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     code = 2  # until the flags are understood
     with tempfile.TemporaryDirectory() as folder:
         try:
-            flags = stage_flags(STAGES[own.stage], words, folder)
+            flags = stage_flags(STAGES[own.stage].script, words, folder)
             code = 1
             shown = read(own.stage, flags, folder)
         except ValueError as error:

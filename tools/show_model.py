@@ -11,25 +11,24 @@ from __future__ import annotations
 
 import sys
 
+from stagewise.config.stages import BY_SCRIPT, STAGES
 from stagewise.errors import ArgumentError
 from stagewise.training.first_look import first_look, say_error
-from tools.stage_scripts import STAGES, dataclasses_of, early_flags
-
-NAMES = {script: title.lower() for script, title in STAGES.items()}
+from tools.stage_scripts import dataclasses_of, early_flags
 
 
 def script_name(word: str) -> str:
     """ "pretraining" of "pretraining.py". Raises ArgumentError for a word that is no stage's script."""
     name = word.removesuffix(".py")
-    if name not in NAMES:
-        raise ArgumentError(f"expected a stage's script first, one of {', '.join(NAMES)}; found {word!r}")
+    if name not in BY_SCRIPT:
+        raise ArgumentError(f"expected a stage's script first, one of {', '.join(BY_SCRIPT)}; found {word!r}")
     return name
 
 
 def look(words: list[str]) -> None:
     """Ends the program if its flags cannot be followed."""
     if not words or words[0] in ("-h", "--help"):
-        print(f"{__doc__}\nstages: {', '.join(NAMES)}")
+        print(f"{__doc__}\nstages: {', '.join(BY_SCRIPT)}")
         raise SystemExit(0)
     try:
         flags = early_flags(script_name(words[0]))
@@ -132,9 +131,10 @@ def read_flags(script: str, words: list[str]) -> tuple[str, Any, list[Any]]:
     check_shared(*parts)
     settle_precision(args, parts)
     gpu = {"device": torch.device("cuda"), "optim": args.optim, "max_steps": args.max_steps, "deepspeed": None}
-    check_methods(NAMES[name], SimpleNamespace(**gpu, gradient_checkpointing=args.gradient_checkpointing), parts)
-    settle_long_context(NAMES[name], parts)
-    return NAMES[name], args, parts
+    stage = BY_SCRIPT[name].name
+    check_methods(stage, SimpleNamespace(**gpu, gradient_checkpointing=args.gradient_checkpointing), parts)
+    settle_long_context(stage, parts)
+    return stage, args, parts
 
 
 def flag(parts: list[Any], name: str, default: Any = None) -> Any:
@@ -146,8 +146,8 @@ def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estim
     """What a training step of the stage holds; every position is taken to be learned, and every row to be full."""
     model = next(part for part in parts if isinstance(part, ModelArguments))
     batch = args.per_device_train_batch_size
-    if stage in ("pt", "sft"):
-        rows, tokens = batch, flag(parts, "model_max_length") or flag(parts, "block_size")
+    if capacity := STAGES[stage].capacity_flag:
+        rows, tokens = batch, flag(parts, capacity)
         logit_tokens = rows * tokens
     else:
         answer = flag(parts, "max_target_length")
@@ -156,7 +156,7 @@ def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estim
         logit_tokens = 0 if stage == "rm" else rows * (min(tokens, batch * answer) if kept_logits else tokens)
     adapter = next(part for part in parts if isinstance(part, AdapterArguments))
     virtual = adapter.num_virtual_tokens if adapter.method in VIRTUAL_TOKENS else 0
-    packed = stage in ("pt", "sft") and flag(parts, "packing", False) and not (virtual or model.shift_attn)
+    packed = bool(capacity) and flag(parts, "packing", False) and not (virtual or model.shift_attn)
     # torch's own attention takes several documents in a row, or padding, as a mask; a batch of one has no padding
     masked = not (model.flash_attn or model.shift_attn) and (packed or rows > 1)
     return estimate.Step(
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     log_visible_text()
     logger.add(lambda message: sys.stderr.write(message), level="INFO", format="{message}")
     if not words or words[0] in ("-h", "--help"):
-        print(f"{__doc__}\nstages: {', '.join(NAMES)}")
+        print(f"{__doc__}\nstages: {', '.join(BY_SCRIPT)}")
         return
     try:
         print(visible(report(describe(words[0], words[1:]))))

@@ -10,13 +10,6 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {
-    "pretraining": "PT",
-    "supervised_finetuning": "SFT",
-    "reward_modeling": "RM",
-    "ppo_training": "PPO",
-    "dpo_training": "DPO",
-}
 
 
 @cache

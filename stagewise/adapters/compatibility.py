@@ -17,12 +17,8 @@ from stagewise.adapters.files import method_of, read_adapter_config, task_of
 from stagewise.adapters.targets import names_of
 from stagewise.config.arguments import METHODS, VIRTUAL_TOKENS, AdapterArguments, ModelArguments
 from stagewise.config.checks import check_flags_of_method
+from stagewise.config.stages import STAGES
 from stagewise.errors import AdapterError, ArgumentError
-
-STAGES = ("pt", "sft", "rm", "dpo", "ppo")
-# Virtual tokens stand before a text whose every position the stage reads: a reward is read from one position that a
-# classifier finds by its input ids, and PPO samples answers and reads values where the text stands.
-WITH_VIRTUAL_TOKENS = ("pt", "sft", "dpo")
 
 
 def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> None:
@@ -41,7 +37,7 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
     if adapter is None or model is None:
         return
     if adapter.peft_path:
-        take_method_of_adapter(adapter, "SEQ_CLS" if stage == "rm" else "CAUSAL_LM")
+        take_method_of_adapter(adapter, STAGES[stage].task)
     if adapter.method in VIRTUAL_TOKENS:
         _check_virtual_tokens(stage, args, adapter)
     elif adapter.method == "adalora":
@@ -83,7 +79,7 @@ def take_method_of_adapter(adapter: AdapterArguments, task_type: str) -> None:
 
 def _check_virtual_tokens(stage: str, args: TrainingArguments, adapter: AdapterArguments) -> None:
     flag = f"--fine_tuning_type {adapter.method}"
-    if stage not in WITH_VIRTUAL_TOKENS:
+    if not STAGES[stage].virtual_tokens:
         raise ArgumentError(
             f"{flag}: not for this stage, which reads single positions that virtual tokens move; train with "
             "--fine_tuning_type lora"
@@ -115,7 +111,7 @@ def _check_lora(stage: str, adapter: AdapterArguments, model: ModelArguments) ->
     if not start.startswith("pissa"):
         return
     flag = f"{flag}: {start}" if adapter.peft_path else f"{flag} {start}"
-    if stage in ("dpo", "ppo"):
+    if STAGES[stage].reference:
         raise ArgumentError(
             f"{flag}: takes directions out of the base, which without its adapter would then be another reference; "
             "leave it out here"

@@ -9,19 +9,15 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from stagewise.artifacts.lineage import UNKNOWN, first_model
+from stagewise.config.stages import STAGES
 
 CARD = "README.md"
-STAGES = {
-    "pt": "continued pretraining",
-    "sft": "supervised finetuning",
-    "rm": "reward modeling",
-    "dpo": "direct preference optimization",
-    "ppo": "proximal policy optimization",
+# The steps of a lineage by their names in run.json.
+STEP_TITLES = {stage.name: stage.title for stage in STAGES.values()} | {
     "merge": "adapter merged into its base",
     "vocabulary": "vocabulary extended",
     "quantize": "weights quantized",
 }
-TRAINED = ("pt", "sft", "rm", "dpo", "ppo")
 QUESTION = [{"role": "user", "content": "What goes well with rice?"}]
 
 
@@ -62,7 +58,7 @@ def front_matter_of(manifest: dict[str, Any], license: dict[str, str], scores: b
     base, from_hub = first_model(lineage)
     if base and from_hub:
         found |= {"base_model": base, "base_model_relation": "finetune"}
-    tags = [step["stage"] for step in lineage if step["stage"] in TRAINED]
+    tags = [step["stage"] for step in lineage if step["stage"] in STAGES]
     methods = [step["method"] for step in lineage if step.get("method", "full") != "full"]
     found |= {
         "library_name": "transformers",
@@ -74,7 +70,7 @@ def front_matter_of(manifest: dict[str, Any], license: dict[str, str], scores: b
 
 def _first_lines(lineage: list[dict[str, Any]], scores: bool) -> str:
     base, _ = first_model(lineage)
-    stages = [STAGES[step["stage"]] for step in lineage if step["stage"] in TRAINED]
+    stages = [STAGES[step["stage"]].title for step in lineage if step["stage"] in STAGES]
     kind = "A reward model: one score for a conversation with its answer" if scores else "A language model"
     made = f", made from {code(called(base))}" if base else ""
     through = f" by {', then '.join(stages)}" if stages else " by merging an adapter that was trained elsewhere"
@@ -96,7 +92,7 @@ def _steps(lineage: list[dict[str, Any]]) -> str:
     rows = ["| | step | from | method | steps | records |", "| --- | --- | --- | --- | ---: | ---: |"]
     for number, step in enumerate(lineage, 1):
         records = step.get("data", {}).get("train", {}).get("kept")
-        what = STAGES.get(step["stage"], step["stage"])
+        what = STEP_TITLES.get(step["stage"], step["stage"])
         if reward := (step.get("reward_model") or {}).get("path"):
             what += f", scored by {code(called(reward))}"
         if merged := step.get("merged_adapter"):

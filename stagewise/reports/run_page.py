@@ -17,7 +17,7 @@ from stagewise.artifacts.eval_samples import read_samples, sampled_steps
 from stagewise.artifacts.lineage import first_model, plain
 from stagewise.reports.curves import COSTS, LEARNING, LOSS, STEPS, History, drawn, figure, number
 from stagewise.reports.html import anchor, bare, document, duration, pairs, shown, table, text
-from stagewise.reports.model_card import STAGES
+from stagewise.reports.model_card import STEP_TITLES
 
 PAGE = "report.html"
 WORDS = {
@@ -50,7 +50,7 @@ def write_page(output_dir: Path, manifest: dict[str, Any], history: History) -> 
 
 def page_of(name: str, manifest: dict[str, Any], history: History, samples: Samples) -> str:
     """The page of a run called `name`."""
-    title = f"{name}: {STAGES.get(manifest['stage'], manifest['stage'])}"
+    title = f"{name}: {STEP_TITLES.get(manifest['stage'], manifest['stage'])}"
     bodies = (
         _result(manifest, history),
         _curves(history),
@@ -227,7 +227,7 @@ def _steps(steps: Sequence[dict[str, Any]], now: bool = False) -> str:
             inner = _steps(reward["lineage"])
             scored += f'<details><summary>its own lineage</summary><ol class="lineage">{inner}</ol></details>'
         mark = ' class="now"' if now and place == len(steps) - 1 else ""
-        name = STAGES.get(step["stage"], step["stage"])
+        name = STEP_TITLES.get(step["stage"], step["stage"])
         parts.append(
             f'<li{mark}><b>{text(name)}</b> <span class="soft">{text(" · ".join(told))}</span>'
             f"<br>{text(', '.join(from_where))}{scored}</li>"

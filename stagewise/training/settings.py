@@ -19,6 +19,7 @@ from stagewise.artifacts.manifest import read_manifest
 from stagewise.config.arguments import VIRTUAL_TOKENS, AdapterArguments, DataArguments, ModelArguments, RunArguments
 from stagewise.config.command_line import Given
 from stagewise.config.flags import NO
+from stagewise.config.stages import STAGES
 from stagewise.errors import ArgumentError
 from stagewise.models.attention.rope import check_continued
 
@@ -128,7 +129,7 @@ def settle_long_context(stage: str, parts: Sequence[Any]) -> None:
         raise ArgumentError(f"--longlora_plus has no effect {missing}: leave it out")
     if not model.shift_attn:
         return
-    if stage in ("dpo", "ppo"):
+    if STAGES[stage].reference:
         raise ArgumentError(
             f"--shift_attn: not in {stage.upper()}, which compares the model in training with one in evaluation, "
             "where attention is full; use it in pretraining or supervised finetuning"

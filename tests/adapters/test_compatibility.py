@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import merge_peft_adapter
 from stagewise.adapters.adalora import add_orthogonality
 from stagewise.adapters.attach import attach_adapter, load_adapter, use_loraplus
-from stagewise.adapters.compatibility import STAGES
 from stagewise.config.arguments import AdapterArguments, ModelArguments
 from stagewise.errors import ArgumentError
 from stagewise.inference.sampling import ready_to_speak
@@ -32,6 +31,7 @@ from tests.pair_runs import records as pair_records
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = torch.tensor([[11, 12, 13, 14, 15, 16, 17]])
+STAGES = ("pt", "sft", "rm", "dpo", "ppo")  # the columns of docs/methods.md
 SCRIPTS = {
     "pt": "pretraining",
     "sft": "supervised_finetuning",

@@ -11,9 +11,10 @@ from stagewise.config.arguments import RunArguments
 from stagewise.config.command_line import parse
 from stagewise.config.flags import flags_of
 from stagewise.config.paths import PATHS
+from stagewise.config.stages import BY_SCRIPT
 from stagewise.config.transformers_flags import training_arguments
 from stagewise.errors import ArgumentError
-from tools.stage_scripts import STAGES, early_flags
+from tools.stage_scripts import early_flags
 
 # Values as they stand in YAML, and the words for them in a shell.
 SCALARS = {
@@ -85,7 +86,7 @@ def required(kinds):
     return [(flag.name, ["x"]) for flag in flags_of(kinds).values() if flag.required]
 
 
-@pytest.mark.parametrize("script", sorted(STAGES))
+@pytest.mark.parametrize("script", sorted(BY_SCRIPT))
 def test_a_value_in_yaml_is_the_same_words(script, tmp_path):
     kinds = kinds_of(script)
     flags = flags_of(kinds)
@@ -107,7 +108,7 @@ def same(one, other) -> bool:
     return one == other or (one != one and other != other)
 
 
-@pytest.mark.parametrize("script", sorted(STAGES))
+@pytest.mark.parametrize("script", sorted(BY_SCRIPT))
 def test_every_flag_may_stand_in_a_file(script, tmp_path):
     """One value that fits, in YAML, in JSON, with dashes, and as words: equal dataclasses."""
     kinds = kinds_of(script)

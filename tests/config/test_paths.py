@@ -8,12 +8,13 @@ import pytest
 from stagewise.config.command_line import parse
 from stagewise.config.flags import flags_of
 from stagewise.config.paths import PATHS, expanded
+from stagewise.config.stages import BY_SCRIPT
 from stagewise.data.mixture import find_sources
 from stagewise.errors import ArgumentError
 from stagewise.evaluation.arguments import FLAGS as OF_EVALUATION
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.web.server import FLAGS as OF_WEB
-from tools.stage_scripts import STAGES, early_flags
+from tools.stage_scripts import early_flags
 
 # Flags whose help speaks of files or folders, and whose value is none.
 NO_PATHS = {"data_weights", "push_to_hub", "hub_model_id", "hub_strategy", "run_name", "streaming", "auth"}
@@ -51,7 +52,7 @@ def test_what_cannot_be_expanded_is_an_error(home):
 
 
 def every_flag():
-    kinds = {kind for script in STAGES for kind in early_flags(script)} | {*OF_EVALUATION, *OF_WEB}
+    kinds = {kind for script in BY_SCRIPT for kind in early_flags(script)} | {*OF_EVALUATION, *OF_WEB}
     return [flag for kind in sorted(kinds, key=lambda kind: kind.__name__) for flag in flags_of([kind]).values()]
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from stagewise.config.command_line import given_on, known_names
 from stagewise.config.flags import flags_of as flags_by_name
+from stagewise.config.stages import BY_SCRIPT, STAGES
 from stagewise.data import mixture as sources
 from stagewise.errors import ArgumentError
 from tools import show_data
@@ -90,10 +91,10 @@ def prose(text: str) -> str:
 @cache
 def parsers() -> dict[str, argparse.ArgumentParser | list[type]]:
     """The parser of every script that takes flags, or their dataclasses, by module name."""
-    from tools.document_flags import MERGE, STAGES, USERS, dataclasses_of
+    from tools.document_flags import MERGE, USERS, dataclasses_of
     from tools.document_flags import flags_of as kinds_of
 
-    found = {script: dataclasses_of(script) for script in STAGES} | {script: kinds_of(script) for script in USERS}
+    found = {script: dataclasses_of(script) for script in BY_SCRIPT} | {script: kinds_of(script) for script in USERS}
     found |= {name: importlib.import_module(name).FLAGS for name in (MERGE, "tools.quantize_model")}
     return {**found, **{name: argparse_of(name) for name in ARGPARSE}}
 
@@ -180,7 +181,7 @@ def check_command(words: list[str]) -> None:
         if not behind:
             return  # it is only named
         own, words = show_data.own_parser().parse_known_args(behind)
-        check_command(["python", f"{show_data.STAGES[own.stage]}.py", *words])
+        check_command(["python", f"{STAGES[own.stage].script}.py", *words])
         return
     parser = parsers().get(STARTED_BY.get(script, script))
     assert parser, f"no such script: {shlex.join(words)}"
@@ -433,7 +434,7 @@ def test_every_flag_of_ours_is_in_the_tables():
 
     text = read("docs/arguments.md")
     theirs = set(TrainingArguments.__dataclass_fields__)
-    for script in (*tables.STAGES, tables.MERGE):
+    for script in (*BY_SCRIPT, tables.MERGE):
         for name in flags_by_name(parsers()[script]).keys() - theirs:
             assert f"| `--{name}` |" in text, f"{script}: --{name}"
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import inference
 from stagewise.adapters.attach import attach_adapter, load_adapter
-from stagewise.adapters.compatibility import STAGES
 from stagewise.adapters.targets import choose_targets, linear_targets
 from stagewise.artifacts.manifest import parameters_of
 from stagewise.config.arguments import AdapterArguments, ModelArguments
+from stagewise.config.stages import STAGES
 from stagewise.errors import AdapterError, ModelError
 from stagewise.models.loading import load_causal_lm
 from stagewise.models.quantization.bnb import ExpertsConfig, ExpertsQuantizer
