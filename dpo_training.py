@@ -59,6 +59,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.select import choose_template
@@ -79,7 +80,6 @@ from stagewise.training.resume.checkpoint_dir import check_predecessor, merge_pr
 from stagewise.training.run import start
 from stagewise.training.sample_generations import chosen, continued
 from stagewise.training.settings import StageArguments
-from template import TEMPLATES
 
 
 class DPOTrainer(BalancesExperts, PairTrainer):
@@ -174,7 +174,7 @@ def read_data(
     load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
     tokenizer = load_tokenizer(model_args)
     earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
-    template = choose_template(tokenizer, chat_args, TEMPLATES, earlier)
+    template = choose_template(tokenizer, chat_args, earlier)
     reader = SplitReader(data_args, model_args, args, RECORD_FILES)
     splits = read_pairs(reader, args, tokenizer, template, pair_args)
     return splits, tokenizer, template

@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from loguru import logger
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.artifacts.manifest import given_flags, read_manifest, versions
 from stagewise.artifacts.processes import everywhere
 from stagewise.config.arguments import ChatArguments, PairArguments
@@ -65,7 +66,6 @@ from stagewise.rl.reward_model import load_scorer
 from stagewise.training.error_hints import LESS_MEMORY, advised
 from stagewise.training.first_look import say_error
 from stagewise.training.run import is_main, leave_processes, set_up_logging
-from template import TEMPLATES
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
 
@@ -136,7 +136,6 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
             label=job.args.reward_label,
             tokenizer=speaker.tokenizer,
             template=speaker.template,
-            table=TEMPLATES,
             device=speaker.model.device,
             longest=max(len(speaker.encode(question.prompt, longest)) for question in questions) + longest,
         )
@@ -163,7 +162,7 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
     preferences, account = records
     chat = ChatArguments(job.model.template_name, job.model.force_template, job.model.enable_thinking)
     loading = for_loading(job.model)
-    scorer = everywhere(partial(load_pair_scorer, loading, adapter, chat, TEMPLATES, choose_device(job.model)))
+    scorer = everywhere(partial(load_pair_scorer, loading, adapter, chat, choose_device(job.model)))
     pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
     logger.info(f"test: {len(pairs)} pairs")
     scores = scorer([pair.example for pair in pairs], job.args.batch_size)
@@ -241,7 +240,7 @@ def what_is_asked(job: Job) -> tuple[tuple[list, Account] | None, Benchmarks | N
 def load_speaker(job: Job) -> Speaker:
     """The language model. Raises SpeakerError."""
     try:
-        return Speaker.load(job.model, TEMPLATES)
+        return Speaker.load(job.model)
     except SpeakerError as error:
         name = "model_name_or_path" if "model_name_or_path" in job.given else "base_model"
         raise SpeakerError(str(error).replace("--base_model", f"--{name}")) from error

@@ -68,6 +68,7 @@ from accelerate import PartialState
 from loguru import logger
 from tqdm import tqdm
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.artifacts.processes import everywhere, from_first, together
 from stagewise.config.command_line import parse
 from stagewise.errors import ArgumentError, SpeakerError
@@ -82,7 +83,6 @@ from stagewise.reports.terminal_text import visible
 from stagewise.training.error_hints import LESS_MEMORY, advised
 from stagewise.training.first_look import say_error
 from stagewise.training.run import leave_processes, set_up_logging
-from template import TEMPLATES
 
 DEFAULT_SYSTEM = "the template's own, or none"
 # Flags that no answer follows from: a run that goes on may have others.
@@ -257,7 +257,7 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
     done = from_first(begin)
     if done:
         logger.info(f"{args.output_file}: goes on behind {done} of {len(prompts)} answers")
-    speaker = everywhere(partial(Speaker.load, which, TEMPLATES))
+    speaker = everywhere(partial(Speaker.load, which))
     left_out = unanswerable(speaker, prompts, sampling, args.on_bad_record)
     try:
         for first, found in windows(speaker, prompts, done, left_out, sampling, args.batch_size):
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.data_file:
             answer_file(args, which, sampling)
             return
-        speaker = Speaker.load(which, TEMPLATES)
+        speaker = Speaker.load(which)
         speaker.longest_question(sampling.settled(speaker.defaults)["max_new_tokens"])
         converse(Talk(speaker, sampling, args.system_prompt), open_input())
 

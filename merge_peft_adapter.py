@@ -52,6 +52,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.files import read_adapter_config, refuse_unmergeable
 from stagewise.adapters.merge import Job, merge_in_memory
 from stagewise.adapters.merge_check import check_merged
@@ -81,7 +82,6 @@ from stagewise.reports.model_card import called, write_card
 from stagewise.reports.terminal_text import print_error
 from stagewise.training.error_hints import advised
 from stagewise.training.run import set_up_logging
-from template import TEMPLATES
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
 LESS_MEMORY = (
@@ -172,7 +172,7 @@ def read_tokenizer(args: MergeArguments, adapter: Path, base: ModelArguments) ->
     tokenizer = open_tokenizer(source, "tokenizer_path", hub_options(source, base))
     if is_older_reward_model(adapter):
         # a copy: what is saved stays as the model was trained
-        template = choose_template(copy.deepcopy(tokenizer), ChatArguments(), TEMPLATES)
+        template = choose_template(copy.deepcopy(tokenizer), ChatArguments())
         logger.warning(older_notice(adapter, tokenizer, template))
     if source != own and saved_reading(adapter) is Reading.MARKED:
         trained = open_tokenizer(own, "lora_model", hub_options(own, base))

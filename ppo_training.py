@@ -116,6 +116,7 @@ from loguru import logger
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.select import choose_template
@@ -138,7 +139,6 @@ from stagewise.training.evaluation_set import EvaluationTable, ValidationSet
 from stagewise.training.resume.checkpoint_dir import check_predecessor, merge_predecessor
 from stagewise.training.run import Run, start
 from stagewise.training.settings import StageArguments
-from template import TEMPLATES
 
 
 class PPOTrainer(BalancesExperts, RolloutTrainer):
@@ -308,7 +308,7 @@ def read_data(
     load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
     tokenizer = load_tokenizer(model_args)
     earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
-    template = choose_template(tokenizer, chat_args, TEMPLATES, earlier)
+    template = choose_template(tokenizer, chat_args, earlier)
     reader = SplitReader(data_args, model_args, args, RECORD_FILES)
     splits, conversations = read_prompts(reader, args, tokenizer, template, pair_args.max_source_length)
     return splits, tokenizer, template, conversations
@@ -339,7 +339,6 @@ def main() -> None:
             label=ppo_args.reward_label,
             tokenizer=tokenizer,
             template=template,
-            table=TEMPLATES,
             device=args.device,
             longest=max(part.lengths["max"] for part in splits.summary.values()) + pair_args.max_target_length,
         )

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.reward_template import is_older_reward_model, older_notice, settle_reward_form
@@ -40,7 +41,6 @@ from stagewise.training.metrics import pair_metrics
 from stagewise.training.pair_trainer import PairTrainer, read_pairs
 from stagewise.training.run import start
 from stagewise.training.settings import StageArguments
-from template import TEMPLATES
 
 
 class RewardTrainer(PairTrainer):
@@ -70,7 +70,7 @@ def read_data(
     tokenizer = load_tokenizer(model_args)
     earlier = [path for path in (model_args.model_name_or_path, adapter_args.peft_path) if path]
     older = [path for path in earlier if is_older_reward_model(path)]
-    template = choose_template(tokenizer, chat_args, TEMPLATES, adapter_args.peft_path)
+    template = choose_template(tokenizer, chat_args, adapter_args.peft_path)
     for path in older:
         logger.warning(f"{older_notice(path, tokenizer, template)}; this run trains it at the end marker")
     ending = settle_reward_form(tokenizer, template, config.get_text_config().vocab_size)

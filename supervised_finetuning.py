@@ -48,6 +48,7 @@ if __name__ == "__main__":
 
 from transformers import PreTrainedTokenizerBase
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import AnyTemplate, ConversationEncoder
 from stagewise.chat.select import choose_template
@@ -64,7 +65,6 @@ from stagewise.training.metrics import language_model_metrics
 from stagewise.training.run import start
 from stagewise.training.settings import StageArguments
 from stagewise.training.stream_trainer import check_streaming
-from template import TEMPLATES
 
 
 class SFTTrainer(LanguageModelTrainer):
@@ -102,7 +102,7 @@ def read_data(
     labels = (sft_args.train_on_inputs, sft_args.mask_history, sft_args.truncation_side)
     load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
     tokenizer = load_tokenizer(model_args)
-    template = choose_template(tokenizer, chat_args, TEMPLATES, adapter_args.peft_path)
+    template = choose_template(tokenizer, chat_args, adapter_args.peft_path)
     splits = SplitReader(data_args, model_args, args, RECORD_FILES).read(
         parse_conversation,
         ConversationEncoder(tokenizer, template, sft_args.model_max_length, *labels),

@@ -8,6 +8,7 @@ Above each entry stands where its family publishes the form. Where a public form
 has one only behind the last, every answer here ends with the tokenizer's eos token, which generation can stop at.
 """
 
+from stagewise.chat.registry import register
 from stagewise.chat.template import Template
 from stagewise.chat.tool_formats import DEEPSEEK, GLM4, LLAMA3, MISTRAL, QWEN
 
@@ -339,3 +340,4 @@ _FORMS = [
 ]
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _FORMS}
+register(_FORMS)

@@ -30,6 +30,7 @@ from typing import Any
 
 from loguru import logger
 
+import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.config.command_line import parse
 from stagewise.errors import ArgumentError, ChatError, SpeakerError
 from stagewise.inference.arguments import DRAWING, SamplingArguments
@@ -39,7 +40,6 @@ from stagewise.training.error_hints import LESS_MEMORY, advised
 from stagewise.training.run import set_up_logging
 from stagewise.web.conversations import ADAPTER, BASE, Chat, Desk
 from stagewise.web.translations import CHINESE, CHINESE_TAGS, ENGLISH, said
-from template import TEMPLATES
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 try:
@@ -468,7 +468,7 @@ def main(argv: list[str] | None = None) -> None:
     args, sampling, web = parse(FLAGS, argv, description=__doc__)
     pairs = check(web, sampling)
     with advised("output_dir", None, LESS_MEMORY, status=2):
-        speaker = Speaker.load(args, TEMPLATES)
+        speaker = Speaker.load(args)
     speaker.longest_question(_beginning(sampling).settled(speaker.defaults)["max_new_tokens"])
     about = names_of(speaker, args.lora_model)
     Page(speaker, sampling, web, compares=speaker.adapter is not None, about=about).serve(web, pairs)

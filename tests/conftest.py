@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import template as chat_templates  # noqa: E402, F401  (registers them)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub makes its own; none reaches the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it does

@@ -383,7 +383,7 @@ KINDS = ["plain", "adds bos", "no bos"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_jinja_is_the_text_of_the_segments(name, kind, tokenizers):
     tokenizer = copy.deepcopy(tokenizers[kind])
-    template = choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name=name))
     assert tokenizer.chat_template == template.jinja()
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template.jinja())
     for what, conversation in ODD.items():

@@ -604,12 +604,11 @@ def test_the_page_says_what_the_speaker_says(tiny_checkpoint):
     from transformers import AutoModelForCausalLM
 
     from stagewise.formats.parsers import Conversation, Message
-    from template import TEMPLATES
 
     base = tiny_checkpoint("llama")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(init_lora_weights=False))
     model.save_pretrained(base / "adapter")
-    speaker = Speaker.load(SpeakerArguments(str(base), lora_model=str(base / "adapter")), TEMPLATES)
+    speaker = Speaker.load(SpeakerArguments(str(base), lora_model=str(base / "adapter")))
     sampling = SamplingArguments(temperature=0, max_new_tokens=12)
     page = web_demo.Page(speaker, sampling, web_demo.WebArguments(), compares=True)
     asked = [Conversation((Message("user", "drink water"),))]
@@ -621,9 +620,8 @@ def test_the_page_says_what_the_speaker_says(tiny_checkpoint):
 @pytest.mark.real
 def test_the_small_model_answers_on_the_page(smollm, visit):
     from stagewise.formats.parsers import Conversation, Message
-    from template import TEMPLATES
 
-    speaker = Speaker.load(SpeakerArguments(str(smollm)), TEMPLATES)
+    speaker = Speaker.load(SpeakerArguments(str(smollm)))
     sampling = SamplingArguments(temperature=0, max_new_tokens=24)
     question = "What is the capital of France?"
     expected = speaker.answers([Conversation((Message("user", question),))], sampling, batch_size=1)[0].text

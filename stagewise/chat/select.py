@@ -4,7 +4,6 @@ The choice is written into the tokenizer, text and name, and travels with it thr
 There another form would leave the model with two, so it is refused, unless --force_template asks for it.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from loguru import logger
 from stagewise.artifacts.json_files import read_object
 from stagewise.chat import thinking
 from stagewise.chat.jinja import quoted
+from stagewise.chat.registry import templates_by_name
 from stagewise.chat.reward_template import SCORED_AT, TRAINED_IN, without_ending
 from stagewise.chat.template import Template
 from stagewise.chat.tokenizer_template import WAY_OUT, TokenizerTemplate, knows_thinking
@@ -26,15 +26,12 @@ EXAMPLE = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
 AnyTemplate = Template | TokenizerTemplate
 
 
-def choose_template(
-    tokenizer: Any, chat: ChatArguments, table: Mapping[str, Template], earlier: str | None = None
-) -> AnyTemplate:
+def choose_template(tokenizer: Any, chat: ChatArguments, earlier: str | None = None) -> AnyTemplate:
     """The form to train and serve in.
 
     Args:
         tokenizer: gets the form's text as its chat template, and its name for later stages.
         chat: --template_name, --force_template, --enable_thinking.
-        table: forms by name.
         earlier: the directory of an adapter that this run starts from; the form it was trained in counts.
 
     Raises:
@@ -45,7 +42,7 @@ def choose_template(
         _take_over(tokenizer, Path(earlier))
     own, trained_in = _own_text(tokenizer), tokenizer.init_kwargs.get(TRAINED_IN)
     if chat.template_name:
-        template = _bound(tokenizer, chat, table)
+        template = _bound(tokenizer, chat)
         _check_lineage(tokenizer, chat, template, own, trained_in)
         name = chat.template_name
         instead = ", in place of the tokenizer's own" if own and not trained_in else ""
@@ -53,12 +50,12 @@ def choose_template(
     elif chat.force_template:
         raise ArgumentError("--force_template has no effect without --template_name: give both or neither")
     elif own:
-        template = _of_table(tokenizer, chat, table, own, trained_in) or _own_template(tokenizer, chat, own)
+        template = _of_table(tokenizer, chat, own, trained_in) or _own_template(tokenizer, chat, own)
         name = trained_in or template.name
         since = ", which the model was trained in" if trained_in else ""
         logger.info(f"template: {name}{since}; answers end with {template.stop}")
     else:
-        template = _bound(tokenizer, replace(chat, template_name="vicuna"), table)
+        template = _bound(tokenizer, replace(chat, template_name="vicuna"))
         name = template.name
         logger.info("template: vicuna, because the tokenizer has none (another: --template_name)")
     tokenizer.chat_template = template.jinja()
@@ -92,8 +89,8 @@ def _own_text(tokenizer: Any) -> str | None:
     return without_ending(own) if own else own
 
 
-def _bound(tokenizer: Any, chat: ChatArguments, table: Mapping[str, Template]) -> Template:
-    name = chat.template_name
+def _bound(tokenizer: Any, chat: ChatArguments) -> Template:
+    name, table = chat.template_name, templates_by_name()
     if name not in table:
         raise ArgumentError(f"--template_name: unknown template {name!r}; known: {', '.join(table)}")
     if chat.enable_thinking is not None and not table[name].thinking:
@@ -131,11 +128,10 @@ def _beginning(text: str) -> str:
     return quoted(text[:160] + ("…" if len(text) > 160 else ""))
 
 
-def _of_table(
-    tokenizer: Any, chat: ChatArguments, table: Mapping[str, Template], own: str, trained_in: str | None
-) -> Template | None:
+def _of_table(tokenizer: Any, chat: ChatArguments, own: str, trained_in: str | None) -> Template | None:
     """The table's form that the tokenizer's text is of, by the name it was saved under and letter by letter."""
     asked, text = thinking.asked_by(own)
+    table = templates_by_name()
     if trained_in not in table:
         return None
     try:
@@ -146,7 +142,7 @@ def _of_table(
         return None
     if chat.enable_thinking is None:
         return replace(template, enable_thinking=asked)
-    return _bound(tokenizer, replace(chat, template_name=trained_in), table)
+    return _bound(tokenizer, replace(chat, template_name=trained_in))
 
 
 def _own_template(tokenizer: Any, chat: ChatArguments, own: str) -> TokenizerTemplate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from stagewise.chat.reward_template import (
     settle_reward_form,
 )
 from stagewise.chat.select import choose_template
-from stagewise.chat.template import Template
 from stagewise.config.arguments import ChatArguments, ModelArguments, PairArguments
 from stagewise.config.checks import check_shared
 from stagewise.data.examples import IGNORE_INDEX, PreferenceExample
@@ -81,7 +80,6 @@ def load_pair_scorer(
     args: ModelArguments,
     adapter: str | None,
     chat: ChatArguments,
-    table: Mapping[str, Template],
     device: torch.device,
 ) -> PairScorer:
     """Loads a reward model: base and adapter, or one whole.
@@ -90,7 +88,6 @@ def load_pair_scorer(
         args: the model flags; the tokenizer is the adapter's where it brings one.
         adapter: its directory, or None.
         chat: which chat form.
-        table: chat forms by name.
         device: where it runs.
 
     Raises:
@@ -107,7 +104,7 @@ def load_pair_scorer(
     tokenizer = load_tokenizer(args)
     name, config = adapter or args.model_name_or_path, load_config(args)
     reading = saved_reading(adapter) if adapter else reading_of(tokenizer, name)
-    template = choose_template(tokenizer, chat, table, adapter)
+    template = choose_template(tokenizer, chat, adapter)
     ending = _settled(tokenizer, template, reading, config, name)
     model = load_reward_model(args, tokenizer)
     if not getattr(model, "hf_device_map", None):

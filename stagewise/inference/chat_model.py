@@ -1,7 +1,7 @@
 """A model that answers: a base, a base with an adapter of any kind, merged or quantized; one conversation as a stream,
 many in batches. What the terminal, the web page and the evaluation have in common.
 
-    speaker = Speaker.load(SpeakerArguments("models/SmolLM2-135M-Instruct", lora_model="outputs/sft"), TEMPLATES)
+    speaker = Speaker.load(SpeakerArguments("models/SmolLM2-135M-Instruct", lora_model="outputs/sft"))
     for piece in speaker.stream(Conversation((Message("user", "Hi"),)), SamplingArguments(temperature=0.7, seed=1)):
         print(piece, end="", flush=True)
 """
@@ -12,7 +12,7 @@ import copy
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from stagewise.chat.encoding import AnyTemplate, encode_prompt
 from stagewise.chat.select import EXAMPLE
-from stagewise.chat.template import Template
 from stagewise.errors import RecordError, SpeakerError
 from stagewise.formats.parsers import Conversation
 from stagewise.inference.arguments import DRAWING, MAX_NEW_TOKENS, SamplingArguments, SpeakerArguments
@@ -82,13 +81,13 @@ class Speaker:
         self._pads: bool | None = None
 
     @classmethod
-    def load(cls, args: SpeakerArguments, templates: Mapping[str, Template]) -> Speaker:
-        """Loads what `args` names; `templates` is the table of template.py.
+    def load(cls, args: SpeakerArguments) -> Speaker:
+        """Loads the model, adapter and tokenizer that `args` names.
 
         Raises:
             SpeakerError: for what cannot be loaded, by its flag, before weights are read where that can be known.
         """
-        return cls(*load_parts(args, templates))
+        return cls(*load_parts(args))
 
     # ── prompts ─────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,6 @@ from stagewise.adapters.files import read_adapter_config, task_of
 from stagewise.artifacts.manifest import read_manifest
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.select import choose_template
-from stagewise.chat.template import Template
 from stagewise.config.arguments import ChatArguments, ModelArguments
 from stagewise.config.checks import check_choice, check_shared
 from stagewise.errors import AdapterError, ArgumentError, SpeakerError
@@ -40,14 +38,14 @@ FLAGS = {"model_name_or_path": "base_model", "tokenizer_name_or_path": "tokenize
 Parts = tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, AnyTemplate]
 
 
-def load_parts(args: SpeakerArguments, templates: Mapping[str, Template]) -> Parts:
+def load_parts(args: SpeakerArguments) -> Parts:
     """Model (with its adapter around it, on its device), tokenizer and chat form.
 
     Raises:
         SpeakerError: for what cannot be loaded, by its flag; before weights are read where that can be known.
     """
     try:
-        return _load(copy.copy(args), templates)
+        return _load(copy.copy(args))
     except ArgumentError as error:
         text = str(error)
         for theirs, ours in FLAGS.items():
@@ -62,7 +60,7 @@ def with_base(text: str, adapter: str | None, *, given: bool) -> str:
     return f"{text}; --lora_model {adapter} names this base, which may have moved: give --base_model"
 
 
-def _load(args: SpeakerArguments, templates: Mapping[str, Template]) -> Parts:
+def _load(args: SpeakerArguments) -> Parts:
     device = choose_device(args)
     adapter, config = find_adapter(args)
     args.base_model = args.base_model or (config.base_model_name_or_path if config else None)
@@ -80,7 +78,7 @@ def _load(args: SpeakerArguments, templates: Mapping[str, Template]) -> Parts:
     settle_factor(loading)
     tokenizer = load_tokenizer(loading)
     chat = ChatArguments(args.template_name, args.force_template, args.enable_thinking)
-    template = choose_template(tokenizer, chat, templates, adapter)
+    template = choose_template(tokenizer, chat, adapter)
     if args.load_in_8bit:  # one line a layer and token about its own casts
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     model = load_causal_lm(loading, for_training=False, tokenizer=tokenizer)

@@ -27,7 +27,6 @@ from stagewise.artifacts.weight_files import check_hashes
 from stagewise.chat.encoding import AnyTemplate, encode_segments
 from stagewise.chat.reward_template import Reading, older_notice, reading_of
 from stagewise.chat.select import choose_template
-from stagewise.chat.template import Template
 from stagewise.chat.tool_formats import openai_messages, openai_tools, turns
 from stagewise.config.arguments import ChatArguments, ModelArguments
 from stagewise.errors import InexactCut, RecordError, RewardError
@@ -170,7 +169,6 @@ def load_scorer(
     label: int | None,
     tokenizer: PreTrainedTokenizerBase,
     template: AnyTemplate,
-    table: Mapping[str, Template],
     device: torch.device,
     longest: int,
 ) -> Scorer:
@@ -182,7 +180,6 @@ def load_scorer(
         label: which label's logit is the score; None for a model with one.
         tokenizer: the policy's.
         template: the policy's.
-        table: chat forms by name.
         device: where it runs.
         longest: the most tokens of prompt and answer.
 
@@ -198,7 +195,7 @@ def load_scorer(
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     try:
         model, rm_tokenizer, label = (_adapter if is_adapter else _classifier)(own, label)
-        own_template, reading = _form_of(rm_tokenizer, name, table)
+        own_template, reading = _form_of(rm_tokenizer, name)
     except ValueError as error:
         raise error if isinstance(error, RewardError) else RewardError(f"{FLAG} {name}: {error}") from error
     same = own_template is not None and own_template.jinja() == template.jinja() and _alike(rm_tokenizer, tokenizer)
@@ -226,15 +223,13 @@ def load_scorer(
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _form_of(
-    tokenizer: PreTrainedTokenizerBase, name: str, table: Mapping[str, Template]
-) -> tuple[AnyTemplate | None, Reading]:
+def _form_of(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[AnyTemplate | None, Reading]:
     """The chat form that a reward model was trained in, None where it can't be told, and which rows it reads."""
     reading, saved = reading_of(tokenizer, name), tokenizer.chat_template
     if not saved:
         return None, reading
     try:
-        template = choose_template(tokenizer, ChatArguments(), table)
+        template = choose_template(tokenizer, ChatArguments())
     except InexactCut:
         if reading is Reading.OLDER:
             raise

@@ -648,6 +648,6 @@ def test_a_reward_model_of_a_quantized_run_is_not_quantized(make, stage):
         )
         with pytest.raises(reward.RewardError):
             reward.load_scorer(
-                "x", args, label=None, tokenizer=None, template=None, table={}, device=torch.device("cpu"), longest=1
+                "x", args, label=None, tokenizer=None, template=None, device=torch.device("cpu"), longest=1
             )
     assert seen[0].bits is None and replace(args).bits == 4

@@ -330,7 +330,7 @@ def test_a_changed_byte_of_a_reward_model_is_noticed(tiny_checkpoint):
     write_manifest(folder, {"stage": "merge", "lineage": []}, weights=True)
     flip(folder / "model.safetensors")
     told = (str(folder / "model.safetensors"), "is not what was saved")
-    rest = {"label": None, "tokenizer": None, "template": None, "table": {}, "device": "cpu", "longest": 8}
+    rest = {"label": None, "tokenizer": None, "template": None, "device": "cpu", "longest": 8}
     refused(lambda: load_scorer(str(folder), ModelArguments(str(folder)), **rest), *told)
 
 

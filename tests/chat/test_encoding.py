@@ -32,7 +32,6 @@ from stagewise.formats.parsers import (
     prompt_of,
 )
 from stagewise.tokenizer.encode import PieceEncoder
-from template import TEMPLATES
 from tests.encoders import encode_text
 from tests.odd_tokenizers import MARKERS, lossy_tokenizer, sentencepiece_tokenizer, spelling_tokenizer
 
@@ -79,7 +78,7 @@ ZOO = [
 
 def bound(tokenizer, name):
     tokenizer = copy.deepcopy(tokenizer)
-    return choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES), tokenizer
+    return choose_template(tokenizer, ChatArguments(template_name=name)), tokenizer
 
 
 def answers(tokenizer, example):
@@ -565,7 +564,7 @@ def test_smollm_learns_exactly_the_answers(name, smollm):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm)
-    template = choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name=name))
     conversation = talk("What helps a cold?\n", "\n Rest, 多喝水。 ", "And a cough?", "Honey 🍯")
     example, _ = encode_conversation(tokenizer, template, conversation, 512)
     spans = [
@@ -591,7 +590,7 @@ def test_real_records_read_back(file, smollm):
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     tokenizer = AutoTokenizer.from_pretrained(smollm)
-    template = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments())
     parse = parse_preference if file.startswith("reward") else parse_conversation
     records, _ = load_records([path], parse, on_bad_record="skip", max_samples=60)
     for record in records:

@@ -98,17 +98,17 @@ def outside(folder, padding_side=None):
 def inside(folder, limit=400):
     """What evaluation.py gives them."""
     args = ModelArguments(str(folder), torch_dtype="float32")
-    scorer = load_pair_scorer(args, None, ChatArguments(), TEMPLATES, torch.device("cpu"))
+    scorer = load_pair_scorer(args, None, ChatArguments(), torch.device("cpu"))
     pairs = [encode_pair(scorer, each, PairArguments(400, limit))[0].example for each in preferences()]
     return [score for pair in scorer(pairs, batch_size=2) for score in pair], pairs
 
 
 def as_ppo(folder, tokenizer):
     """What PPO gives them as answers of a policy of that tokenizer; each answer is encoded alone, and ended."""
-    template = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments())
     scorer = load_scorer(
         str(folder), ModelArguments("policy", torch_dtype="float32"), label=None, tokenizer=tokenizer,
-        template=template, table=TEMPLATES, device=torch.device("cpu"), longest=100,
+        template=template, device=torch.device("cpu"), longest=100,
     )  # fmt: skip
     stop = tokenizer.encode(template.stop, add_special_tokens=False)
     prompts = [each.prompt for each in preferences() for _ in range(2)]
@@ -133,7 +133,7 @@ def told():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_template_is_scored_at_the_end_marker_inside_and_outside(name, pads, tiny_tokenizer, tmp_path):
     tokenizer = tokenizer_of(tiny_tokenizer, pads, name)
-    template = choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name=name))
     settle_reward_form(tokenizer, template, len(tokenizer) + 8)
     folder = saved(tmp_path, tokenizer)
     expected, pairs = inside(folder)
@@ -152,15 +152,13 @@ def test_every_template_is_scored_at_the_end_marker_inside_and_outside(name, pad
 def test_ppo_reads_every_template_as_it_is_read_outside(name, tiny_tokenizer, tmp_path):
     """But for white space around an answer, which a policy's form may have of its own."""
     tokenizer = tokenizer_of(tiny_tokenizer, PADS[1], name)
-    settle_reward_form(
-        tokenizer, choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES), len(tokenizer) + 8
-    )
+    settle_reward_form(tokenizer, choose_template(tokenizer, ChatArguments(template_name=name)), len(tokenizer) + 8)
     folder = saved(tmp_path, tokenizer)
     policy = AutoTokenizer.from_pretrained(folder)
     policy.chat_template = None
     policy.init_kwargs.pop(TRAINED_IN)
     policy.pad_token = policy.eos_token
-    choose_template(policy, ChatArguments(template_name=name), TEMPLATES)
+    choose_template(policy, ChatArguments(template_name=name))
     found, scorer = as_ppo(folder, policy)
     assert scorer.policy_template is not None
     stripped = [[*talk[:-1], talk[-1] | {"content": talk[-1]["content"].strip()}] for talk in conversations()]
@@ -174,7 +172,7 @@ def test_ppo_reads_every_template_as_it_is_read_outside(name, tiny_tokenizer, tm
 def test_other_families_are_scored_at_the_end_marker_too(family, tiny_tokenizer, tmp_path):
     tokenizer = tokenizer_of(tiny_tokenizer, PADS[1])
     settle_reward_form(
-        tokenizer, choose_template(tokenizer, ChatArguments(template_name="chatml"), TEMPLATES), len(tokenizer) + 8
+        tokenizer, choose_template(tokenizer, ChatArguments(template_name="chatml")), len(tokenizer) + 8
     )
     folder = saved(tmp_path, tokenizer, family)
     expected = inside(folder)[0]
@@ -187,7 +185,7 @@ def test_other_families_are_scored_at_the_end_marker_too(family, tiny_tokenizer,
 def test_a_tokenizer_that_puts_a_space_before_a_text(tmp_path):
     """Llama 2's kind, whose pieces encoded alone are not the whole text encoded at once."""
     tokenizer = llama_tokenizer()
-    template = choose_template(tokenizer, ChatArguments(template_name="linly"), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name="linly"))
     settle_reward_form(tokenizer, template, 512)
     folder = saved(tmp_path, tokenizer, rows=512)
     assert tokenizer.pad_token == "<unk>"
@@ -201,7 +199,7 @@ def test_a_tokenizer_that_puts_a_space_before_a_text(tmp_path):
 
 def test_a_cut_answer_is_closed_by_the_end_marker(tiny_tokenizer):
     tokenizer = tokenizer_of(tiny_tokenizer, PADS[0])
-    template = choose_template(tokenizer, ChatArguments(template_name="chatml"), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name="chatml"))
     ending = settle_reward_form(tokenizer, template, 999)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     whole, cut = encode_preference(tokenizer, template, preferences()[0], 99, 99, ending)
@@ -217,7 +215,7 @@ def test_a_cut_answer_is_closed_by_the_end_marker(tiny_tokenizer):
 
 def test_a_form_that_ends_with_more_than_the_marker_closes_with_all_of_it(tiny_tokenizer):
     tokenizer = tokenizer_of(tiny_tokenizer, PADS[0])
-    template = choose_template(tokenizer, ChatArguments(template_name="rwkv"), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name="rwkv"))
     ending = settle_reward_form(tokenizer, template, 999)
     assert ending == Ending("\n\n</s>", "")
     short, _ = encode_preference(tokenizer, template, preferences()[0], 99, 5, ending)
@@ -326,7 +324,7 @@ def test_without_any_other_token_it_is_an_error():
 
 def older(folder, tokenizer, name="chatml", **manifest):
     """A reward model from before: the end marker pads, the template has its newline, pieces were encoded alone."""
-    template = choose_template(tokenizer, ChatArguments(template_name=name), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name=name))
     assert template.tail == "\n"
     saved(folder, tokenizer)
     (folder / "run.json").write_text(json.dumps({"stage": "merge", "lineage": [], **manifest}))
@@ -387,13 +385,13 @@ def test_a_classifier_that_others_trained_on_a_model_of_this_project_is_theirs(t
 
 def test_the_notes_of_a_reward_model_are_saved_and_taken_back(tiny_tokenizer, tmp_path):
     tokenizer = tokenizer_of(tiny_tokenizer, PADS[1])
-    template = choose_template(tokenizer, ChatArguments(template_name="chatml"), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name="chatml"))
     settle_reward_form(tokenizer, template, 999)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.init_kwargs[SCORED_AT] == "<|im_end|>"
     assert again.apply_chat_template(conversations()[0], tokenize=False).endswith("rest<|im_end|>")
     # a language model's stage goes on in the form itself
-    assert choose_template(again, ChatArguments(), TEMPLATES) == template
+    assert choose_template(again, ChatArguments()) == template
     assert again.chat_template == template.jinja() and SCORED_AT not in again.init_kwargs
     assert re.search(r"<\|im_end\|>\n$", again.apply_chat_template(conversations()[0], tokenize=False))

@@ -9,6 +9,7 @@ import jinja2
 import pytest
 from tokenizers import AddedToken
 
+from stagewise.chat import registry
 from stagewise.chat.select import TRAINED_IN, choose_template
 from stagewise.chat.template import Template
 from stagewise.chat.tokenizer_template import TokenizerTemplate
@@ -89,7 +90,7 @@ def tokenizers(tiny_tokenizer):
 def own(tokenizer, chat_template, **flags):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = chat_template
-    return choose_template(tokenizer, ChatArguments(**flags), TEMPLATES), tokenizer
+    return choose_template(tokenizer, ChatArguments(**flags)), tokenizer
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def test_it_gets_the_bos_that_its_form_leaves_out(tokenizers):
     assert joined(template.segments(talk("Hi", "Hello"))) == expected
     assert tokenizer.apply_chat_template(openai(talk("Hi", "Hello")), tokenize=False) == expected
     # once, also when the next stage reads what this one saved
-    again = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    again = choose_template(tokenizer, ChatArguments())
     assert joined(again.segments(talk("Hi", "Hello"))) == expected
 
 
@@ -426,7 +427,7 @@ def qwen3(tokenizer, source, enable_thinking):
         return own(tokenizer, trl_template("qwen3"), enable_thinking=enable_thinking)
     tokenizer = copy.deepcopy(tokenizer)
     flags = ChatArguments(template_name="qwen3", enable_thinking=enable_thinking)
-    return choose_template(tokenizer, flags, TEMPLATES), tokenizer
+    return choose_template(tokenizer, flags), tokenizer
 
 
 SOURCES = pytest.mark.parametrize("source", ["own", "table"])
@@ -571,11 +572,11 @@ def test_a_client_may_still_ask_for_the_other(tokenizers):
 @SOURCES
 def test_the_next_stage_goes_on_as_the_flag_said(source, tokenizers):
     first, tokenizer = qwen3(tokenizers["plain"], source, False)
-    again = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    again = choose_template(tokenizer, ChatArguments())
     conversation = talk("Hi", "Hello", "Bye", "Ciao")
     assert again.segments(conversation) == first.segments(conversation)
     assert again.jinja() == first.jinja()
-    other = choose_template(tokenizer, ChatArguments(enable_thinking=True), TEMPLATES)
+    other = choose_template(tokenizer, ChatArguments(enable_thinking=True))
     assert pairs(other.segments(conversation)) == QWEN3[True]
     assert tokenizer.chat_template.count("enable_thinking = true") == 1
     assert "enable_thinking = false" not in tokenizer.chat_template
@@ -586,7 +587,7 @@ def test_thinking_without_a_place_for_it_is_refused_with_the_way_out(value, toke
     tokenizer = copy.deepcopy(tokenizers["plain"])
     for flags in ({"template_name": "chatml"}, {}):  # the second time as the tokenizer's own
         with pytest.raises(ArgumentError, match="--enable_thinking: .*no place for thoughts.*--template_name qwen3"):
-            choose_template(tokenizer, ChatArguments(enable_thinking=value, **flags), TEMPLATES)
+            choose_template(tokenizer, ChatArguments(enable_thinking=value, **flags))
     with pytest.raises(ArgumentError, match="--enable_thinking: the tokenizer's own chat template has no place"):
         own(tokenizer, trl_template("qwen2_5"), enable_thinking=value)
 
@@ -596,7 +597,7 @@ def test_thinking_without_a_place_for_it_is_refused_with_the_way_out(value, toke
 
 def test_a_tokenizer_without_a_template_gets_vicuna(tiny_tokenizer):
     tokenizer = tiny_tokenizer()
-    template = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments())
     assert template.name == "vicuna"
     assert tokenizer.chat_template == template.jinja()
 
@@ -605,7 +606,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tiny_tokenizer):
     with pytest.raises(
         ArgumentError, match="--template_name: unknown template 'vicunia'; known: vicuna, alpaca, llama2"
     ):
-        choose_template(tiny_tokenizer(), ChatArguments(template_name="vicunia"), TEMPLATES)
+        choose_template(tiny_tokenizer(), ChatArguments(template_name="vicunia"))
 
 
 def reloaded(tokenizer, folder):
@@ -619,41 +620,41 @@ def reloaded(tokenizer, folder):
 @pytest.mark.parametrize("name", [None, "vicuna", "chatml", "qwen3"])
 def test_the_next_stage_finds_the_form_by_its_name(name, tokenizers, tmp_path):
     first = copy.deepcopy(tokenizers["plain"])
-    template = choose_template(first, ChatArguments(template_name=name), TEMPLATES)
+    template = choose_template(first, ChatArguments(template_name=name))
     tokenizer = reloaded(reloaded(first, tmp_path / "adapter"), tmp_path / "merged")
     assert tokenizer.init_kwargs[TRAINED_IN] == (name or "vicuna")
-    again = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    again = choose_template(tokenizer, ChatArguments())
     assert isinstance(again, Template)
     assert again == template
-    same = choose_template(tokenizer, ChatArguments(template_name=name or "vicuna"), TEMPLATES)
+    same = choose_template(tokenizer, ChatArguments(template_name=name or "vicuna"))
     assert same == template
 
 
-def test_a_table_that_was_changed_since_is_not_used(tokenizers, tmp_path):
+def test_a_table_that_was_changed_since_is_not_used(tokenizers, tmp_path, monkeypatch):
     first = copy.deepcopy(tokenizers["plain"])
-    choose_template(first, ChatArguments(template_name="vicuna"), TEMPLATES)
-    changed = {"vicuna": Template("vicuna", user="Q: {content}", lead=" A:")}
-    again = choose_template(reloaded(first, tmp_path), ChatArguments(), changed)
+    choose_template(first, ChatArguments(template_name="vicuna"))
+    monkeypatch.setitem(registry._TEMPLATES, "vicuna", Template("vicuna", user="Q: {content}", lead=" A:"))
+    again = choose_template(reloaded(first, tmp_path), ChatArguments())
     assert isinstance(again, TokenizerTemplate)
     assert joined(again.segments(talk("Hi", "Hello", system=""))) == "USER: Hi ASSISTANT: Hello</s>"
     with pytest.raises(ArgumentError, match="--template_name vicuna: the model was trained in vicuna"):
-        choose_template(reloaded(first, tmp_path), ChatArguments(template_name="vicuna"), changed)
+        choose_template(reloaded(first, tmp_path), ChatArguments(template_name="vicuna"))
 
 
 def test_another_form_on_a_later_stage_is_refused_and_both_are_shown(tokenizers, tmp_path):
     first = copy.deepcopy(tokenizers["plain"])
-    choose_template(first, ChatArguments(template_name="vicuna"), TEMPLATES)
+    choose_template(first, ChatArguments(template_name="vicuna"))
     tokenizer = reloaded(first, tmp_path)
     before = tokenizer.chat_template
     with pytest.raises(ArgumentError) as caught:
-        choose_template(tokenizer, ChatArguments(template_name="chatml"), TEMPLATES)
+        choose_template(tokenizer, ChatArguments(template_name="chatml"))
     message = str(caught.value)
     assert message.startswith("--template_name chatml: the model was trained in vicuna")
     assert '\n  vicuna: "A chat between a curious user and an artificial' in message
     assert '\n  chatml: "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n"' in message
     assert "leave --template_name out to go on in vicuna, or add --force_template" in message
     assert tokenizer.chat_template == before
-    template = choose_template(tokenizer, ChatArguments(template_name="chatml", force_template=True), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments(template_name="chatml", force_template=True))
     assert tokenizer.chat_template == template.jinja() == TEMPLATES["chatml"].bind(tokenizer).jinja()
     assert reloaded(tokenizer, tmp_path).init_kwargs[TRAINED_IN] == "chatml"
 
@@ -662,8 +663,8 @@ def test_a_model_trained_in_its_own_template_is_lineage_too(tokenizers, tmp_path
     _, tokenizer = own(tokenizers["plain"], trl_template("qwen2_5"))
     tokenizer = reloaded(tokenizer, tmp_path)
     with pytest.raises(ArgumentError, match="--template_name vicuna: the model was trained in the tokenizer's own"):
-        choose_template(tokenizer, ChatArguments(template_name="vicuna"), TEMPLATES)
-    assert choose_template(tokenizer, ChatArguments(), TEMPLATES).jinja() == trl_template("qwen2_5")
+        choose_template(tokenizer, ChatArguments(template_name="vicuna"))
+    assert choose_template(tokenizer, ChatArguments()).jinja() == trl_template("qwen2_5")
 
 
 def test_a_hub_models_own_template_may_be_replaced(tokenizers):
@@ -675,35 +676,35 @@ def test_a_hub_models_own_template_may_be_replaced(tokenizers):
 def test_forcing_without_a_conflict_is_refused(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["plain"])
     with pytest.raises(ArgumentError, match="--force_template has no effect without --template_name"):
-        choose_template(tokenizer, ChatArguments(force_template=True), TEMPLATES)
+        choose_template(tokenizer, ChatArguments(force_template=True))
     forced = ChatArguments(template_name="vicuna", force_template=True)
     with pytest.raises(ArgumentError, match="--force_template has no effect: the model was trained in no form"):
-        choose_template(tokenizer, forced, TEMPLATES)
-    choose_template(tokenizer, ChatArguments(template_name="vicuna"), TEMPLATES)
+        choose_template(tokenizer, forced)
+    choose_template(tokenizer, ChatArguments(template_name="vicuna"))
     with pytest.raises(
         ArgumentError, match="--force_template has no effect: the model was trained in vicuna, the same"
     ):
-        choose_template(tokenizer, forced, TEMPLATES)
+        choose_template(tokenizer, forced)
 
 
 def test_another_mode_of_thinking_is_not_another_form(tokenizers, tmp_path):
     first = copy.deepcopy(tokenizers["plain"])
-    choose_template(first, ChatArguments(template_name="qwen3", enable_thinking=False), TEMPLATES)
+    choose_template(first, ChatArguments(template_name="qwen3", enable_thinking=False))
     flags = ChatArguments(template_name="qwen3", enable_thinking=True)
-    assert choose_template(reloaded(first, tmp_path), flags, TEMPLATES).enable_thinking is True
+    assert choose_template(reloaded(first, tmp_path), flags).enable_thinking is True
 
 
 def test_the_form_of_the_adapter_that_a_run_starts_from_counts(tokenizers, tmp_path):
     adapter = copy.deepcopy(tokenizers["plain"])
-    choose_template(adapter, ChatArguments(template_name="alpaca"), TEMPLATES)
+    choose_template(adapter, ChatArguments(template_name="alpaca"))
     adapter.save_pretrained(tmp_path / "adapter")
     base = copy.deepcopy(tokenizers["plain"])
-    assert choose_template(base, ChatArguments(), TEMPLATES, str(tmp_path / "adapter")).name == "alpaca"
+    assert choose_template(base, ChatArguments(), str(tmp_path / "adapter")).name == "alpaca"
     base = copy.deepcopy(tokenizers["plain"])
     with pytest.raises(ArgumentError, match="the model was trained in alpaca"):
-        choose_template(base, ChatArguments(template_name="vicuna"), TEMPLATES, str(tmp_path / "adapter"))
+        choose_template(base, ChatArguments(template_name="vicuna"), str(tmp_path / "adapter"))
     (tmp_path / "elsewhere").mkdir()  # an adapter without a tokenizer
-    assert choose_template(base, ChatArguments(), TEMPLATES, str(tmp_path / "elsewhere")).name == "alpaca"
+    assert choose_template(base, ChatArguments(), str(tmp_path / "elsewhere")).name == "alpaca"
 
 
 def test_the_form_goes_from_stage_to_stage(stage, tiny_checkpoint, tmp_path, capsys):
@@ -755,7 +756,7 @@ def test_smollm_inserts_its_own_system_prompt(smollm):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm)
     served = tokenizer.chat_template
-    template = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments())
     assert tokenizer.chat_template == served
     default = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     assert pairs(template.segments(talk(" Hi\n", "\n Hello ", "Bye", "Ciao"))) == [

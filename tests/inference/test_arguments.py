@@ -9,7 +9,6 @@ from stagewise.errors import SpeakerError
 from stagewise.formats.parsers import Conversation, Message
 from stagewise.inference.arguments import SamplingArguments
 from stagewise.inference.chat_model import Speaker, SpeakerArguments
-from template import TEMPLATES
 
 ASKED = [Conversation((Message("user", text),)) for text in ("the user asks", "a", "drink water and rest when you")]
 LENGTH = 16
@@ -18,7 +17,7 @@ LENGTH = 16
 @pytest.fixture
 def speaker(tiny_checkpoint):
     """A speaker of letters that comes to an end now and then: one token in eight is an end marker."""
-    found = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama"))), TEMPLATES)
+    found = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama"))))
     found.stops = tuple(range(2, 300, 8))
     text = [found.tokenizer.decode([token]) for token in range(found.base.config.vocab_size)]
     odd = [token for token in range(3, len(text)) if not re.fullmatch("[a-zA-Z ]+", text[token])]
@@ -149,7 +148,7 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(speaker, flags):
 
 
 def test_a_marker_of_several_tokens_cannot_be_held_back(tiny_checkpoint):
-    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama"))), TEMPLATES)
+    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama"))))
     speaker.markers = ["<|end|>"]
     with pytest.raises(SpeakerError, match="--min_new_tokens: the end marker '<.end.>' is several tokens"):
         speaker.answers(ASKED, SamplingArguments(min_new_tokens=3), batch_size=1)

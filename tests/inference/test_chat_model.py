@@ -12,7 +12,6 @@ from stagewise.errors import SpeakerError
 from stagewise.formats.parsers import Conversation, Message
 from stagewise.inference.chat_model import SamplingArguments, Speaker, SpeakerArguments
 from stagewise.inference.decoding import settled_rotations
-from template import TEMPLATES
 from tests.conftest import FAMILIES, build_tiny_tokenizer
 
 HELLO = Conversation((Message("user", "the user asks"),))
@@ -26,7 +25,7 @@ ADAPTERS = ("lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning")
 
 def load(folder, **flags) -> Speaker:
     return Speaker.load(
-        SpeakerArguments(str(folder), **{k: str(v) if k == "lora_model" else v for k, v in flags.items()}), TEMPLATES
+        SpeakerArguments(str(folder), **{k: str(v) if k == "lora_model" else v for k, v in flags.items()})
     )
 
 
@@ -156,7 +155,7 @@ def test_an_adapter_brings_its_tokenizer_its_template_and_its_base(tiny_checkpoi
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     tokenizer.save_pretrained(adapter)
-    speaker = Speaker.load(SpeakerArguments(lora_model=str(adapter)), TEMPLATES)
+    speaker = Speaker.load(SpeakerArguments(lora_model=str(adapter)))
     assert speaker.tokenizer.decode(speaker.encode(HELLO)) == "user:the user asks</s>assistant:"
 
 
@@ -292,7 +291,7 @@ def test_what_cannot_speak_is_refused_by_its_flag(tiny_checkpoint, tmp_path):
     with pytest.raises(SpeakerError, match="--base_model .*: this is an adapter; give it as --lora_model"):
         load(adapter)
     with pytest.raises(SpeakerError, match="--base_model: missing"):
-        Speaker.load(SpeakerArguments(), TEMPLATES)
+        Speaker.load(SpeakerArguments())
     with pytest.raises(SpeakerError, match="--base_model ./nowhere: no such directory"):
         load("./nowhere")
     named = tmp_path / "named"
@@ -301,7 +300,7 @@ def test_what_cannot_speak_is_refused_by_its_flag(tiny_checkpoint, tmp_path):
     text = json.loads((adapter / "adapter_config.json").read_text())
     (named / "adapter_config.json").write_text(json.dumps({**text, "base_model_name_or_path": "./gone"}))
     with pytest.raises(SpeakerError, match="./gone: no such directory; --lora_model .*named names this base"):
-        Speaker.load(SpeakerArguments(lora_model=str(named)), TEMPLATES)
+        Speaker.load(SpeakerArguments(lora_model=str(named)))
     with pytest.raises(SpeakerError, match="--lora_model .*expected an adapter"):
         load(base, lora_model=base)
     with pytest.raises(SpeakerError, match="--device: expected one of auto, cpu, cuda"):

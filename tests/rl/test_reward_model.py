@@ -11,7 +11,6 @@ from stagewise.config.arguments import AdapterArguments, ChatArguments, ModelArg
 from stagewise.errors import RecordError, RewardError
 from stagewise.formats.parsers import Conversation, Message
 from stagewise.rl.reward_model import load_scorer
-from template import TEMPLATES
 from tests.conftest import BOS_ID, EOS_ID, PAD_ID, build_tiny_model, build_tiny_tokenizer
 
 CHAT = (
@@ -33,7 +32,7 @@ ENDED = [True, False, True]
 def policy():
     """The policy's tokenizer and template, prompts and answers as its tokens; the second answer did not end."""
     tokenizer = build_tiny_tokenizer(chat_template=CHAT)
-    template = choose_template(tokenizer, ChatArguments(), TEMPLATES)
+    template = choose_template(tokenizer, ChatArguments())
 
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=False)
@@ -51,7 +50,7 @@ def load(name, policy, label=None, dtype="float32", longest=100):
     tokenizer, template, _, _ = policy
     args = ModelArguments("anything", torch_dtype=dtype)
     return load_scorer(
-        str(name), args, label=label, tokenizer=tokenizer, template=template, table=TEMPLATES,
+        str(name), args, label=label, tokenizer=tokenizer, template=template,
         device=torch.device("cpu"), longest=longest,
     )  # fmt: skip
 
