@@ -29,9 +29,10 @@ from stagewise.training.first_look import first_look
 
 @dataclass
 class DPOArguments:
-    beta: float = field(default=0.1, metadata={"help": "How strongly the model is held to the reference."})
+    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference model."})
     ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reference where all weights are trained; default: the model as it starts."}
+        default=None,
+        metadata={"help": "Reference model for full training; default: a frozen copy of the initial model."},
     )
 
     def __post_init__(self):

@@ -38,14 +38,14 @@ class PPOArguments:
         }
     )
     reward_label: int | None = field(
-        default=None, metadata={"help": "Of a classifier with several labels: the one whose logit is the score."}
+        default=None, metadata={"help": "For a classifier with several labels: the label whose logit is the score."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Prompts of a rollout, a process."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts per rollout and process."})
     mini_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Answers of a forward pass, a process; default: --per_device_train_batch_size."},
+        metadata={"help": "Responses per forward pass and process; default: --per_device_train_batch_size."},
     )
-    ppo_epochs: int = field(default=4, metadata={"help": "Times that a rollout is learned from."})
+    ppo_epochs: int = field(default=4, metadata={"help": "Optimization epochs over each rollout."})
     rollouts: int | None = field(
         default=None,
         metadata={
@@ -54,43 +54,51 @@ class PPOArguments:
             "the prompts."
         },
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of the answers, and of log-probabilities and KL."})
-    top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens that sum to this."})
-    top_k: int = field(default=0, metadata={"help": "Draw from this many likeliest tokens; 0 = all."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature; also applied to log-probabilities and KL."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Nucleus sampling: smallest set of tokens whose probabilities sum to this."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from this many most likely tokens; 0 = all."})
     init_kl_coef: float = field(
-        default=0.2, metadata={"help": "Reward lost for each nat by which a token leaves the reference, at first."}
+        default=0.2, metadata={"help": "Initial KL coefficient: reward subtracted per nat of KL to the reference."}
     )
     adap_kl_ctrl: bool = field(
-        default=True, metadata={"help": "Adapt it after each rollout, towards --target_kl; False: keep it."}
+        default=True,
+        metadata={"help": "Adapt the KL coefficient after each rollout towards --target_kl; False: keep it fixed."},
     )
     target_kl: float | None = field(
         default=None,
         metadata={
-            "help": "Nats an answer, default 6: the KL to the reference that --adap_kl_ctrl steers to, and with "
-            "--early_stopping the KL to the policy that gave the answers beyond which their updates end."
+            "help": "Target KL in nats per response (default 6). The adaptive controller steers towards "
+            "it; with --early_stopping, also the KL to the sampling policy at which updates on a rollout stop."
         },
     )
     early_stopping: bool = field(
         default=False,
-        metadata={"help": "Leave a rollout's other updates out once the policy is --target_kl from what it was."},
+        metadata={
+            "help": "Skip the remaining updates on a rollout once the policy's KL to the sampling policy "
+            "exceeds --target_kl."
+        },
     )
     reward_baseline: float | None = field(
         default=None,
         metadata={
-            "help": "Taken from every score. Without it scores are whitened instead: less their mean over the "
-            "rollout of all processes, over their standard deviation. Never both."
+            "help": "Constant subtracted from every score. Without it, scores are whitened over the "
+            "rollout of all processes."
         },
     )
     missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Taken from the score of an answer that did not end, before all else."}
+        default=0.0, metadata={"help": "Penalty subtracted from the score of a response without an end token."}
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of the generalised advantage estimation."})
-    cliprange: float = field(default=0.2, metadata={"help": "Clip of the policy's ratio."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value head's change."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor gamma."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the value function."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
     eval_answers: int = field(
-        default=1, metadata={"help": "Answers to each validation prompt; its numbers are their means."}
+        default=1, metadata={"help": "Responses per validation prompt; its metrics are their means."}
     )
 
 

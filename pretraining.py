@@ -22,7 +22,7 @@ from stagewise.training.first_look import first_look
 
 @dataclass
 class PTArguments:
-    block_size: int = field(default=1024, metadata={"help": "Tokens of a row; longer documents are cut into blocks."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens per row; longer documents are split into blocks."})
 
 
 FLAGS = [ModelArguments, DataArguments, LanguageModelArguments, AdapterArguments, PTArguments]

@@ -28,16 +28,24 @@ from stagewise.training.first_look import first_look
 
 @dataclass
 class SFTArguments:
-    model_max_length: int = field(default=2048, metadata={"help": "Tokens of a conversation, and of a packed row."})
-    train_on_inputs: bool = field(default=False, metadata={"help": "Learn the whole conversation, prompts included."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Maximum tokens of a conversation, and of a packed row."}
+    )
+    train_on_inputs: bool = field(
+        default=False, metadata={"help": "Compute the loss on the whole conversation, including prompts."}
+    )
     mask_history: bool = field(
-        default=False, metadata={"help": "Learn only what is said after the last question, not in earlier turns."}
+        default=False, metadata={"help": "Compute the loss only on the response to the last question."}
     )
     use_firefly_loss: bool | None = field(
-        default=None, metadata={"help": "Another name for what is done anyway: every assistant turn is learned."}
+        default=None,
+        metadata={"help": "Accepted for older commands; the loss is always computed on every assistant turn."},
     )
     truncation_side: str = field(
-        default="right", metadata={"help": "Where whole turns are dropped from what is too long: right or left."}
+        default="right",
+        metadata={
+            "help": "Side from which whole turns of a conversation that is too long are dropped: right or left."
+        },
     )
 
 

@@ -53,19 +53,11 @@ PAGES = {
     **{script: script for script in USERS},
     **{stage.script: stage.name for stage in STAGES.values()},
 }
-# What stands above the flags of a dataclass on a stage's page, in its order; the stage's own come first.
-TITLES = {
-    "DataArguments": ("Data", "数据"),
-    "ChatArguments": ("Chat template", "对话模板"),
-    "PairArguments": ("Lengths of prompt and answer", "提示与回答的长度"),
-    "LanguageModelArguments": ("Rows of text", "文本行"),
-    "ModelArguments": ("Model", "模型"),
-    "AdapterArguments": ("Adapter", "适配器"),
-    "PredecessorArguments": ("What the model was before", "模型的前身"),
-    "StageArguments": ("The run", "运行"),
-    "TrainingArguments": ("Of transformers, those used most", "来自 transformers 的常用参数"),
-}
-OWN = ("Its own", "本阶段专有")
+# What a stage's page says behind its own flags.
+SHARED = (
+    "All other flags are shared by the stages: [Arguments](arguments.md#shared-flags).",
+    "其余参数为各阶段共用:[参数](arguments_zh.md#共用参数)。",
+)
 # The same for the scripts that use a model.
 USE_TITLES = {
     "SpeakerArguments": ("The model", "模型"),
@@ -234,25 +226,18 @@ def page_of(script: str, language: str) -> Path:
 
 
 def stage_tables(script: str, language: str) -> str:
-    """Every flag of a stage script, its own first, or of one that uses a model, in one table for each dataclass.
+    """The flags that only this stage has, with a link to the shared ones; of a script that uses a model, every flag.
 
     Raises:
-        FlagsError: a dataclass that several stages have is not in `TITLES`, or a flag lacks its text.
+        FlagsError: a flag lacks its text.
     """
-    place = ("en", "zh").index(language)
+    index = ("en", "zh").index(language)
     if script in USERS:
-        return titled([(USE_TITLES[kind.__name__][place], flag_table(kind, language)) for kind in flags_of(script)])
-    stages, kinds = groups(), {kind.__name__: kind for kind in dataclasses_of(script)}
-    own = [name for name in kinds if stages[name][1] == [BY_SCRIPT[script].label]]
-    if unknown := kinds.keys() - {*own, *TITLES}:
-        raise FlagsError(f"tools/document_flags.py: TITLES has no {', '.join(sorted(unknown))}")
-    parts = [(OWN[place], flag_table(kinds[name], language)) for name in own if own_fields(kinds[name])]
-    for name, titles in TITLES.items():
-        if name == "TrainingArguments":
-            parts.append((titles[place], common_table(language)))
-        elif name in kinds and name not in own:
-            parts.append((titles[place], flag_table(kinds[name], language)))
-    return titled(parts)
+        return titled([(USE_TITLES[kind.__name__][index], flag_table(kind, language)) for kind in flags_of(script)])
+    stages = groups()
+    own = [kind for kind in dataclasses_of(script) if stages[kind.__name__][1] == [BY_SCRIPT[script].label]]
+    tables = [flag_table(kind, language) for kind in own if own_fields(kind)]
+    return "\n" + "".join(f"{rows}\n" for rows in tables) + f"{SHARED[index]}\n\n"
 
 
 def titled(parts: Sequence[tuple[str, str]]) -> str:

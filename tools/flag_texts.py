@@ -38,13 +38,13 @@ TRAINING: dict[str, str] = {
 
 # Help text of a dataclass field, or a reason in stagewise/config/command_line.py -> the same in Chinese.
 CHINESE: dict[str, str] = {
-    "The folder that the run is written to.": "本次运行写入的目录。",
+    "Folder for the run's results.": "本次运行写入的目录。",
     "Tokens of an answer that a reward model scores; what a model answers: --max_new_tokens.": (
         "奖励模型所评分的回答的词元数;模型自己回答的长度用 --max_new_tokens。"
     ),
     # ModelArguments
     "Model directory, or a hub name.": "模型目录,或 hub 上的名称。",
-    "Tokenizer, if not the model's own.": "分词器;默认用模型自带的。",
+    "Tokenizer directory or hub name; default: the model's.": "分词器;默认用模型自带的。",
     "Architecture you expect (llama, qwen3, bloom …); checked against the config.": (
         "你认为的模型架构(llama、qwen3、bloom……);会与配置核对。"
     ),
@@ -53,91 +53,89 @@ CHINESE: dict[str, str] = {
     ),
     "Branch, tag or commit of a hub model.": "hub 模型的分支、标签或提交。",
     "Token for a private hub model.": "访问私有 hub 模型的令牌。",
-    "Weights' precision: auto (the checkpoint's), float32, bfloat16, float16.": (
+    "Precision of the weights: auto (the checkpoint's), float32, bfloat16, float16.": (
         "权重的精度:auto(与检查点相同)、float32、bfloat16、float16。"
     ),
     "`auto` spreads one process's model over its GPUs; not with torchrun.": (
         "`auto` 把一个进程的模型分布到多个 GPU 上;不与 torchrun 同用。"
     ),
     "Run Python code that the model repository ships.": "运行模型仓库自带的 Python 代码。",
-    "Hold the linear layers in 4 bit (nf4, bitsandbytes).": "线性层以 4 位保存(nf4,bitsandbytes)。",
-    "Hold the linear layers in 8 bit (bitsandbytes).": "线性层以 8 位保存(bitsandbytes)。",
-    "Mixture of experts: add the routers' loss, which keeps the experts in use alike.": (
+    "Load the linear layers in 4 bits (nf4, bitsandbytes).": "线性层以 4 位保存(nf4,bitsandbytes)。",
+    "Load the linear layers in 8 bits (bitsandbytes).": "线性层以 8 位保存(bitsandbytes)。",
+    "Mixture of experts: add the router load-balancing loss.": (
         "混合专家模型:加上路由器的损失,使各专家得到均衡使用。"
     ),
     "Weight of --router_aux_loss; default: the checkpoint's own.": ("--router_aux_loss 的权重;默认用检查点自带的值。"),
-    "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit.": (
+    "With 4-bit loading: also quantize experts that are stored as one 3-D parameter; False: they stay in 16 bit.": (
         "4 位时,合成一个三维参数的专家权重也一起量化;False:保持 16 位。"
     ),
-    "4 bit as QLoRA does it: nf4, its scales quantized once more.": ("QLoRA 的 4 位:nf4,缩放系数再量化一次。"),
-    "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope.": (
+    "4-bit loading as in QLoRA: nf4 with double quantization.": ("QLoRA 的 4 位:nf4,缩放系数再量化一次。"),
+    "RoPE scaling for a longer context: linear, dynamic (NTK), yarn or longrope.": (
         "缩放位置以加长上下文:linear、dynamic(NTK)、yarn 或 longrope。"
     ),
-    "How many times the model's own context; default: as many as the run's length needs.": (
+    "RoPE scaling factor; default: as large as the run's sequence length needs.": (
         "模型原有上下文的倍数;默认:本次运行的长度所需的倍数。"
     ),
-    "longrope: json file with its lists short_factor and long_factor.": (
+    "For longrope: JSON file with the lists short_factor and long_factor.": (
         "longrope:含有 short_factor 和 long_factor 两个列表的 json 文件。"
     ),
-    "FlashAttention where installed, else torch's fastest exact attention on this GPU.": (
+    "Use FlashAttention if installed, else torch's fastest exact attention on this GPU.": (
         "已安装则用 FlashAttention,否则用 torch 在该 GPU 上最快的精确注意力。"
     ),
-    "Shifted sparse attention (S²-Attn) in training; full attention elsewhere.": (
+    "Train with shifted sparse attention (S²-Attn, LongLoRA); evaluation uses full attention.": (
         "训练时使用移位稀疏注意力(S²-Attn);其他时候为完整注意力。"
     ),
-    "--shift_attn: a group's share of the row.": "--shift_attn:一组占行长的比例。",
+    "With --shift_attn: group size as a share of the row length.": "--shift_attn:一组占行长的比例。",
     # DataArguments
-    "File, or folder searched with its subfolders; several joined by commas; or a .yaml list.": (
+    "Training file or folder (searched recursively), several joined by commas, or a .yaml list.": (
         "文件,或目录(连同子目录);多个用逗号连接;或 .yaml 列表。"
     ),
-    "Shares of the sources of --train_file_dir, joined by commas: 0.7,0.3.": (
+    "Sampling weights of the sources of --train_file_dir, joined by commas: 0.7,0.3.": (
         "--train_file_dir 各来源的比例,用逗号连接:0.7,0.3。"
     ),
-    "Leave out training records that were read before.": "去掉与前面重复的训练数据。",
-    "The same for validation.": "验证数据,同上。",
-    "A `datasets` set: hub name or local folder.": "`datasets` 数据集:hub 名称或本地目录。",
-    "Configuration of that set.": "该数据集的配置名。",
-    "Hold out this share of the training records, if no validation set is given.": (
+    "Drop duplicate training records.": "去掉与前面重复的训练数据。",
+    "Validation file or folder, in the same forms.": "验证数据,同上。",
+    "Dataset for the `datasets` library: hub name or local folder.": "`datasets` 数据集:hub 名称或本地目录。",
+    "Configuration name of that dataset.": "该数据集的配置名。",
+    "Percentage of the training records to hold out when no validation set is given.": (
         "没有给出验证集时,从训练数据中留出的百分比。"
     ),
     "Use at most this many training records; in PT rows of --block_size; -1 = all.": (
         "最多使用多少条训练数据,PT 中为多少行 --block_size;-1 = 全部。"
     ),
     "The same for validation records; in PT blocks, which are not packed.": "验证数据,同上;PT 中为多少个块,不打包。",
-    "Processes that encode the data; default: one a core, at most four.": "编码数据的进程数;默认每核一个,最多四个。",
-    "Encode again what --cache_dir already holds.": "重新编码 --cache_dir 中已有的数据。",
-    "error: stop at the first; skip: count it, write it to rejected.jsonl.": (
+    "Processes that encode the data; default: one per core, at most four.": "编码数据的进程数;默认每核一个,最多四个。",
+    "Ignore the encoded data in --cache_dir and encode again.": "重新编码 --cache_dir 中已有的数据。",
+    "error: stop at the first malformed record; skip: count it and write it to rejected.jsonl.": (
         "error:遇到第一条坏数据就停止;skip:计数并写入 rejected.jsonl。"
     ),
     # ChatArguments, PairArguments, LanguageModelArguments
     "Chat template of template.py; default: the tokenizer's own, else vicuna.": (
         "template.py 中的对话模板;默认:分词器自带的,没有则 vicuna。"
     ),
-    "Use --template_name although the model was trained in another template.": (
+    "Use --template_name even if the model was trained with another template.": (
         "模型用另一个模板训练过,也照用 --template_name。"
     ),
-    "Answers of a thinking model begin with its thoughts; False: with none. Default: its own.": (
+    "Whether a thinking model's responses start with a thinking block; default: the model's own setting.": (
         "思考模型的回答以思考开头;False:没有思考。默认:按模型自己的模板。"
     ),
-    "Read the files while training, in constant memory; needs --max_steps.": (
+    "Read the files while training, with constant memory; needs --max_steps.": (
         "边训练边读文件,内存占用不变;需要 --max_steps。"
     ),
-    "Records that --streaming shuffles among.": "--streaming 在多少条数据之中打乱。",
-    "Learn only what is said after the last question, not in earlier turns.": (
-        "只学习最后一个问题之后的话,不学习之前各轮。"
-    ),
-    "Another name for what is done anyway: every assistant turn is learned.": (
+    "Size of the shuffle buffer of --streaming, in records.": "--streaming 在多少条数据之中打乱。",
+    "Compute the loss only on the response to the last question.": ("只学习最后一个问题之后的话,不学习之前各轮。"),
+    "Accepted for older commands; the loss is always computed on every assistant turn.": (
         "默认做法的另一个名称:学习助手的每一轮。"
     ),
-    "Where whole turns are dropped from what is too long: right or left.": (
+    "Side from which whole turns of a conversation that is too long are dropped: right or left.": (
         "过长时从哪一端丢掉整轮:right(末尾)或 left(开头)。"
     ),
-    "Tokens of the prompt with its history.": "提示(含历史)的 token 数上限。",
-    "Tokens of an answer.": "回答的 token 数上限。",
-    "Several records in one row, attending only to themselves; False: padded.": (
+    "Maximum tokens of the prompt, including earlier turns.": "提示(含历史)的 token 数上限。",
+    "Maximum tokens of a response.": "回答的 token 数上限。",
+    "Pack several records into one row, each attending only to itself; False: pad.": (
         "多条数据打包进一行,互不可见;False:逐条填充。"
     ),
-    "NEFTune: noise on the embeddings, uniform within ±alpha / sqrt(L d).": (
+    "NEFTune: uniform noise on the embeddings within ±alpha / sqrt(L d).": (
         "NEFTune:在嵌入上加 ±alpha / sqrt(L d) 之内的均匀噪声。"
     ),
     # AdapterArguments, PredecessorArguments
@@ -145,41 +143,39 @@ CHINESE: dict[str, str] = {
     "full (the same as --use_peft False), lora, adalora, prompt_tuning, p_tuning or prefix_tuning.": (
         "full(等同于 --use_peft False)、lora、adalora、prompt_tuning、p_tuning 或 prefix_tuning。"
     ),
-    "`all` linear layers, or names joined by commas.": "`all` 表示所有线性层,或用逗号连接的名称。",
+    "Modules to adapt: `all` linear layers, or names joined by commas.": "`all` 表示所有线性层,或用逗号连接的名称。",
     "Rank r of the adapter.": "适配器的秩 r。",
-    "Scale: the adapter's output times alpha / r.": "缩放:适配器的输出乘以 alpha / r。",
+    "LoRA alpha: the adapter's output is scaled by alpha / r.": "缩放:适配器的输出乘以 alpha / r。",
     "Dropout on the adapter's input.": "适配器输入上的 dropout。",
-    "Modules trained in full beside the adapter, e.g. embed_tokens,lm_head.": (
+    "Modules trained in full in addition to the adapter, e.g. embed_tokens,lm_head.": (
         "与适配器一起完整训练的模块,例如 embed_tokens,lm_head。"
     ),
-    "Adapter to go on from.": "在这个适配器的基础上继续训练。",
-    "LoRA's scale is alpha / sqrt(r) (rsLoRA).": "LoRA 的缩放为 alpha / sqrt(r)(rsLoRA)。",
-    "Weights are split into magnitude and direction; LoRA turns the latter.": (
+    "Adapter to continue training from.": "在这个适配器的基础上继续训练。",
+    "Rank-stabilized LoRA: scale by alpha / sqrt(r).": "LoRA 的缩放为 alpha / sqrt(r)(rsLoRA)。",
+    "DoRA: decompose weights into magnitude and direction; LoRA updates the direction.": (
         "把权重拆成大小与方向,LoRA 只改变方向(DoRA)。"
     ),
-    "LoRA's start: default (B = 0), gaussian, or pissa (the base's largest singular directions).": (
+    "LoRA initialization: default (B = 0), gaussian, or pissa (the base's principal singular vectors).": (
         "LoRA 的起点:default(B = 0)、gaussian,或 pissa(基座最大的奇异方向)。"
     ),
-    "LoRA+: the learning rate of B is this many times that of A.": "LoRA+:B 的学习率是 A 的多少倍。",
-    "AdaLoRA: rank of each matrix at first.": "AdaLoRA:每个矩阵最初的秩。",
-    "AdaLoRA: average rank at the end.": "AdaLoRA:结束时的平均秩。",
-    "AdaLoRA: steps before ranks begin to fall.": "AdaLoRA:秩开始下降之前的步数。",
-    "AdaLoRA: steps at the end in which ranks stay as they are.": "AdaLoRA:最后多少步内秩不再改变。",
-    "AdaLoRA: ranks are chosen anew every so many steps.": "AdaLoRA:每隔多少步重新选择一次秩。",
-    "AdaLoRA: how slowly a weight's importance is averaged.": "AdaLoRA:权重重要性滑动平均的系数。",
-    "AdaLoRA: how slowly its uncertainty is averaged.": "AdaLoRA:重要性不确定度滑动平均的系数。",
-    "AdaLoRA: weight of the term that keeps its matrices orthogonal.": "AdaLoRA:保持矩阵正交的那一项的权重。",
-    "Prompt, P- and prefix tuning: learned tokens before the text.": (
+    "LoRA+: ratio of B's learning rate to A's.": "LoRA+:B 的学习率是 A 的多少倍。",
+    "AdaLoRA: initial rank of each matrix.": "AdaLoRA:每个矩阵最初的秩。",
+    "AdaLoRA: target average rank.": "AdaLoRA:结束时的平均秩。",
+    "AdaLoRA: warmup steps before ranks are reduced.": "AdaLoRA:秩开始下降之前的步数。",
+    "AdaLoRA: final steps with fixed ranks.": "AdaLoRA:最后多少步内秩不再改变。",
+    "AdaLoRA: steps between rank reallocations.": "AdaLoRA:每隔多少步重新选择一次秩。",
+    "AdaLoRA: EMA coefficient of the sensitivity.": "AdaLoRA:权重重要性滑动平均的系数。",
+    "AdaLoRA: EMA coefficient of the uncertainty.": "AdaLoRA:重要性不确定度滑动平均的系数。",
+    "AdaLoRA: weight of the orthogonality regularization.": "AdaLoRA:保持矩阵正交的那一项的权重。",
+    "Prompt tuning, P-tuning and prefix tuning: number of virtual tokens.": (
         "prompt tuning、P-tuning 与 prefix tuning:文本之前要学习的虚拟 token 数。"
     ),
     "P-tuning, and prefix tuning with --prefix_projection: width of the network that the virtual "
     "tokens are trained through; default: the embedding's.": (
         "P-tuning,以及带 --prefix_projection 的 prefix tuning:训练虚拟 token 所经过的网络的宽度;默认与嵌入相同。"
     ),
-    "Prefix tuning: train the prefix through a network of two layers.": (
-        "prefix tuning:让前缀经过一个两层网络来训练。"
-    ),
-    "With --shift_attn: embedding and norms train in full beside the adapter.": (
+    "Prefix tuning: train the prefix through a two-layer MLP.": ("prefix tuning:让前缀经过一个两层网络来训练。"),
+    "With --shift_attn: also train embeddings and norms in full.": (
         "与 --shift_attn 同用时:嵌入和归一化层与适配器一起完整训练。"
     ),
     "SFT adapter to start from: merged into the model in memory, and so part of the reference. "
@@ -188,25 +184,25 @@ CHINESE: dict[str, str] = {
         "--peft_path 则是继续训练本阶段的适配器,参考模型不含它。"
     ),
     # stages
-    "Tokens of a row; longer documents are cut into blocks.": "一行的 token 数;更长的文档切成多块。",
-    "Tokens of a conversation, and of a packed row.": "一段对话的 token 数上限,也是打包后一行的长度。",
-    "Learn the whole conversation, prompts included.": "整段对话都参与学习,包括提问。",
-    "How strongly the model is held to the reference.": "模型被约束在参考模型附近的强度。",
-    "Reference where all weights are trained; default: the model as it starts.": (
+    "Tokens per row; longer documents are split into blocks.": "一行的 token 数;更长的文档切成多块。",
+    "Maximum tokens of a conversation, and of a packed row.": "一段对话的 token 数上限,也是打包后一行的长度。",
+    "Compute the loss on the whole conversation, including prompts.": "整段对话都参与学习,包括提问。",
+    "Strength of the pull towards the reference model.": "模型被约束在参考模型附近的强度。",
+    "Reference model for full training; default: a frozen copy of the initial model.": (
         "训练全部权重时的参考模型;默认:训练开始时的模型。"
     ),
     "Reward model: of this project (merged, or its adapter), or any sequence classifier; one without "
     "a chat template is given prompt and answer as a pair of texts.": (
         "奖励模型:本项目的(合并后的,或其适配器),或任意序列分类模型;没有对话模板的,得到的是提示与回答这一对文本。"
     ),
-    "Of a classifier with several labels: the one whose logit is the score.": (
+    "For a classifier with several labels: the label whose logit is the score.": (
         "分类模型有多个标签时:用哪个标签的 logit 作为分数。"
     ),
-    "Prompts of a rollout, a process.": "一次 rollout 的提示数,每个进程。",
-    "Answers of a forward pass, a process; default: --per_device_train_batch_size.": (
+    "Prompts per rollout and process.": "一次 rollout 的提示数,每个进程。",
+    "Responses per forward pass and process; default: --per_device_train_batch_size.": (
         "一次前向计算的回答数,每个进程;默认同 --per_device_train_batch_size。"
     ),
-    "Times that a rollout is learned from.": "一次 rollout 被学习的遍数。",
+    "Optimization epochs over each rollout.": "一次 rollout 被学习的遍数。",
     "Rollouts of the run. Or --max_steps, which counts optimizer steps: a rollout has --ppo_epochs * "
     "--batch_size / --mini_batch_size / --gradient_accumulation_steps. Or --num_train_epochs: passes over "
     "the prompts.": (
@@ -214,65 +210,66 @@ CHINESE: dict[str, str] = {
         "--ppo_epochs * --batch_size / --mini_batch_size / --gradient_accumulation_steps 步。"
         "或用 --num_train_epochs:遍历提示的次数。"
     ),
-    "Of the answers, and of log-probabilities and KL.": "生成回答的温度,也用于对数概率和 KL。",
-    "Draw from the likeliest tokens that sum to this.": "只从概率之和达到该值的最可能的 token 中抽取。",
-    "Draw from this many likeliest tokens; 0 = all.": "只从最可能的若干个 token 中抽取;0 = 全部。",
-    "Reward lost for each nat by which a token leaves the reference, at first.": (
+    "Sampling temperature; also applied to log-probabilities and KL.": (
+        "生成回答的温度,也用于对数概率和 KL。"
+    ),
+    "Nucleus sampling: smallest set of tokens whose probabilities sum to this.": "只从概率之和达到该值的最可能的 token "
+    "中抽取。",
+    "Sample from this many most likely tokens; 0 = all.": "只从最可能的若干个 token 中抽取;0 = 全部。",
+    "Initial KL coefficient: reward subtracted per nat of KL to the reference.": (
         "token 每偏离参考模型一个 nat 所扣的奖励,初始值。"
     ),
-    "Adapt it after each rollout, towards --target_kl; False: keep it.": (
+    "Adapt the KL coefficient after each rollout towards --target_kl; False: keep it fixed.": (
         "每次 rollout 之后向 --target_kl 调整该系数;False:保持不变。"
     ),
-    "Nats an answer, default 6: the KL to the reference that --adap_kl_ctrl steers to, and with "
-    "--early_stopping the KL to the policy that gave the answers beyond which their updates end.": (
+    "Target KL in nats per response (default 6). The adaptive controller steers towards it; with "
+    "--early_stopping, also the KL to the sampling policy at which updates on a rollout stop.": (
         "每个回答的 nat 数,默认 6:--adap_kl_ctrl 所趋向的、与参考模型的 KL;使用 --early_stopping 时,"
         "与给出回答的策略的 KL 超过它,就结束对这些回答的更新。"
     ),
-    "Leave a rollout's other updates out once the policy is --target_kl from what it was.": (
+    "Skip the remaining updates on a rollout once the policy's KL to the sampling policy exceeds --target_kl.": (
         "策略偏离原来达到 --target_kl 时,略去这次 rollout 余下的更新。"
     ),
-    "Taken from every score. Without it scores are whitened instead: less their mean over the "
-    "rollout of all processes, over their standard deviation. Never both.": (
+    "Constant subtracted from every score. Without it, scores are whitened over the rollout of all processes.": (
         "从每个分数中减去的值。不给时改为对分数做白化:减去所有进程这次 rollout 的平均值,再除以标准差。"
         "两者不会同时进行。"
     ),
-    "Taken from the score of an answer that did not end, before all else.": (
+    "Penalty subtracted from the score of a response without an end token.": (
         "回答没有自行结束时,首先从其分数中扣去的值。"
     ),
-    "Discount of later rewards.": "对以后奖励的折扣。",
-    "Lambda of the generalised advantage estimation.": "广义优势估计的 lambda。",
-    "Clip of the policy's ratio.": "策略比率的裁剪范围。",
-    "Clip of the value head's change.": "价值头变化的裁剪范围。",
-    "Weight of the value loss.": "价值损失的权重。",
-    "Answers to each validation prompt; its numbers are their means.": "每个验证提示回答几次；它的各项数值取平均。",
+    "Discount factor gamma.": "对以后奖励的折扣。",
+    "Lambda of generalized advantage estimation.": "广义优势估计的 lambda。",
+    "Clip range of the policy ratio.": "策略比率的裁剪范围。",
+    "Clip range of the value function.": "价值头变化的裁剪范围。",
+    "Coefficient of the value loss.": "价值损失的权重。",
+    "Responses per validation prompt; its metrics are their means.": "每个验证提示回答几次；它的各项数值取平均。",
     # StageArguments
     "Replace a finished run in --output_dir.": "替换 --output_dir 中已完成的运行。",
-    "Arguments, data and one batch; predicted memory and time; then stop.": (
+    "Check arguments, data and one batch, report the estimated memory and time, and stop.": (
         "只检查参数、数据和一个批次,预估内存与时间,然后停止。"
     ),
-    "Write each validation record's numbers to eval_records/step-N.jsonl.": (
+    "Write the metrics of each validation record to eval_records/step-N.jsonl.": (
         "把每条验证数据的数值写入 eval_records/step-N.jsonl。"
     ),
-    "Validation records that each evaluation also shows: what the model says to them (eval_samples/, "
-    "TensorBoard, report.html); of a reward model the scores. 0: none.": (
+    "Validation records whose responses (for a reward model: scores) each evaluation saves to "
+    "eval_samples/, TensorBoard and report.html. 0: none.": (
         "每次评估时另外展示多少条验证数据:模型对它们的回答(eval_samples/、TensorBoard、report.html);"
         "奖励模型则是分数。0:不展示。"
     ),
-    "Plain lines on a terminal, too: no line that is written over, no bars.": (
-        "在终端上也只输出普通的行:没有原地刷新的一行,也没有进度条。"
-    ),
+    "Plain log lines on a terminal: no progress bars.": ("在终端上也只输出普通的行:没有原地刷新的一行,也没有进度条。"),
     "Trackers, joined by commas: tensorboard, wandb …; or none.": (
         "跟踪工具,用逗号连接:tensorboard、wandb……;none 表示不用。"
     ),
-    "TensorBoard's files; default: logs/ in the output directory.": "TensorBoard 的文件;默认:输出目录中的 logs/。",
-    "Log every so many steps.": "每隔多少步记一次日志。",
+    "Folder for TensorBoard files; default: logs/ in the output directory.": "TensorBoard 的文件;默认:输出目录中的 "
+    "logs/。",
+    "Steps between log entries.": "每隔多少步记一次日志。",
     "Log the first step too.": "第一步也记日志。",
-    "Leave losses that are NaN or infinite out of the log's mean; their steps are skipped either way.": (
+    "Exclude NaN and infinite losses from the logged mean; such steps are skipped either way.": (
         "日志的平均损失不计入 NaN 和无穷大;无论如何,这样的步都会被跳过。"
     ),
-    "Whole checkpoints that are kept; 0: all.": "保留多少个完整的检查点;0 为全部。",
+    "Number of complete checkpoints to keep; 0: all.": "保留多少个完整的检查点;0 为全部。",
     "See torch's DDP.": "见 torch 的 DDP。",
-    "Stays False: batches hold what is needed, nothing more.": "保持 False：批次里只有需要的内容，没有别的。",
+    "Must stay False: batches contain only what is needed.": "保持 False：批次里只有需要的内容，没有别的。",
     # SpeakerArguments
     "Model directory, or a hub name; default: the one that --lora_model names.": (
         "模型目录,或 hub 上的名称;默认:--lora_model 所记录的基座。"
@@ -284,7 +281,7 @@ CHINESE: dict[str, str] = {
     "False: a thinking model answers without thoughts. Default: its own way.": (
         "False:会思考的模型不经思考直接回答。默认按模型自己的方式。"
     ),
-    "How many times the model's own context; default: 2.": "模型自身上下文的多少倍;默认 2。",
+    "RoPE scaling factor; default: 2.": "模型自身上下文的多少倍;默认 2。",
     "auto (a GPU if there is one), cpu or cuda.": "auto(有 GPU 就用 GPU)、cpu 或 cuda。",
     "Branch, tag or commit of a hub model; not the adapter's.": "hub 模型的分支、标签或提交;不用于适配器。",
     "Where downloads are cached.": "下载内容的缓存目录。",

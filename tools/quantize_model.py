@@ -29,7 +29,9 @@ class QuantizeArguments:
     max_length: int = field(default=1024, metadata={"help": "Tokens of a window of that text."})
     max_tokens: int = field(default=20000, metadata={"help": "Measure on at most so many tokens; -1 = all."})
     torch_dtype: str = field(default="auto", metadata={"help": "Precision of what is not quantized."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer directory or hub name; default: the model's."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model at --output_dir."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where a hub model is cached."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})

@@ -19,7 +19,9 @@ class ModelArguments:
     heading = "Model"
 
     model_name_or_path: str = field(metadata={"help": "Model directory, or a hub name."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer directory or hub name; default: the model's."}
+    )
     model_type: str = field(
         default="auto",
         metadata={"help": "Architecture you expect (llama, qwen3, bloom …); checked against the config."},
@@ -31,7 +33,8 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
     hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub model."})
     torch_dtype: str = field(
-        default="auto", metadata={"help": "Weights' precision: auto (the checkpoint's), float32, bfloat16, float16."}
+        default="auto",
+        metadata={"help": "Precision of the weights: auto (the checkpoint's), float32, bfloat16, float16."},
     )
     device_map: str | None = field(
         default=None, metadata={"help": "`auto` spreads one process's model over its GPUs; not with torchrun."}
@@ -40,42 +43,46 @@ class ModelArguments:
         default=False, metadata={"help": "Run Python code that the model repository ships."}
     )
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the linear layers in 4 bit (nf4, bitsandbytes)."}
+        default=False, metadata={"help": "Load the linear layers in 4 bits (nf4, bitsandbytes)."}
     )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the linear layers in 8 bit (bitsandbytes)."})
-    qlora: bool = field(
-        default=False, metadata={"help": "4 bit as QLoRA does it: nf4, its scales quantized once more."}
-    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the linear layers in 8 bits (bitsandbytes)."})
+    qlora: bool = field(default=False, metadata={"help": "4-bit loading as in QLoRA: nf4 with double quantization."})
     quantize_experts: bool = field(
         default=True,
-        metadata={"help": "4 bit: experts held as one 3-D parameter, too; False: they stay in 16 bit."},
+        metadata={
+            "help": "With 4-bit loading: also quantize experts that are stored as one 3-D parameter; "
+            "False: they stay in 16 bit."
+        },
     )
     rope_scaling: str | None = field(
         default=None,
-        metadata={"help": "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope."},
+        metadata={"help": "RoPE scaling for a longer context: linear, dynamic (NTK), yarn or longrope."},
     )
     rope_factor: float | None = field(
         default=None,
-        metadata={"help": "How many times the model's own context; default: as many as the run's length needs."},
+        metadata={"help": "RoPE scaling factor; default: as large as the run's sequence length needs."},
     )
     rope_factors_file: str | None = field(
-        default=None, metadata={"help": "longrope: json file with its lists short_factor and long_factor."}
+        default=None, metadata={"help": "For longrope: JSON file with the lists short_factor and long_factor."}
     )
     router_aux_loss: bool = field(
         default=False,
-        metadata={"help": "Mixture of experts: add the routers' loss, which keeps the experts in use alike."},
+        metadata={"help": "Mixture of experts: add the router load-balancing loss."},
     )
     router_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of --router_aux_loss; default: the checkpoint's own."}
     )
     flash_attn: bool = field(
         default=False,
-        metadata={"help": "FlashAttention where installed, else torch's fastest exact attention on this GPU."},
+        metadata={"help": "Use FlashAttention if installed, else torch's fastest exact attention on this GPU."},
     )
     shift_attn: bool = field(
-        default=False, metadata={"help": "Shifted sparse attention (S²-Attn) in training; full attention elsewhere."}
+        default=False,
+        metadata={"help": "Train with shifted sparse attention (S²-Attn, LongLoRA); evaluation uses full attention."},
     )
-    shift_group_ratio: float = field(default=0.25, metadata={"help": "--shift_attn: a group's share of the row."})
+    shift_group_ratio: float = field(
+        default=0.25, metadata={"help": "With --shift_attn: group size as a share of the row length."}
+    )
 
     # (flag, tokens): the length that the run trains on, which `check_shared` finds among the other flags. No flag.
     rope_length = None
@@ -96,17 +103,25 @@ class DataArguments:
 
     train_file_dir: str | None = field(
         default=None,
-        metadata={"help": "File, or folder searched with its subfolders; several joined by commas; or a .yaml list."},
+        metadata={
+            "help": "Training file or folder (searched recursively), several joined by commas, or a .yaml list."
+        },
     )
     data_weights: str | None = field(
-        default=None, metadata={"help": "Shares of the sources of --train_file_dir, joined by commas: 0.7,0.3."}
+        default=None,
+        metadata={"help": "Sampling weights of the sources of --train_file_dir, joined by commas: 0.7,0.3."},
     )
-    deduplicate: bool = field(default=False, metadata={"help": "Leave out training records that were read before."})
-    validation_file_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A `datasets` set: hub name or local folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that set."})
+    deduplicate: bool = field(default=False, metadata={"help": "Drop duplicate training records."})
+    validation_file_dir: str | None = field(
+        default=None, metadata={"help": "Validation file or folder, in the same forms."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset for the `datasets` library: hub name or local folder."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration name of that dataset."})
     validation_split_percentage: int | None = field(
-        default=None, metadata={"help": "Hold out this share of the training records, if no validation set is given."}
+        default=None,
+        metadata={"help": "Percentage of the training records to hold out when no validation set is given."},
     )
     max_train_samples: int = field(
         default=-1, metadata={"help": "Use at most this many training records; in PT rows of --block_size; -1 = all."}
@@ -115,11 +130,14 @@ class DataArguments:
         default=-1, metadata={"help": "The same for validation records; in PT blocks, which are not packed."}
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that encode the data; default: one a core, at most four."}
+        default=None, metadata={"help": "Processes that encode the data; default: one per core, at most four."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Encode again what --cache_dir already holds."})
+    overwrite_cache: bool = field(
+        default=False, metadata={"help": "Ignore the encoded data in --cache_dir and encode again."}
+    )
     on_bad_record: str = field(
-        default="error", metadata={"help": "error: stop at the first; skip: count it, write it to rejected.jsonl."}
+        default="error",
+        metadata={"help": "error: stop at the first malformed record; skip: count it and write it to rejected.jsonl."},
     )
 
 
@@ -133,11 +151,14 @@ class ChatArguments:
         default=None, metadata={"help": "Chat template of template.py; default: the tokenizer's own, else vicuna."}
     )
     force_template: bool = field(
-        default=False, metadata={"help": "Use --template_name although the model was trained in another template."}
+        default=False, metadata={"help": "Use --template_name even if the model was trained with another template."}
     )
     enable_thinking: bool | None = field(
         default=None,
-        metadata={"help": "Answers of a thinking model begin with its thoughts; False: with none. Default: its own."},
+        metadata={
+            "help": "Whether a thinking model's responses start with a thinking block; default: the "
+            "model's own setting."
+        },
     )
 
 
@@ -147,8 +168,10 @@ class PairArguments:
 
     heading = "Lengths of prompt and answer"
 
-    max_source_length: int = field(default=2048, metadata={"help": "Tokens of the prompt with its history."})
-    max_target_length: int = field(default=512, metadata={"help": "Tokens of an answer."})
+    max_source_length: int = field(
+        default=2048, metadata={"help": "Maximum tokens of the prompt, including earlier turns."}
+    )
+    max_target_length: int = field(default=512, metadata={"help": "Maximum tokens of a response."})
 
 
 @dataclass
@@ -158,15 +181,18 @@ class LanguageModelArguments:
     heading = "Rows of text"
 
     packing: bool = field(
-        default=True, metadata={"help": "Several records in one row, attending only to themselves; False: padded."}
+        default=True,
+        metadata={"help": "Pack several records into one row, each attending only to itself; False: pad."},
     )
     neft_alpha: float | None = field(
-        default=None, metadata={"help": "NEFTune: noise on the embeddings, uniform within ±alpha / sqrt(L d)."}
+        default=None, metadata={"help": "NEFTune: uniform noise on the embeddings within ±alpha / sqrt(L d)."}
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the files while training, in constant memory; needs --max_steps."}
+        default=False, metadata={"help": "Read the files while training, with constant memory; needs --max_steps."}
     )
-    shuffle_buffer: int = field(default=10_000, metadata={"help": "Records that --streaming shuffles among."})
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Size of the shuffle buffer of --streaming, in records."}
+    )
 
 
 @dataclass
@@ -182,42 +208,48 @@ class AdapterArguments:
             "help": "full (the same as --use_peft False), lora, adalora, prompt_tuning, p_tuning or prefix_tuning."
         },
     )
-    target_modules: str = field(default="all", metadata={"help": "`all` linear layers, or names joined by commas."})
+    target_modules: str = field(
+        default="all", metadata={"help": "Modules to adapt: `all` linear layers, or names joined by commas."}
+    )
     lora_rank: int = field(default=8, metadata={"help": "Rank r of the adapter."})
-    lora_alpha: float = field(default=16.0, metadata={"help": "Scale: the adapter's output times alpha / r."})
+    lora_alpha: float = field(
+        default=16.0, metadata={"help": "LoRA alpha: the adapter's output is scaled by alpha / r."}
+    )
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
     modules_to_save: str | None = field(
-        default=None, metadata={"help": "Modules trained in full beside the adapter, e.g. embed_tokens,lm_head."}
+        default=None,
+        metadata={"help": "Modules trained in full in addition to the adapter, e.g. embed_tokens,lm_head."},
     )
-    peft_path: str | None = field(default=None, metadata={"help": "Adapter to go on from."})
+    peft_path: str | None = field(default=None, metadata={"help": "Adapter to continue training from."})
     longlora_plus: bool = field(
-        default=True, metadata={"help": "With --shift_attn: embedding and norms train in full beside the adapter."}
+        default=True, metadata={"help": "With --shift_attn: also train embeddings and norms in full."}
     )
-    use_rslora: bool = field(default=False, metadata={"help": "LoRA's scale is alpha / sqrt(r) (rsLoRA)."})
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilized LoRA: scale by alpha / sqrt(r)."})
     use_dora: bool = field(
-        default=False, metadata={"help": "Weights are split into magnitude and direction; LoRA turns the latter."}
+        default=False,
+        metadata={"help": "DoRA: decompose weights into magnitude and direction; LoRA updates the direction."},
     )
     init_lora_weights: str = field(
         default="default",
         metadata={
-            "help": "LoRA's start: default (B = 0), gaussian, or pissa (the base's largest singular directions)."
+            "help": "LoRA initialization: default (B = 0), gaussian, or pissa (the base's principal singular vectors)."
         },
     )
     loraplus_lr_ratio: float | None = field(
-        default=None, metadata={"help": "LoRA+: the learning rate of B is this many times that of A."}
+        default=None, metadata={"help": "LoRA+: ratio of B's learning rate to A's."}
     )
-    init_r: int = field(default=12, metadata={"help": "AdaLoRA: rank of each matrix at first."})
-    target_r: int = field(default=8, metadata={"help": "AdaLoRA: average rank at the end."})
-    tinit: int = field(default=0, metadata={"help": "AdaLoRA: steps before ranks begin to fall."})
-    tfinal: int = field(default=0, metadata={"help": "AdaLoRA: steps at the end in which ranks stay as they are."})
-    deltaT: int = field(default=1, metadata={"help": "AdaLoRA: ranks are chosen anew every so many steps."})
-    beta1: float = field(default=0.85, metadata={"help": "AdaLoRA: how slowly a weight's importance is averaged."})
-    beta2: float = field(default=0.85, metadata={"help": "AdaLoRA: how slowly its uncertainty is averaged."})
+    init_r: int = field(default=12, metadata={"help": "AdaLoRA: initial rank of each matrix."})
+    target_r: int = field(default=8, metadata={"help": "AdaLoRA: target average rank."})
+    tinit: int = field(default=0, metadata={"help": "AdaLoRA: warmup steps before ranks are reduced."})
+    tfinal: int = field(default=0, metadata={"help": "AdaLoRA: final steps with fixed ranks."})
+    deltaT: int = field(default=1, metadata={"help": "AdaLoRA: steps between rank reallocations."})
+    beta1: float = field(default=0.85, metadata={"help": "AdaLoRA: EMA coefficient of the sensitivity."})
+    beta2: float = field(default=0.85, metadata={"help": "AdaLoRA: EMA coefficient of the uncertainty."})
     orth_reg_weight: float = field(
-        default=0.5, metadata={"help": "AdaLoRA: weight of the term that keeps its matrices orthogonal."}
+        default=0.5, metadata={"help": "AdaLoRA: weight of the orthogonality regularization."}
     )
     num_virtual_tokens: int = field(
-        default=20, metadata={"help": "Prompt, P- and prefix tuning: learned tokens before the text."}
+        default=20, metadata={"help": "Prompt tuning, P-tuning and prefix tuning: number of virtual tokens."}
     )
     encoder_hidden_size: int | None = field(
         default=None,
@@ -227,7 +259,7 @@ class AdapterArguments:
         },
     )
     prefix_projection: bool = field(
-        default=False, metadata={"help": "Prefix tuning: train the prefix through a network of two layers."}
+        default=False, metadata={"help": "Prefix tuning: train the prefix through a two-layer MLP."}
     )
     # Names of the flags that stood on the command line, also with their default values; set by `run.start`.
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
@@ -275,42 +307,41 @@ class RunArguments:
 
     heading = "The run"
 
-    output_dir: str | None = field(default=None, metadata={"help": "The folder that the run is written to."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the run's results."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished run in --output_dir."})
     dry_run: bool = field(
-        default=False, metadata={"help": "Arguments, data and one batch; predicted memory and time; then stop."}
+        default=False,
+        metadata={"help": "Check arguments, data and one batch, report the estimated memory and time, and stop."},
     )
     save_eval_records: bool = field(
-        default=False, metadata={"help": "Write each validation record's numbers to eval_records/step-N.jsonl."}
+        default=False, metadata={"help": "Write the metrics of each validation record to eval_records/step-N.jsonl."}
     )
     eval_samples: int = field(
         default=3,
         metadata={
-            "help": "Validation records that each evaluation also shows: what the model says to them (eval_samples/, "
-            "TensorBoard, report.html); of a reward model the scores. 0: none."
+            "help": "Validation records whose responses (for a reward model: scores) each evaluation "
+            "saves to eval_samples/, TensorBoard and report.html. 0: none."
         },
     )
-    quiet: bool = field(
-        default=False, metadata={"help": "Plain lines on a terminal, too: no line that is written over, no bars."}
-    )
+    quiet: bool = field(default=False, metadata={"help": "Plain log lines on a terminal: no progress bars."})
     report_to: str | None = field(
         default="tensorboard", metadata={"help": "Trackers, joined by commas: tensorboard, wandb …; or none."}
     )
     logging_dir: str | None = field(
-        default=None, metadata={"help": "TensorBoard's files; default: logs/ in the output directory."}
+        default=None, metadata={"help": "Folder for TensorBoard files; default: logs/ in the output directory."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={
-            "help": "Leave losses that are NaN or infinite out of the log's mean; their steps are skipped either way."
-        },
+        metadata={"help": "Exclude NaN and infinite losses from the logged mean; such steps are skipped either way."},
     )
-    save_total_limit: int | None = field(default=3, metadata={"help": "Whole checkpoints that are kept; 0: all."})
+    save_total_limit: int | None = field(
+        default=3, metadata={"help": "Number of complete checkpoints to keep; 0: all."}
+    )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Stays False: batches hold what is needed, nothing more."}
+        default=False, metadata={"help": "Must stay False: batches contain only what is needed."}
     )
 
     def check(self) -> None:

@@ -20,8 +20,8 @@ SOURCE = "training_args.py"
 MOST_USED: dict[str, str] = {
     "do_train": "Train. With neither this nor --do_eval: train, and evaluate if there are validation records.",
     "do_eval": "Evaluate. Alone, without --do_train: evaluate the model as it is, and stop.",
-    "per_device_train_batch_size": "Rows a process trains on at a time; RM and DPO: pairs.",
-    "per_device_eval_batch_size": "The same for validation, where rows are never packed.",
+    "per_device_train_batch_size": "Rows per process and forward pass in training; RM and DPO: pairs.",
+    "per_device_eval_batch_size": "Rows per process and forward pass in evaluation, where rows are never packed.",
     "gradient_accumulation_steps": "Batches that make one optimizer step.",
     "num_train_epochs": "Passes over the training records.",
     "max_steps": "Optimizer steps, in place of epochs; -1: epochs count.",

@@ -29,7 +29,8 @@ class EvaluationArguments:
     )
     batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
     on_bad_record: str = field(
-        default="error", metadata={"help": "error: stop at the first; skip: count it, write it to rejected.jsonl."}
+        default="error",
+        metadata={"help": "error: stop at the first malformed record; skip: count it and write it to rejected.jsonl."},
     )
     reward_model_name_or_path: str | None = field(
         default=None,
@@ -61,7 +62,9 @@ class PairLimits(PairArguments):
 
     heading = "A reward model's pairs"
 
-    max_source_length: int = field(default=2048, metadata={"help": "Tokens of the prompt with its history."})
+    max_source_length: int = field(
+        default=2048, metadata={"help": "Maximum tokens of the prompt, including earlier turns."}
+    )
     max_target_length: int = field(
         default=512,
         metadata={"help": "Tokens of an answer that a reward model scores; what a model answers: --max_new_tokens."},

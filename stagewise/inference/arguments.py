@@ -32,31 +32,30 @@ class SpeakerArguments:
         default=None, metadata={"help": "Chat template of template.py; default: the tokenizer's own, else vicuna."}
     )
     force_template: bool = field(
-        default=False, metadata={"help": "Use --template_name although the model was trained in another template."}
+        default=False, metadata={"help": "Use --template_name even if the model was trained with another template."}
     )
     enable_thinking: bool | None = field(
         default=None, metadata={"help": "False: a thinking model answers without thoughts. Default: its own way."}
     )
     torch_dtype: str = field(
-        default="auto", metadata={"help": "Weights' precision: auto (the checkpoint's), float32, bfloat16, float16."}
+        default="auto",
+        metadata={"help": "Precision of the weights: auto (the checkpoint's), float32, bfloat16, float16."},
     )
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the linear layers in 4 bit (nf4, bitsandbytes)."}
+        default=False, metadata={"help": "Load the linear layers in 4 bits (nf4, bitsandbytes)."}
     )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the linear layers in 8 bit (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the linear layers in 8 bits (bitsandbytes)."})
     rope_scaling: str | None = field(
         default=None,
-        metadata={"help": "Longer context by scaled positions: linear, dynamic (NTK), yarn or longrope."},
+        metadata={"help": "RoPE scaling for a longer context: linear, dynamic (NTK), yarn or longrope."},
     )
-    rope_factor: float | None = field(
-        default=None, metadata={"help": "How many times the model's own context; default: 2."}
-    )
+    rope_factor: float | None = field(default=None, metadata={"help": "RoPE scaling factor; default: 2."})
     rope_factors_file: str | None = field(
-        default=None, metadata={"help": "longrope: json file with its lists short_factor and long_factor."}
+        default=None, metadata={"help": "For longrope: JSON file with the lists short_factor and long_factor."}
     )
     flash_attn: bool = field(
         default=False,
-        metadata={"help": "FlashAttention where installed, else torch's fastest exact attention on this GPU."},
+        metadata={"help": "Use FlashAttention if installed, else torch's fastest exact attention on this GPU."},
     )
     device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu or cuda."})
     device_map: str | None = field(
