@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 inference.py --base_model … --data_file … --output_file …      # eight GPUs
 
 The model is a base, a base with an adapter of any kind, or merged; its chat template comes from the tokenizer. Answers
-of a file keep its order and its records' fields; a run that was stopped goes on where it was with the same command.
+of a file keep its order and its records' fields; a run that was stopped continues where it was with the same command.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class InferenceArguments:
         default="error",
         metadata={"help": "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason)."},
     )
-    overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file, do not go on."})
+    overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file, do not continue."})
     checkpoint_dir: str | None = field(
         default=None, metadata={"help": "Without --lora_model: its adapter is put on the base, if it has one."}
     )
@@ -85,7 +85,7 @@ from stagewise.training.first_look import say_error
 from stagewise.training.run import leave_processes, set_up_logging
 
 DEFAULT_SYSTEM = "the template's own, or none"
-# Flags that no answer follows from: a run that goes on may have others.
+# Flags that no answer follows from: a run that continues may have others.
 WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_remote_code")
 
 
@@ -150,7 +150,7 @@ def converse(talk: Talk, lines: Lines) -> None:
         try:
             if not do(talk, text):
                 return
-        except ValueError as error:  # the question cannot be asked, or the command not be done; the talk goes on
+        except ValueError as error:  # the question cannot be asked, or the command not be done; the talk continues
             print(f"error: {visible(str(error))}")
         except torch.OutOfMemoryError:
             print("error: the GPU's memory is full; what was said before is kept. Lower --max_new_tokens, ask less, "
@@ -256,7 +256,7 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
 
     done = from_first(begin)
     if done:
-        logger.info(f"{args.output_file}: goes on behind {done} of {len(prompts)} answers")
+        logger.info(f"{args.output_file}: continues after {done} of {len(prompts)} answers")
     speaker = everywhere(partial(Speaker.load, which))
     left_out = unanswerable(speaker, prompts, sampling, args.on_bad_record)
     try:
@@ -270,7 +270,7 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
         if target:
             target.finish()
     except KeyboardInterrupt:
-        logger.warning(f"stopped; the same command goes on from {args.output_file}.part")
+        logger.warning(f"stopped; the same command continues from {args.output_file}.part")
         raise
     finally:
         if target:

@@ -110,7 +110,7 @@ choose_model() {
 }
 
 # Starts a stage script with its flags: plain Python for one process, torchrun for several. Ends with 143 where a signal
-# stopped the run after a whole checkpoint, so that a scheduler can start the same command again.
+# stopped the run after a complete checkpoint, so that a scheduler can start the same command again.
 launch() {
     local command=("$PYTHON")
     # DeepSpeed asks for the variables that torchrun sets, also for one process.

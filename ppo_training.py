@@ -257,7 +257,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
             moved = float(self.over_processes(self.moved)) / answers
             if moved > self.ppo.target_kl:
                 logger.info(
-                    f"rollout {self.rollouts}: {moved:.3g} nats an answer away; its other updates are left out"
+                    f"rollout {self.rollouts}: {moved:.3g} nats per response away; its other updates are left out"
                 )
                 self.queue.clear()
         self.moved.zero_()

@@ -252,7 +252,7 @@ def measure(side: str, args: argparse.Namespace, file: Path, python: str = sys.e
 
 
 def table(rows: list[tuple[str, dict]]) -> str:
-    text = ["| | records read | kept | tokens kept | s | CPU s | tokens a second | MB |", "|---|" + 7 * "---:|"]
+    text = ["| | records read | kept | tokens kept | s | CPU s | tokens per second | MB |", "|---|" + 7 * "---:|"]
     for name, found in rows:
         read, kept = (f"{found[key]:,}" if key in found else "" for key in ("read", "kept"))
         speed = found["tokens"] / found["seconds"]

@@ -1,4 +1,4 @@
-"""What training costs on one GPU: peak memory and tokens a second of published shapes, with the estimate beside them.
+"""Peak memory and tokens per second of training published model shapes on one GPU, next to the estimate.
 
     python benchmarks/memory.py --shapes 0.5B,1.5B,8B --methods lora,qlora8,qlora4 --output memory.jsonl
     python benchmarks/memory.py --cells 32B:qlora4,8x7B:qlora4_experts --output memory.jsonl
@@ -108,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no_gradient_checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--flash_attn", action="store_true", help="as the stages' flag")
     parser.add_argument("--seconds", type=float, default=240, help="limit of a cell")
-    parser.add_argument("--minutes", type=float, help="limit of the run: no cell goes on beyond it")
+    parser.add_argument("--minutes", type=float, help="limit of the run: no cell continues beyond it")
     parser.add_argument("--output", type=Path, help="every row is added to this file, as jsonl, once it is finished")
     parser.add_argument("--dry_run", action="store_true", help="the estimates and what fits; nothing is measured")
     parser.add_argument("--gpu_gib", type=float, help="take the GPU to have this much; default: ask it")

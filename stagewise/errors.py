@@ -107,4 +107,4 @@ class ChatError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """Training cannot go on: steps that are not finite one after the other, or weights that are not."""
+    """Training cannot continue: steps that are not finite one after the other, or weights that are not."""

@@ -301,7 +301,7 @@ class Terminal:
             raise EOFError(self.seen[-3000:]) from None
 
     def wait_for(self, text: str, seconds: float = 240) -> str:
-        """Reads until `text` is there; returns what stood before it, and goes on behind it."""
+        """Reads until `text` is there; returns what stood before it, and continues after it."""
         deadline = time.time() + seconds
         while text not in self.seen:
             assert time.time() < deadline, f"waited for {text!r}; the end of what was seen:\n{self.seen[-3000:]}"

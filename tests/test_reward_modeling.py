@@ -297,7 +297,7 @@ def test_what_is_merged_gives_plain_transformers_the_same_scores(
     merge(out, "--tokenizer_path", base)
     assert AutoTokenizer.from_pretrained(merged).chat_template == saved.chat_template
     assert AutoTokenizer.from_pretrained(merged).pad_token == "<pad>"
-    # training goes on from both in the same rows
+    # training continues from both in the same rows
     rows = [manifest(out)["data"]["train"]]
     for number, start in enumerate(({"model": merged}, {"model": base, "peft_path": out})):
         again = stage("reward_modeling", *words(f"again{number}", lora_dropout=None, **start))

@@ -67,7 +67,7 @@ class Scripted:
                 assert stop.wait(90), "was not stopped"
             elif question == "slow":
                 yield "first "
-                assert self.go.wait(90), "was not let go on"
+                assert self.go.wait(90), "was not let continue"
                 yield "second"
             elif question == "evil":
                 yield from re.findall(r"(?s).{1,40}", EVIL)

@@ -179,7 +179,7 @@ CHINESE: dict[str, str] = {
         "与 --shift_attn 同用时:嵌入和归一化层与适配器一起完整训练。"
     ),
     "SFT adapter to start from: merged into the model in memory, and so part of the reference. "
-    "--peft_path goes on from an adapter of this stage, which the reference is without.": (
+    "--peft_path continues from an adapter of this stage, which the reference is without.": (
         "作为起点的 SFT 适配器:在内存中合并进模型,因此也是参考模型的一部分。"
         "--peft_path 则是继续训练本阶段的适配器,参考模型不含它。"
     ),
@@ -210,12 +210,11 @@ CHINESE: dict[str, str] = {
         "--ppo_epochs * --batch_size / --mini_batch_size / --gradient_accumulation_steps 步。"
         "或用 --num_train_epochs:遍历提示的次数。"
     ),
-    "Sampling temperature; also applied to log-probabilities and KL.": (
-        "生成回答的温度,也用于对数概率和 KL。"
+    "Sampling temperature; also applied to log-probabilities and KL.": ("生成回答的温度,也用于对数概率和 KL。"),
+    "Nucleus sampling: smallest set of tokens whose probabilities sum to this.": (
+        "只从概率之和达到该值的最可能的 token 中抽取。"
     ),
-    "Nucleus sampling: smallest set of tokens whose probabilities sum to this.": "只从概率之和达到该值的最可能的 token "
-    "中抽取。",
-    "Sample from this many most likely tokens; 0 = all.": "只从最可能的若干个 token 中抽取;0 = 全部。",
+    "Sample from this many most likely tokens; 0 = all.": ("只从最可能的若干个 token 中抽取;0 = 全部。"),
     "Initial KL coefficient: reward subtracted per nat of KL to the reference.": (
         "token 每偏离参考模型一个 nat 所扣的奖励,初始值。"
     ),
@@ -339,7 +338,7 @@ CHINESE: dict[str, str] = {
     "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason).": (
         "提示过长或没有提问时:error 报错,skip 跳过(没有回答,但有原因)。"
     ),
-    "Replace --output_file, do not go on.": "替换 --output_file,而不是接着写。",
+    "Replace --output_file, do not continue.": "替换 --output_file,而不是接着写。",
     "Without --lora_model: its adapter is put on the base, if it has one.": (
         "没有 --lora_model 时:其中若有适配器,就放在基座上。"
     ),
@@ -398,7 +397,7 @@ CHINESE: dict[str, str] = {
     "transformers 5 has one kind of tokenizer, the fast one": "transformers 5 只有一种分词器,即快速的那种",
     "weights are always saved as safetensors": "权重总是保存为 safetensors",
     "torch's own autocast is used": "使用 torch 自己的 autocast",
-    "tokens a second are always logged": "每秒 token 数总会记入日志",
+    "tokens per second are always logged": "每秒 token 数总会记入日志",
     "weights are always loaded without a second copy": "加载权重时从不多留一份副本",
     # arguments.NOT_YET
     "train with --qlora; tools.quantize_model writes the CPM form of a finished model": (

@@ -88,12 +88,12 @@ def _wins(margins: np.ndarray) -> np.ndarray:
 
 
 def language_model(stage: str, before: Rows, after: Rows) -> Line:
-    """PT and SFT: the perplexity falls. The difference is in nats a token, weighted by the records' tokens."""
+    """PT and SFT: the perplexity falls. The difference is in nats per token, weighted by the records' tokens."""
     (nll_before, nll_after), (tokens, _) = columns(before, after, "nll", "tokens")
     difference, error = weighted_difference(nll_before, nll_after, tokens)
     return Line(
         stage,
-        "perplexity (difference: nats a token)",
+        "perplexity (difference: nats per token)",
         perplexity(nll_before.sum() / tokens.sum()),
         perplexity(nll_after.sum() / tokens.sum()),
         difference,
@@ -150,10 +150,10 @@ def ppo(before: Rows, after: Rows) -> list[Line]:
     ]
     kl_now = float(kl[1].mean())
     rule = f"under {PPO_KL:.0f}"
-    lines.append(_ppo("KL to the SFT model, nats an answer", kl, kl_now < PPO_KL, rule))
+    lines.append(_ppo("KL to the SFT model, nats per response", kl, kl_now < PPO_KL, rule))
     shift = float(length[1].mean() / length[0].mean() - 1)
     lines.append(
-        _ppo("length, tokens an answer", length, abs(shift) <= PPO_LENGTH, f"within {PPO_LENGTH:.0%} of before")
+        _ppo("length, tokens per response", length, abs(shift) <= PPO_LENGTH, f"within {PPO_LENGTH:.0%} of before")
     )
     was, now = (perplexity(n.sum() / t.sum()) for n, t in zip(nll, length, strict=True))
     lines.append(

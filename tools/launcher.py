@@ -5,7 +5,7 @@
 It takes torchrun's flags and is torchrun, but for three things. SIGUSR1 and SIGUSR2 are passed on to the processes as
 SIGTERM and SIGHUP are, and a SIGHUP that nohup has it ignore stays ignored. The processes get 10 minutes to finish
 their step and save before they are killed, where torchrun gives 30 seconds. And what ends with 1 there ends with 143
-here, by which a scheduler knows that the same command goes on (Ctrl-C: 130).
+here, by which a scheduler knows that the same command continues (Ctrl-C: 130).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def attach_ranks(base: PreTrainedModel, config: AdaLoraConfig) -> PeftModel:
 
 
 def load_whole(base: PreTrainedModel, folder: str | Path, config: AdaLoraConfig) -> PeftModel:
-    """An adapter to go on from: its ranks stand where they stood among the ranks it began with, the others are zero.
+    """An adapter to continue from: its ranks keep their places among the initial ranks; the others are zero.
 
     Raises:
         RuntimeError: if its shapes are not the base's.

@@ -1,4 +1,4 @@
-"""Adapters: attaching a new one, going on from a saved one, loading, and merging in memory."""
+"""Adapters: attaching a new one, continuing from a saved one, loading, and merging in memory."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from stagewise.errors import AdapterError
 from stagewise.models.attention.shifted import is_shifted, longlora_modules
 from stagewise.models.quantization.experts import reach_packed
 
-# --------------------------------------------------------------------------------------------------- attach or go on
+# ------------------------------------------------------------------------------------------------- attach or continue
 
 
 def attach_adapter(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> PeftModel:
-    """Wraps the model in a new adapter, or in the one of --peft_path to go on from.
+    """Wraps the model in a new adapter, or in the one of --peft_path to continue from.
 
     The adapter's weights are float32 whatever the base's precision. LoRA: https://arxiv.org/abs/2106.09685, rsLoRA:
     2312.03732, DoRA: 2402.09353, PiSSA: 2404.02948, AdaLoRA: 2303.10512.
@@ -101,7 +101,7 @@ def _go_on(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> Pe
         wrapped = learn_again(load_adapter(model, args.peft_path))
     else:
         wrapped = load_adapter(model, args.peft_path, is_trainable=True)
-    logger.info(f"adapter: goes on from {args.peft_path}, {_summary(wrapped)}")
+    logger.info(f"adapter: continues from {args.peft_path}, {_summary(wrapped)}")
     if args.longlora_plus and is_shifted(model):
         has = {name.rsplit(".", 1)[-1] for name in names_of(getattr(config, "modules_to_save", None))}
         if lacking := [name for name in plus if name not in has]:

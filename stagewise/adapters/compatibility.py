@@ -60,7 +60,7 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
 
 
 def take_method_of_adapter(adapter: AdapterArguments, task_type: str) -> None:
-    """--peft_path goes on with the method that made the adapter.
+    """--peft_path continues with the method that made the adapter.
 
     Raises:
         ArgumentError: for another --fine_tuning_type, or flags that contradict the adapter.

@@ -61,7 +61,7 @@ def method_of(config: PeftConfig, folder: str | Path) -> str:
     kind = config.peft_type.value
     if kind not in METHOD_OF:
         raise AdapterError(
-            f"--peft_path {folder}: a {kind} adapter; this version goes on from {', '.join(METHOD_OF)} adapters"
+            f"--peft_path {folder}: a {kind} adapter; this version continues from {', '.join(METHOD_OF)} adapters"
         )
     return METHOD_OF[kind]
 

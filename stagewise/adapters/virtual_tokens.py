@@ -84,7 +84,7 @@ def learn_again(wrapped: PeftModel) -> PeftModel:
 
 
 class EncoderState(TrainerCallback):
-    """Keeps the network behind the virtual tokens in checkpoints, so that a resumed run goes on with it."""
+    """Keeps the network behind the virtual tokens in checkpoints, so that a resumed run continues with it."""
 
     def __init__(self, wrapped: PeftModel):
         self.encoder = wrapped.prompt_encoder[wrapped.active_adapter]

@@ -2,7 +2,7 @@
 
 A checkpoint is marked once every process has written its part: `whole.json` lists its files with their sizes and
 hashes, and is written after they are safe on disk. A run that was killed while it saved leaves a folder without the
-mark, a disk or a copy that went wrong one whose files differ from it; the run goes on from the last one that is whole.
+mark, a disk or a copy that went wrong one whose files differ from it; the run continues from the last complete one.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def unmark(folder: str | Path) -> None:
 
 
 def leave_later(output_dir: str | Path, resume: Path) -> None:
-    """Those behind the one that a run goes on from no longer count: True is to go on from the new way, not from them.
+    """Stops later checkpoints than the one a run continues from from counting: True means the new branch, not them.
 
-    By its name each can be gone on from all the same; see `resume_point`.
+    By its name each can be continued from all the same; see `resume_point`.
     """
     step = trained_steps(resume)
     for folder in checkpoints(output_dir):
         if step_of(folder) > step and (folder / MARK).is_file():
             os.replace(folder / MARK, folder / LEFT)
-            logger.info(f"{folder} is behind step {step}, from which this run goes on: it counts by its name alone")
+            logger.info(f"{folder} is behind step {step}, from which this run continues: it counts by its name alone")
 
 
 def trained_steps(folder: Path) -> int:
@@ -144,7 +144,7 @@ def step_of(folder: str | Path) -> int:
 
 
 def last_whole(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None; the log says which it passed over, and why."""
+    """The complete checkpoint with the highest step, or None; the log says which it passed over, and why."""
     for folder in reversed(checkpoints(output_dir)):
         why = why_not_whole(folder)
         if why is None:
@@ -156,12 +156,12 @@ def last_whole(output_dir: str | Path) -> Path | None:
 
 
 def resume_point(output_dir: str, asked: str | None) -> Path | None:
-    """What --resume_from_checkpoint means: a folder, or True for the last whole one.
+    """What --resume_from_checkpoint means: a folder, or True for the last complete one.
 
-    The first process reads the checkpoints, all of them go on from what it found.
+    The first process reads the checkpoints, all of them continue from what it found.
 
     Returns:
-        the checkpoint to go on from, or None to start at the beginning (True with nothing saved yet, or False).
+        the checkpoint to continue from, or None to start at the beginning (True with nothing saved yet, or False).
 
     Raises:
         ArgumentError: the folder named is missing or not whole.
@@ -177,7 +177,7 @@ def _resume_point(output_dir: str, asked: str) -> Path | None:
         folder = last_whole(output_dir)
         if folder is None:
             logger.warning(
-                f"--resume_from_checkpoint True: {output_dir} holds no whole checkpoint; starting at step 0"
+                f"--resume_from_checkpoint True: {output_dir} holds no complete checkpoint; starting at step 0"
             )
         return folder
     folder = named
@@ -186,7 +186,7 @@ def _resume_point(output_dir: str, asked: str) -> Path | None:
             os.replace(folder / LEFT, folder / MARK)
     if why := why_not_whole(folder):
         raise ArgumentError(
-            f"--resume_from_checkpoint {asked}: this checkpoint {why}; give another, or True for the last whole one"
+            f"--resume_from_checkpoint {asked}: this checkpoint {why}; give another, or True for the last complete one"
         )
     return folder
 
@@ -196,13 +196,13 @@ def check_resumable(folder: Path) -> None:
     if not any(next(folder.glob(pattern), None) for pattern in ("optimizer*", "global_step*")):
         raise ArgumentError(
             f"--resume_from_checkpoint: {folder} was saved with --save_only_model, without the optimizer's state that "
-            f"a run goes on from; begin anew from its weights: --peft_path {folder}, or --model_name_or_path where "
+            f"a run continues from; begin anew from its weights: --peft_path {folder}, or --model_name_or_path where "
             "all weights were trained"
         )
 
 
 def rotate(output_dir: str | Path, keep: int | None, best: str | None = None) -> None:
-    """Removes the oldest whole checkpoints beyond `keep`, never the best one, never the newest whole one.
+    """Removes the oldest complete checkpoints beyond `keep`, never the best one, never the newest whole one.
 
     Each is renamed first: a run that is killed meanwhile leaves no checkpoint with half of its files, and the next
     call removes the rest.

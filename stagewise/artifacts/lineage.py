@@ -44,7 +44,7 @@ def begin_step(stage: str, parts: list[Any]) -> dict[str, Any]:
 
 
 def earlier_steps(parts: list[Any]) -> list[dict[str, Any]]:
-    """The steps before a run's own: those of the adapter that it goes on from, else those of its model."""
+    """The steps before a run's own: those of the adapter that it continues from, else those of its model."""
     adapter = _flag(parts, "peft_path")
     return (_lineage(adapter) if adapter else []) or _lineage(_flag(parts, "model_name_or_path"))
 

@@ -117,7 +117,7 @@ def _check_lineage(
         raise ArgumentError(
             f"--template_name {template.name}: the model was trained in {trained_in}; in two forms it would speak "
             f"neither well\n  {trained_in}: {_beginning(before)}\n  {template.name}: {_beginning(now)}\n"
-            f"leave --template_name out to go on in {trained_in}, or add --force_template"
+            f"leave --template_name out to continue in {trained_in}, or add --force_template"
         )
     if chat.force_template and not other:
         found = f"in {trained_in}, the same form" if trained_in else "in no form of this project"

@@ -296,7 +296,7 @@ class PredecessorArguments:
         default=None,
         metadata={
             "help": "SFT adapter to start from: merged into the model in memory, and so part of the reference. "
-            "--peft_path goes on from an adapter of this stage, which the reference is without."
+            "--peft_path continues from an adapter of this stage, which the reference is without."
         },
     )
 

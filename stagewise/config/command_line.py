@@ -66,7 +66,7 @@ ALWAYS_SO = {
     "save_safetensors": "weights are always saved as safetensors",
     "half_precision_backend": "torch's own autocast is used",
     "fp16_opt_level": "torch's own autocast is used",
-    "include_tokens_per_second": "tokens a second are always logged",
+    "include_tokens_per_second": "tokens per second are always logged",
     "low_cpu_mem_usage": "weights are always loaded without a second copy",
 }
 RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}

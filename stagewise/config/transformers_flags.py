@@ -41,7 +41,7 @@ MOST_USED: dict[str, str] = {
     "save_steps": "Every so many steps; below 1: a share of all steps.",
     "load_best_model_at_end": "End with the best checkpoint in place of the last step.",
     "metric_for_best_model": "What best means, e.g. eval_loss or eval_accuracy.",
-    "resume_from_checkpoint": "True: go on from the last whole checkpoint; or a checkpoint's folder.",
+    "resume_from_checkpoint": "True: continue from the last complete checkpoint; or a checkpoint's folder.",
     "seed": "Seed of everything random.",
     "data_seed": "Seed of the order of the training rows; default: --seed.",
     "use_cpu": "Run on the CPU though there is a GPU.",

@@ -17,7 +17,7 @@ WAY_OUT = "--on_bad_record skip leaves such records out and counts them"
 
 
 def with_those_behind(error: RecordError, behind: Iterable[Any]) -> RecordError:
-    """The same error, saying how many of the records behind it are bad as well and which flag goes on without them.
+    """The same error, saying how many of the records behind it are bad as well and which flag continues without them.
 
     Args:
         error: what is wrong with the first bad record.
@@ -57,7 +57,7 @@ def check_share(left_out: Mapping[str, int], kept: int, example: RecordError | N
     """
     long = too_long(left_out)
     if sum(long.values()) > kept:
-        others = f", or --on_bad_record skip to go on with the {kept:,} that fit" if kept else ""
+        others = f", or --on_bad_record skip to continue with the {kept:,} that fit" if kept else ""
         raise ArgumentError(
             f"{what}: {_share(long, kept)} are too long ({_reasons(long)}), the first: {example}. Give "
             f"{_remedies(long).rstrip(',')}{others}"

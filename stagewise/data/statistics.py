@@ -230,7 +230,7 @@ class Step:
         padding = "no padding"
         if round(self.padding):
             padding = f"{self.padding:,.0f} of padding ({percent(self.padding, self.tokens + self.padding)})"
-        an_epoch = "" if self.steps_per_epoch is None else f"{counted(self.steps_per_epoch, *names)} an epoch, "
+        an_epoch = "" if self.steps_per_epoch is None else f"{counted(self.steps_per_epoch, *names)} per epoch, "
         return (
             f"a {names[0]}: {held}; {self.tokens:,.0f} tokens{learned}, and {padding}; {an_epoch}{self.steps:,} in all"
         )

@@ -53,7 +53,7 @@ def width(text: str) -> int:
 def as_text(rows: Sequence[Sequence[str]], room: int | None = None) -> str:
     """A table for the terminal; its first row is the header, its first column stands on the left.
 
-    What is wider than `room` columns (default: the terminal's) goes on below, behind the first column again.
+    What is wider than `room` columns (default: the terminal's) continues below, behind the first column again.
     """
     if room is None and sys.stdout.isatty():
         room = shutil.get_terminal_size().columns

@@ -202,7 +202,7 @@ def _value(text: _Text, where: str) -> Line:
                 return text.cut(where, "the record has no end")
         else:
             if end < len(text.text) or isinstance(value, (dict, list, str)) or not text.grow():
-                break  # a number could go on in the next block
+                break  # a number could continue in the next block
     raw = text.text[text.at : end]
     text.move(end)
     if is_deep(raw, value):

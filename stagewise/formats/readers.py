@@ -1,7 +1,7 @@
 """Files → one Line a record: .jsonl, .json, .csv, .tsv, .parquet and .txt, each also packed as .gz or .zst.
 
 Everything is read in pieces, so that a file of any size takes little memory. A record that can't be read is given as a
-Line with its RecordError, so that the caller may count it and go on.
+Line with its RecordError, so that the caller may count it and continue.
 """
 
 import json

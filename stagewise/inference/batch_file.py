@@ -1,7 +1,7 @@
 """Prompts of a file, and the file of their answers: in order, and whole or not there.
 
 While answers are written they stand in FILE.part, under a first line with what they were asked for. A run that was
-stopped goes on behind its last whole line; with other settings it refuses to.
+stopped continues after its last whole line; with other settings it refuses to.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class AnswerFile:
 
     Args:
         path: where it stands in the end.
-        settings: what the answers follow from; the same for a run that goes on.
+        settings: what the answers follow from; the same for a run that continues.
         records: the records in order, to which `field` is added.
         overwrite: replace what is there.
     """
@@ -172,7 +172,7 @@ class AnswerFile:
             told = ", ".join(f"{name} {found.get(name)!r}, now {now[name]!r}" for name in differ[:3])
             raise SpeakerError(
                 f"--output_file {self.path}: {self.part.name} holds {len(lines) - 1} answers of a run that was "
-                f"stopped, with other settings ({told}). Give the same to go on, or "
+                f"stopped, with other settings ({told}). Give the same to continue, or "
                 "--overwrite_output_file to begin anew"
             )
         return sum(map(len, lines)), len(lines) - 1

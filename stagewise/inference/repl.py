@@ -1,4 +1,4 @@
-"""A conversation that goes on: what was said, what the next answer gets to see, and the commands of the terminal."""
+"""A conversation that continues: what was said, what the next answer gets to see, and the commands of the terminal."""
 
 from __future__ import annotations
 

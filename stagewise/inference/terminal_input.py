@@ -14,7 +14,7 @@ class Lines(Protocol):
 
 
 class PipedLines:
-    """A line a question; one that ends with a backslash goes on in the next."""
+    """A line a question; one that ends with a backslash continues in the next."""
 
     def read(self, prompt: str) -> str:
         if sys.stdin.isatty():  # answers go to a pipe, a person types

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: one line that is written over on a terminal, plain lines elsewhere.
+"""What a run says while it continues: one line that is written over on a terminal, plain lines elsewhere.
 
 train 120/400 ━━━━━━━━━╌╌╌╌╌╌╌╌╌╌╌  loss 1.432  lr 8.7e-05  2,310 tokens/s  5.2 GiB  3:04 left
 """
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def figures(logs: dict[str, Any]) -> list[str]:
-    """A training log as a few short words: loss, learning rate, tokens a second, memory; PPO's reward and KL too."""
+    """A training log as a few short words: loss, learning rate, tokens per second, memory; PPO's reward and KL too."""
     forms = {
         "loss": "loss {:.3f}",
         "reward": "reward {:.3f}",

@@ -70,7 +70,7 @@ LEARNING = (
         ),
     ),
     both("reward: mean score of the answers", "reward"),
-    both("KL to the reference, nats an answer", "kl"),
+    both("KL to the reference, nats per response", "kl"),
     both("length of the answers, tokens", "length"),
     both("share of answers that end", "ended", True),
     both("repetition: share of repeated 4-grams", "repetition", True),

@@ -98,7 +98,7 @@ def _steps(lineage: list[dict[str, Any]]) -> str:
         if merged := step.get("merged_adapter"):
             what += f", on the model with {code(called(merged))} merged in"
         if earlier := step.get("continued_adapter"):
-            what += f", going on from {code(called(earlier))}"
+            what += f", continuing from {code(called(earlier))}"
         cells = [
             number,
             what,
@@ -143,7 +143,7 @@ def _metrics(lineage: list[dict[str, Any]]) -> str:
 
 def _template(manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
-        return "## Template\n\nNone: this model goes on with texts."
+        return "## Template\n\nNone: this model continues with texts."
     name = f" ({manifest['template']})" if manifest.get("template") else ""
     shown = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     return f"## Template\n\nThe tokenizer carries the chat template{name}. A question in it:\n\n" + fenced(

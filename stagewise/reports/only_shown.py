@@ -10,7 +10,7 @@ from loguru import logger
 
 @contextmanager
 def only_shown(what: str) -> Iterator[None]:
-    """A block, or a decorated function, whose errors are logged as warnings: training goes on without what it shows.
+    """A block, or a decorated function, whose errors are logged as warnings: training continues without what it shows.
 
     Not for code that other processes take part in: they would wait for the one that left it.
 
@@ -20,4 +20,4 @@ def only_shown(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning(f"{what}: {type(error).__name__}: {error}; training goes on without it")
+        logger.warning(f"{what}: {type(error).__name__}: {error}; training continues without it")

@@ -23,7 +23,7 @@ PAGE = "report.html"
 WORDS = {
     "finished": "finished",
     "failed": "failed",
-    "stopped": "stopped by a signal after a whole checkpoint; --resume_from_checkpoint True goes on from it",
+    "stopped": "stopped by a signal after a complete checkpoint; --resume_from_checkpoint True continues from it",
     "running": "had not ended when this page was written",
 }
 SECTIONS = ("result", "curves", "samples", "data", "lineage", "what ran", "cost")
@@ -161,7 +161,7 @@ def _told(told: list[tuple[int, dict[str, Any]]]) -> str:
     blocks = []
     for step, said in told:
         score = "" if said.get("score") is None else f", score {number(said['score'])}"
-        cut = "" if said.get("ended", True) else ", which goes on"
+        cut = "" if said.get("ended", True) else ", which continues"
         blocks.append(_block(f"answer at step {step}{score}{cut}", said["text"], own=True))
     between = "".join(blocks[1:-1])
     folded = f"<details><summary>answers in between</summary>{between}</details>" if between else ""

@@ -23,7 +23,7 @@ class EvaluatesAnswers:
     """For a Trainer whose validation set holds prompts, and which can `generate`, `score` and `judge` answers."""
 
     eval_answers = 1  # to each prompt; its numbers are their means
-    answers: list[dict[str, Any]]  # of the last evaluation; while it goes on, this process's
+    answers: list[dict[str, Any]]  # of the last evaluation; while it continues, this process's
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Answers validation prompts, from the same random numbers each time: COLUMNS, (B, 6), and index, (B,).

@@ -82,7 +82,7 @@ class RolloutTrainer(EvaluatesAnswers, SkipsNonFinite, Resumes, TellsSpeed, Trai
         self.rollouts = 0  # made so far
         self.queue: list[Batch] = []  # minibatches of this rollout that are still to come
         self.meter = Meter()
-        self.answers: list[dict[str, Any]] = []  # of the last evaluation; while it goes on, this process's
+        self.answers: list[dict[str, Any]] = []  # of the last evaluation; while it continues, this process's
 
     def rollout(self) -> list[Batch]:
         """The minibatches of the next rollout in the order in which they are learned; counts `rollouts` up."""
@@ -190,7 +190,7 @@ def saved_state(checkpoint: str | Path) -> dict[str, Any]:
 
 
 class RolloutBatches:
-    """The training dataloader. An epoch is a number of rollouts, within which a resumed run goes on."""
+    """The training dataloader. An epoch is a number of rollouts, within which a resumed run continues."""
 
     def __init__(self, trainer: RolloutTrainer):
         self.trainer, self.dataset = trainer, trainer.train_dataset

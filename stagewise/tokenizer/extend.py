@@ -106,7 +106,7 @@ class Merges:
         if symbols[at] + symbols[at + 1] in self.made:
             return 0
         border = piece[sum(map(len, symbols[: at + 1]))]
-        inside = self.byte_level and BYTES[border] & 0xC0 == 0x80  # a byte that goes on with a letter
+        inside = self.byte_level and BYTES[border] & 0xC0 == 0x80  # a byte that continues with a letter
         return 1 if inside else 2
 
     def _name(self, piece: str) -> None:

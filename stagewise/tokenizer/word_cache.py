@@ -69,7 +69,7 @@ class Words:
         """The words of the text, and empty ones; those of a long text part by part."""
         start = 0
         while len(text) - start > PART:
-            # The last word may go on behind the part; an empty one is found behind it.
+            # The last word may continue behind the part; an empty one is found behind it.
             words = self._cut.findall(text, start, start + PART)[:-2] or [self._cut.match(text, start)[0]]
             yield words
             start += sum(map(len, words))

@@ -1,4 +1,4 @@
-"""What happens around the steps: whole checkpoints, resuming, rows of an evaluation."""
+"""What happens around the steps: complete checkpoints, resuming, rows of an evaluation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Resumes:
 
     transformers takes learning rate, weight decay and betas from the checkpoint whatever the flags say, and a run that
     is resumed behind its last step takes one more. DeepSpeed loads its optimizer itself and keeps the checkpoint's. A
-    schedule that goes by the loss (reduce_lr_on_plateau, greedy) goes on from the learning rate that it has come to.
+    schedule that goes by the loss (reduce_lr_on_plateau, greedy) continues from the learning rate that it has come to.
     """
 
     FROM_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
@@ -70,7 +70,7 @@ class Resumes:
             if name in group and group[name] != value
         }
         for change in changes:
-            logger.info(f"goes on with {change}")
+            logger.info(f"continues with {change}")
         for group, flags in zip(groups, asked, strict=True):
             group.update(flags)
         if isinstance(schedule, LambdaLR):  # what the schedule of now says of this step
@@ -83,7 +83,7 @@ class Resumes:
             if group.pop("initial_lr", None) is not None:  # the checkpoint's schedule went by steps
                 group["lr"] = rate
             elif group["lr"] != rate:
-                logger.info(f"goes on with the checkpoint's learning rate {group['lr']:g}, not {rate:g}")
+                logger.info(f"continues with the checkpoint's learning rate {group['lr']:g}, not {rate:g}")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         if self.state.global_step >= self.state.max_steps:

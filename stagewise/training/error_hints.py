@@ -60,11 +60,11 @@ def advice_on(error: BaseException, output_dir: Path) -> str | None:
             f"--torch_dtype bfloat16. ({said})"
         )
     if isinstance(error, KeyboardInterrupt):
-        return "ended by Ctrl-C; --resume_from_checkpoint True goes on from the last whole checkpoint, if there is one"
+        return "ended by Ctrl-C; --resume_from_checkpoint True continues from the last complete checkpoint, if any"
     if _is_disk_full(error):
         return (
-            f"--output_dir {output_dir}: no space is left, or a file may not get so large. Whole checkpoints are "
-            "untouched: make room (--save_total_limit 1 keeps the last one alone), then go on with "
+            f"--output_dir {output_dir}: no space is left, or a file may not get so large. Complete checkpoints are "
+            "untouched: make room (--save_total_limit 1 keeps the last one alone), then continue with "
             f"--resume_from_checkpoint True. ({said})"
         )
     if isinstance(error, OSError) and error.errno in UNWRITABLE and _within(error.filename, output_dir):

@@ -207,8 +207,8 @@ def check_weights(model: nn.Module, step: int) -> None:
     """Raises NonFiniteError, on all processes alike, where a trained weight is NaN or infinite."""
     if not are_finite(model):
         raise NonFiniteError(
-            f"weights are NaN or infinite after step {step}; they were not saved. Lower --learning_rate, and go on "
-            "from the last whole checkpoint (--resume_from_checkpoint True)"
+            f"weights are NaN or infinite after step {step}; they were not saved. Lower --learning_rate, and continue "
+            "from the last complete checkpoint (--resume_from_checkpoint True)"
         )
 
 

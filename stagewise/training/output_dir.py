@@ -39,7 +39,7 @@ def check_output_dir(args: StageArguments) -> None:
     if checkpoints(folder):
         raise ArgumentError(
             f"--output_dir {folder}: holds {checkpoints(folder)[-1].name} of a run that did not finish; "
-            f"--resume_from_checkpoint True goes on from it, {way_out}"
+            f"--resume_from_checkpoint True continues from it, {way_out}"
         )
     if not manifest and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ArgumentError(f"--output_dir {folder}: holds a model that this run did not make; {way_out}")

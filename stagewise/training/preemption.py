@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves a whole checkpoint first, so that the same command can go on.
+"""Signals that ask a run to stop: it saves a complete checkpoint first, so that the same command can continue.
 
 SIGTERM          a scheduler or an operator ends the job
 SIGUSR1, SIGUSR2 a scheduler's warning before it does (Slurm's --signal)

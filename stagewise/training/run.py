@@ -374,8 +374,8 @@ class Run:
             self.write()
             self.show(pictures=True)
             logger.warning(
-                f"stopped by {self.preemption.asked} after a whole checkpoint; --resume_from_checkpoint True goes on "
-                "from it"
+                f"stopped by {self.preemption.asked} after a complete checkpoint; --resume_from_checkpoint True "
+                "continues from it"
             )
             raise SystemExit(PREEMPTED)
         metrics = {"train": self._train_metrics(result.metrics, before)}
@@ -422,7 +422,7 @@ class Run:
         return there or {name: value for name, value in metrics.items() if name != "train_loss"}
 
     def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
-        """What shows the run while it goes on: samples, TensorBoard, and the page; in this order at an evaluation."""
+        """Callbacks that show a run while it trains: samples, TensorBoard and the page, in this order."""
         self._watch_evaluations(trainer, stop)
         trainer.add_callback(Showing(self))
 

@@ -1,7 +1,7 @@
 """What the model says to a few validation records, at each evaluation: eval_samples/step-N.jsonl (--eval_samples).
 
 The same records every time, spread from the longest to the shortest, and the likeliest answer, so that two evaluations
-differ by what the model has learned alone. No random number is drawn: training goes on as it would without.
+differ by what the model has learned alone. No random number is drawn: training continues as it would without.
 """
 
 from __future__ import annotations

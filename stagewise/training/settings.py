@@ -115,7 +115,7 @@ def check_eval_samples(args: StageArguments, given: bool) -> None:
 
 
 def settle_long_context(stage: str, parts: Sequence[Any]) -> None:
-    """Scaled positions must be those of an adapter that the run goes on from; --shift_attn must be able to act."""
+    """Scaled positions must be those of an adapter that the run continues from; --shift_attn must be able to act."""
     model = next((part for part in parts if isinstance(part, ModelArguments)), None)
     adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
     if not (model and adapter):

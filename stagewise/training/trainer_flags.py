@@ -30,7 +30,7 @@ NOT_FOLLOWED = {
     "label_names": _BATCHES,
     "length_column_name": _BATCHES,
     "use_cache": "training keeps no keys and values; leave it out",
-    "enable_jit_checkpoint": "SIGTERM always saves a whole checkpoint; leave it out",
+    "enable_jit_checkpoint": "SIGTERM always saves a complete checkpoint; leave it out",
     "fsdp": "not in this version. --deepspeed zero3.json splits the weights over the processes",
 }
 AT_LEAST_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")

@@ -1,4 +1,4 @@
-"""Which layers an adapter takes, what it saves, going on from it, and merging it in memory."""
+"""Which layers an adapter takes, what it saves, continuing from it, and merging it in memory."""
 
 import copy
 import json
@@ -219,7 +219,7 @@ def test_untied_embeddings_are_trained_apart():
     assert len([name for name in trainable(wrapped) if ".lora_" not in name]) == 2
 
 
-# ── going on from an adapter ────────────────────────────────────────────────────────────────────────────────────────
+# ── continuing from an adapter ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture

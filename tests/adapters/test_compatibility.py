@@ -316,7 +316,7 @@ def test_on_a_16_bit_base_what_adalora_divides_by_stays_the_rank(trained, make):
         assert {p.item() for p in divisors} == {4.0}
 
 
-# ── resume, and going on from an adapter ────────────────────────────────────────────────────────────────────────────
+# ── resume, and continuing from an adapter ───────────────────────────────────────────────────────────────────────────
 
 RESUMED = {
     "AdaLoRA": "--fine_tuning_type adalora --init_r 6 --target_r 2 --tinit 1 --tfinal 1",

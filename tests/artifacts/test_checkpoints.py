@@ -277,7 +277,7 @@ def test_a_run_that_was_stopped_behind_its_last_step_takes_no_other(stage, words
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_checkpoint_that_is_written_over_does_not_count_meanwhile(stage, words, monkeypatch, script):
-    """A run that goes on from an earlier checkpoint, and is killed while it writes a later one anew."""
+    """A run that continues from an earlier checkpoint, and is killed while it writes a later one anew."""
     flags = words(script)
     out = stage(script, *flags)
     first, second = checkpoints(out)[-2:]

@@ -391,7 +391,7 @@ def test_the_notes_of_a_reward_model_are_saved_and_taken_back(tiny_tokenizer, tm
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.init_kwargs[SCORED_AT] == "<|im_end|>"
     assert again.apply_chat_template(conversations()[0], tokenize=False).endswith("rest<|im_end|>")
-    # a language model's stage goes on in the form itself
+    # a language model's stage continues in the form itself
     assert choose_template(again, ChatArguments()) == template
     assert again.chat_template == template.jinja() and SCORED_AT not in again.init_kwargs
     assert re.search(r"<\|im_end\|>\n$", again.apply_chat_template(conversations()[0], tokenize=False))

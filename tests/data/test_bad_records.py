@@ -1,4 +1,4 @@
-"""What a bad record ends with, and what a record that is only too long is told as."""
+"""What a malformed record ends with, and what a record that is only too long is told as."""
 
 import json
 

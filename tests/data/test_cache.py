@@ -145,7 +145,7 @@ def test_pairs_come_back(setting):
 
 
 class Slow(ConversationEncoder):
-    """Waits, once it is asked for the first time, until it may go on."""
+    """Waits, once it is asked for the first time, until it may continue."""
 
     def __init__(self, setting):
         super().__init__(setting.tokenizer, setting.template, 150)

@@ -122,7 +122,7 @@ def test_more_records_that_are_too_long_than_fit_are_an_error_unless_skipped(enc
     assert str(caught.value) == (
         "encode train: 2 of 3 records (66.7%) are too long (2 no room for an answer), the first: a:2: the first "
         "question alone fills the limit of 50 tokens, no token of an answer is left; raise --model_max_length. Give a "
-        "larger --model_max_length, or --on_bad_record skip to go on with the 1 that fit"
+        "larger --model_max_length, or --on_bad_record skip to continue with the 1 that fit"
     )
     account = account_of([0] * 3)
     assert len(encode_all([fits, *long], encode, account=account, on_bad_record="skip")) == 1

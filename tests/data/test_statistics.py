@@ -182,7 +182,7 @@ def test_a_padded_step():
         "filled": None,
     }
     assert step.line() == (
-        "a step: 2 records; 4 tokens, 2 of them learned, and 2 of padding (33.3%); 1 step an epoch, 1 in all"
+        "a step: 2 records; 4 tokens, 2 of them learned, and 2 of padding (33.3%); 1 step per epoch, 1 in all"
     )
 
 
@@ -195,7 +195,7 @@ def test_a_step_over_accumulation_and_processes():
     step = padded_step(lengths(*[6] * 48), StepSize(batch=2, accumulation=3, processes=4, epochs=2.5))
     assert (step.rows, step.tokens, step.learned) == (24, 144, 96)
     assert (step.steps_per_epoch, step.steps) == (2, 5)
-    assert "24 records; 144 tokens, 96 of them learned, and no padding; 2 steps an epoch, 5 in all" in step.line()
+    assert "24 records; 144 tokens, 96 of them learned, and no padding; 2 steps per epoch, 5 in all" in step.line()
 
 
 def test_max_steps_count_where_they_are_given():
@@ -209,7 +209,7 @@ def test_a_packed_step():
     assert (step.filled, step.steps_per_epoch) == (0.95, 2)
     assert step.line() == (
         "a step: 1 packed row, 95.0% full, with 2.0 examples; 10 tokens, 6 of them learned, and no padding; "
-        "2 steps an epoch, 2 in all"
+        "2 steps per epoch, 2 in all"
     )
 
 
@@ -226,7 +226,7 @@ def test_a_rollout():
     prompts = Measures(np.array([[2], [4], [6]]), np.zeros((3, 1), np.int64))
     step = rollout_contents(prompts, batch=1, processes=2, rollouts=5)
     assert (step.rows, step.tokens, step.padding, step.steps_per_epoch, step.steps) == (2, 8, 0, 2, 5)
-    assert step.line() == "a rollout: 2 prompts; 8 tokens, and no padding; 2 rollouts an epoch, 5 in all"
+    assert step.line() == "a rollout: 2 prompts; 8 tokens, and no padding; 2 rollouts per epoch, 5 in all"
 
 
 def test_rows_of_like_lengths_need_less_padding():

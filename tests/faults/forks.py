@@ -54,7 +54,7 @@ def run_apart(
 
 
 def _child(module, script: str, words: Sequence[str], log: Path, largest_file: int | None) -> None:
-    """Never returns: a fork that came back would go on with the tests of its parent."""
+    """Never returns: a fork that came back would continue with the tests of its parent."""
     code = 70
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,4 +1,4 @@
-"""Runs that end at a random moment: what goes on from there ends bit for bit as if nothing had happened.
+"""Runs that end at a random moment: what continues from there ends bit for bit as if nothing had happened.
 
 `--faults N` is how many moments are tried of each kind; each follows from its number alone.
 """
@@ -66,7 +66,7 @@ def test_killed_at_a_random_moment(script, undisturbed, tmp_path, fault):
     words, *expected, seconds = undisturbed(script)
     number = random.Random(f"{script} {fault}")
     out, log = tmp_path / "out", tmp_path / "log"
-    for again in range(number.choice([1, 1, 2])):  # a run that goes on can be killed as well
+    for again in range(number.choice([1, 1, 2])):  # a run that continues can be killed as well
 
         def kill(pid):
             time.sleep(number.uniform(0.2, 1.05) * seconds)
@@ -100,7 +100,7 @@ def test_a_signal_saves_and_the_run_goes_on(name, undisturbed, tmp_path, fault):
 
 @pytest.fixture(scope="module")
 def interrupted(undisturbed, tmp_path_factory):
-    """A run that was killed with two whole checkpoints behind it."""
+    """A run that was killed with two complete checkpoints behind it."""
     words, *_ = undisturbed("supervised_finetuning")
     out = tmp_path_factory.mktemp("interrupted") / "out"
 

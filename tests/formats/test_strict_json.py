@@ -1,4 +1,4 @@
-"""JSON that Python reads and no record may hold: one error a record from every reader, and reading goes on."""
+"""JSON that Python reads and no record may hold: one error a record from every reader, and reading continues."""
 
 import json
 

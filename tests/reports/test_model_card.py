@@ -120,7 +120,7 @@ def test_an_adapter_made_elsewhere_has_little_to_tell():
     manifest = {"lineage": [{"stage": "merge", "base_model": "org/base", "from_hub": True}], "template": None}
     text = card(manifest=manifest, template=None)
     assert "merging an adapter that was trained elsewhere" in text
-    assert "## Data" not in text and "## Metrics" not in text and "goes on with texts" in text
+    assert "## Data" not in text and "## Metrics" not in text and "continues with texts" in text
 
 
 def test_words_stay_words():

@@ -91,7 +91,7 @@ def test_what_cannot_be_shown_is_logged(train, monkeypatch, capsys):
     assert finished(folder) and not (folder / "eval_samples").exists()
     said = capsys.readouterr().err
     for what in ("TensorBoard", "progress", "--eval_samples"):
-        assert f"{what}: OSError: [Errno 5] no such terminal; training goes on without it" in said
+        assert f"{what}: OSError: [Errno 5] no such terminal; training continues without it" in said
     assert "report.html" in said
 
 

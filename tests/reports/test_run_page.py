@@ -267,7 +267,7 @@ TITLES = {
     "supervised_finetuning": "perplexity",
     "reward_modeling": "margin: chosen less rejected",
     "dpo_training": "rewards",
-    "ppo_training": "KL to the reference, nats an answer",
+    "ppo_training": "KL to the reference, nats per response",
 }
 
 

@@ -136,9 +136,9 @@ def rollouts(score=0.0, kl=0.0, length=50.0, nll=100.0, ended=1.0, repetition=0.
         ({"score": 0.12}, []),
         ({"score": 0.11}, ["mean reward on 4 prompts"]),
         ({"score": -1.0}, ["mean reward on 4 prompts"]),
-        ({"score": 1.0, "kl": 10.0}, ["KL to the SFT model, nats an answer"]),
-        ({"score": 1.0, "length": 66.0, "nll": 132.0}, ["length, tokens an answer"]),
-        ({"score": 1.0, "length": 34.0, "nll": 68.0}, ["length, tokens an answer"]),
+        ({"score": 1.0, "kl": 10.0}, ["KL to the SFT model, nats per response"]),
+        ({"score": 1.0, "length": 66.0, "nll": 132.0}, ["length, tokens per response"]),
+        ({"score": 1.0, "length": 34.0, "nll": 68.0}, ["length, tokens per response"]),
         # exp(100 / 50) -> exp(110 / 50): a factor of exp(0.2) = 1.22.
         ({"score": 1.0, "nll": 110.0}, ["perplexity of its answers under the SFT model"]),
         ({"score": 1.0, "nll": 109.0}, []),  # exp(0.18) = 1.197
@@ -302,8 +302,8 @@ def test_a_run_that_learned_passes(outputs, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == text.strip()
     assert "Every line holds." in text
     # exp(40.01 / 20) and exp(36.01 / 20); i % 3 is 0, 1, 2 equally often, so that the mean nll is 40.01.
-    assert "| PT | perplexity (difference: nats a token) | 7.393 | 6.053 | -0.200 | 0.000 | 2.0 |" in text
-    assert "| PT | perplexity (difference: nats a token) | 7.393 | 898" in text.split("## Chinese")[1]
+    assert "| PT | perplexity (difference: nats per token) | 7.393 | 6.053 | -0.200 | 0.000 | 2.0 |" in text
+    assert "| PT | perplexity (difference: nats per token) | 7.393 | 898" in text.split("## Chinese")[1]
     assert "| RM | accuracy on 84 pairs | 0.500 | 1.000 | +0.500 | 0.000 | 1.5 |" in text
     assert "implicit-reward margin | 0.000 | 1.010 |" in text
     assert text.count("- *base*: ") == text.count("- *SFT*: ") == text.count("- *PPO*: ") == 3

@@ -110,7 +110,7 @@ tokens  records
 --per_device_train_batch_size 2 × --gradient_accumulation_steps 1 × 1 process
 rows are packed: llama is a tested family
 a step: 2 packed rows, 78.1% full, with 3.0 examples; 50 tokens, 17 of them learned, and no padding; \
-1 step an epoch, 3 in all
+1 step per epoch, 3 in all
 
 ── samples of train: what is learned stands between « and » ──
 
@@ -136,7 +136,7 @@ def test_padded_rows_are_counted_with_their_padding(show, model, data):
     words = ("--model_name_or_path", model(), "--train_file_dir", data, "--packing", "False", "--samples", 0)
     found = show("sft", *words, "--per_device_train_batch_size", 3)
     assert "rows are padded: --packing False" in found
-    assert "a step: 3 records; 50 tokens, 17 of them learned, and 10 of padding (16.7%); 1 step an epoch" in found
+    assert "a step: 3 records; 50 tokens, 17 of them learned, and 10 of padding (16.7%); 1 step per epoch" in found
     assert "samples" not in found
 
 
@@ -249,7 +249,7 @@ def test_processes_make_a_step_larger(show, model, data):
     words = ("--model_name_or_path", model(), "--train_file_dir", data, "--samples", 0, "--packing", "False")
     found = show("sft", *words, "--per_device_train_batch_size", 1, "--processes", 3)
     assert "--per_device_train_batch_size 1 × --gradient_accumulation_steps 1 × 3 processes" in found
-    assert "a step: 3 records; 50 tokens, 17 of them learned, and no padding; 1 step an epoch, 3 in all" in found
+    assert "a step: 3 records; 50 tokens, 17 of them learned, and no padding; 1 step per epoch, 3 in all" in found
 
 
 def test_a_file_of_flags_is_read(show, model, data, tmp_path):
@@ -283,7 +283,7 @@ def test_a_stream_is_stood_for_by_its_first_records(show, model, data, monkeypat
     assert "--streaming: these are the first records, and stand for all" in found
     assert "3 records, 50 tokens, 17 of them learned" in found and "3 of 3: a.jsonl:3" in found
     assert "a step: 1 packed row, 78.1% full, with 1.5 examples; 25 tokens" in found
-    assert "and no padding; 7 in all" in found and "an epoch" not in found
+    assert "and no padding; 7 in all" in found and "per epoch" not in found
     monkeypatch.setattr(show_data, "STREAMED", 2)
     assert "2 records, 32 tokens, 13 of them learned" in show("sft", *words)
     assert "1 record, 12 tokens" in show("sft", *words, "--max_train_samples", 1)
@@ -332,7 +332,7 @@ def test_prompts(show, model, data):
     words = ("--model_name_or_path", model(), "--train_file_dir", data, "--reward_model_name_or_path", "another")
     found = show("ppo", *words, "--batch_size", 3, "--max_target_length", 9, "--samples", 1)
     assert "3 prompts, 32 tokens; the answers are still to come" in found
-    assert "a rollout: 3 prompts; 32 tokens, and 13 of padding (28.9%); 1 rollout an epoch, 3 in all" in found
+    assert "a rollout: 3 prompts; 32 tokens, and 13 of padding (28.9%); 1 rollout per epoch, 3 in all" in found
     assert "each is learned from in 4 updates; its answers may have up to 9 tokens each" in found
     assert "1 of 1: a.jsonl:1, 7 tokens\n\nU:hi\nA:\n" in found
     # The third loses its first exchange: U:c⏎A: is 6.

@@ -129,7 +129,7 @@ def test_a_recipe_passes_on_that_a_signal_stopped_the_run(tiny_checkpoint, tmp_p
     manifest = json.loads((tmp_path / "sft" / "run.json").read_text())
     assert manifest["status"] == "stopped"
     assert manifest["stopped_by"] == name
-    assert f"stopped by {name} after a whole checkpoint; --resume_from_checkpoint True goes on from it" in rest
+    assert f"stopped by {name} after a complete checkpoint; --resume_from_checkpoint True continues from it" in rest
     assert (tmp_path / "sft" / f"checkpoint-{manifest['steps']}" / "whole.json").is_file()
 
 

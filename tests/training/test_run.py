@@ -53,7 +53,8 @@ def test_ctrl_c_is_one_line(stage, words, tmp_path, monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("ended by Ctrl-C; --resume_from_checkpoint True goes")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ended by Ctrl-C; --resume_from_checkpoint True continues")
     assert manifest(tmp_path / "out")["status"] == "failed"
     assert manifest(tmp_path / "out")["error"].startswith("KeyboardInterrupt: ended by Ctrl-C")
 
@@ -106,8 +107,8 @@ def test_a_resumed_run_follows_its_own_flags(stage, words, capsys):
     assert rates == [(step, pytest.approx(1e-3 * (9 - step) / 8)) for step in (5, 6, 7, 8)]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
     said = capsys.readouterr().err
-    assert said.count("goes on with learning rate 0.001, the checkpoint had 0.01") == 1
-    assert "goes on with weight_decay 0.1, the checkpoint had 0.0" in said
+    assert said.count("continues with learning rate 0.001, the checkpoint had 0.01") == 1
+    assert "continues with weight_decay 0.1, the checkpoint had 0.0" in said
 
 
 BY_STEPS, BY_LOSS = "linear", "reduce_lr_on_plateau"
@@ -130,7 +131,7 @@ def test_a_resumed_run_may_have_another_kind_of_schedule(stage, words, tmp_path,
     stage("pretraining", *words(**changed, **often))
     rates = [log["learning_rate"] for log in history(out) if log.get("step", 0) > 2 and "loss" in log]
     assert rates == [pytest.approx(rate) for rate in expected]
-    kept = "goes on with the checkpoint's learning rate 0.01, not 0.001" in capsys.readouterr().err
+    kept = "continues with the checkpoint's learning rate 0.01, not 0.001" in capsys.readouterr().err
     assert kept == (first == then)
 
 

@@ -69,7 +69,7 @@ class RecordStream(IterableDataset):
         files: the files of each.
         parse, encode: as SplitReader.read takes them.
         buffer: records that are shuffled among.
-        skip: leave bad records out, and write them beside `rejected` (--on_bad_record skip).
+        skip: leave malformed records out, and write them beside `rejected` (--on_bad_record skip).
         rejected: rejected.jsonl of the run; None: nothing is written.
     """
 
@@ -140,7 +140,7 @@ class RecordStream(IterableDataset):
         self.recipe = replace(self.recipe, capacity=capacity)
 
     def loader(self, collate: Callable[[Sequence[Any]], Batch], args: TrainingArguments, batch: int) -> StreamLoader:
-        """Batches of `batch` rows for this process; goes on from `self.resume`, a checkpoint, where that is set."""
+        """Batches of `batch` rows for this process; continues from `self.resume`, a checkpoint, where that is set."""
         workers = args.dataloader_num_workers
         self.world, self.rank, self.batch = args.world_size, args.process_index, batch
         self.cycle = math.lcm(args.gradient_accumulation_steps, max(1, workers))  # micro-batches until lanes repeat
@@ -275,7 +275,7 @@ class RecordStream(IterableDataset):
         for number, path in self._rejected_files():
             with path.open("r+b") as file:  # what comes again is written again
                 file.truncate(saved.get(f"stream-{number}.json", {"rejected_bytes": 0})["rejected_bytes"])
-        logger.info(f"--streaming goes on where {folder.name} stopped: after {self.rows_taken} rows")
+        logger.info(f"--streaming continues where {folder.name} stopped: after {self.rows_taken} rows")
 
 
 def stream_of(

@@ -38,7 +38,7 @@ OPEN_FILES = 16
 
 
 class Position(NamedTuple):
-    """Where walking goes on: what stands before the next record, which is number `record` of all files.
+    """Where walking continues: what stands before the next record, which is number `record` of all files.
 
     `offset` is in bytes of a plain .jsonl and of any .txt file, in lines of a packed .jsonl, else in records; `line`
     counts from 1.

@@ -7,7 +7,7 @@ A step takes one row of every lane, so that lanes, not processes, decide what a 
                            [7 2 8] [13 …]              encoded, collected to a window and packed
                            row row row | row …
 
-All that a lane needs to go on is a handful of numbers: where its block began, how much of it was taken, and how many
+A lane continues from a handful of numbers: where its block began, how much of it was taken, and how many
 rows of the window were. The order comes from the seed and these numbers alone.
 """
 
@@ -66,7 +66,7 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class LaneState:
-    """All that it takes to go on: the sources and the number of draws as the window began, rows taken of it.
+    """All that it takes to continue: the sources and the number of draws as the window began, rows taken of it.
 
     `accounts` are the sources': a record counts once a row of it is taken.
     """
@@ -106,7 +106,7 @@ class Recipe:
         weights: the share of records that each source gets; None where there is one source.
         parse: record, where → what `encode` takes; raises RecordError.
         encode: makes examples of them.
-        skip: leave bad records out (--on_bad_record skip).
+        skip: leave malformed records out (--on_bad_record skip).
         buffer: records that are shuffled among, over all lanes.
         capacity: tokens of a packed row; None: every example is a row.
         lanes: how many there are.
@@ -224,7 +224,7 @@ class Lane:
         self.draws = self.state.draws
 
     def __iter__(self) -> Iterator[LaneRow]:
-        """Raises RecordError for a bad record that is not to be skipped, ArgumentError where nothing is left."""
+        """Raises RecordError for a malformed record that is not to be skipped, ArgumentError where nothing is left."""
         while True:
             began = replace(self.state, taken=tuple(share.taken for share in self.shares), draws=self.draws)
             for row in self._rows(self._window(), began):

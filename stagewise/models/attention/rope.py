@@ -178,7 +178,7 @@ def restore_rope(config: PretrainedConfig, kept: dict[str, Any]) -> None:
 def write_rope(raw: dict[str, Any], config: PretrainedConfig) -> None:
     """Puts a scaled config's positions into a config.json, in the words that the file has: today's or the older ones.
 
-    Programs that read the older words (`rope_scaling` beside `rope_theta`) go on reading the file.
+    Programs that read the older words (`rope_scaling` beside `rope_theta`) continue reading the file.
     """
     text = config.get_text_config()
     part = raw.get("text_config", raw) if text is not config else raw
@@ -194,7 +194,7 @@ def write_rope(raw: dict[str, Any], config: PretrainedConfig) -> None:
 
 
 def check_continued(args: ModelArguments, flag: str, folder: str, kept: dict[str, Any] | None) -> None:
-    """Raises RopeError where a run goes on from an adapter whose positions were scaled in another way."""
+    """Raises RopeError where a run continues from an adapter whose positions were scaled in another way."""
     if kept is None:
         return
     own = kept["rope_parameters"].get("full_attention", kept["rope_parameters"])

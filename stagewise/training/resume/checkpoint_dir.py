@@ -49,7 +49,7 @@ def check_predecessor(run: Run, args: PredecessorArguments, adapter: AdapterArgu
 
 
 def merge_predecessor(run: Run, args: PredecessorArguments, model: Model) -> Model:
-    """The model with --checkpoint_dir merged into it; run.json's lineage then goes on from that adapter's."""
+    """The model with --checkpoint_dir merged into it; run.json's lineage then continues from that adapter's."""
     if not args.checkpoint_dir:
         return model
     earlier = read_manifest(args.checkpoint_dir) or {}

@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: `belongs.json` in it says with what it was made, and a run that goes on from it has to
+"""What a checkpoint belongs to: its `belongs.json` says how it was made, and a run that continues from it has to
 have the same.
 
 Steps of another size are no reason to refuse (see place.py). Anything else that would change the order of the rows, or

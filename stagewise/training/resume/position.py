@@ -1,7 +1,7 @@
 """A run's place in its training rows: it is counted in rows, so that a resumed run may take steps of another size.
 
     steps of 2 rows, stopped after 3    | 1 2 | 3 4 | 5 6 |
-    goes on in steps of 4                                  7 8 9 10 | 11 12 ||  the next epoch begins a new grid
+    continues in steps of 4                                  7 8 9 10 | 11 12 ||  the next epoch begins a new grid
 
 The order of the rows follows from the seed and the epoch alone, and process p of N gets the p-th part of every N
 batches: neither the batch, nor the accumulation, nor the number of processes has a say in it.
@@ -114,7 +114,7 @@ class RowsFrom(Sampler[int]):
 
 
 class KeepsPlace:
-    """For a Trainer of rows that are counted: a resumed run goes on behind the last row that was trained.
+    """For a Trainer of rows that are counted: a resumed run continues after the last row that was trained.
 
     transformers finds the place by the number of steps, which is right as long as steps have the same size.
     """
@@ -123,7 +123,7 @@ class KeepsPlace:
         super().__init__(*args, **kwargs)
         self.begun, self.begun_step = START, 0  # where this start of the run began
         self.moved = False  # whether that is another place than the number of steps says
-        self.resumed: Path | None = None  # the checkpoint that this start goes on from
+        self.resumed: Path | None = None  # the checkpoint that this start continues from
         self.order: RowsFrom | None = None
         self.add_callback(EpochOfPlace(self))
 

@@ -1,4 +1,4 @@
-"""--streaming: every record once a pass, whatever deals them out; a stopped run goes on at its place."""
+"""--streaming: every record once a pass, whatever deals them out; a stopped run continues at its place."""
 
 import gzip
 import itertools

@@ -1,4 +1,4 @@
-"""The same command after a finished run: nothing is touched, and more steps go on."""
+"""The same command after a finished run: nothing is touched, and more steps continue."""
 
 import json
 
