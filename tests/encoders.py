@@ -4,7 +4,7 @@ from array import array
 
 import numpy as np
 
-from stagewise.chat.encoding import TextEncoder
+from stagewise.chat.encoding import ConversationEncoder, TextEncoder
 from stagewise.data.examples import IGNORE_INDEX, Encoded, Example, PreferenceExample, Row
 from stagewise.errors import RecordError
 
@@ -49,3 +49,21 @@ def encode_text(tokenizer, text, block_size, where="?"):
     """The blocks of one document."""
     (found,) = TextEncoder(tokenizer, block_size).many([(text, where)])
     return [row.example() for (row,) in found.items]
+
+
+def encode_conversation(
+    tokenizer,
+    template,
+    conversation,
+    max_length: int,
+    *,
+    train_on_inputs: bool = False,
+    mask_history: bool = False,
+    truncation_side: str = "right",
+) -> tuple[Example, bool]:
+    """One conversation as an example of at most `max_length` tokens, and whether it was cut: see ConversationEncoder.
+
+    Raises RecordError where nothing would be learned.
+    """
+    settings = (train_on_inputs, mask_history, truncation_side)
+    return ConversationEncoder(tokenizer, template, max_length, *settings)(conversation)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagewise.chat.encoding import encode_preference
+from stagewise.chat.preference_encoding import encode_preference
 from stagewise.data.packing import PreferenceCollator
 from stagewise.formats.parsers import parse_preference
 from template import TEMPLATES

@@ -9,19 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from stagewise.chat.encoding import (
-    ConversationEncoder,
-    PreferenceEncoder,
-    PromptEncoder,
-    encode_conversation,
-    encode_preference,
-    encode_prompt,
-)
+from stagewise.chat.encoding import ConversationEncoder
+from stagewise.chat.preference_encoding import PreferenceEncoder, PromptEncoder, encode_preference, encode_prompt
 from stagewise.data.examples import IGNORE_INDEX
 from stagewise.errors import RecordError
 from stagewise.formats.parsers import Conversation, Message, Preference
 from template import TEMPLATES
 from tests.conftest import build_tiny_tokenizer
+from tests.encoders import encode_conversation
 from tests.odd_tokenizers import lossy_tokenizer, sentencepiece_tokenizer
 
 KINDS = ("byte-level", "byte-level with bos", "metaspace", "legacy metaspace", "wordpiece")

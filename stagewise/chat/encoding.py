@@ -4,36 +4,35 @@ Each segment is encoded alone, so that the ids of a prompt are a prefix of the i
 
     TextEncoder           (text, where)   → blocks         PT
     ConversationEncoder   Conversation    → an example     SFT
-    PreferenceEncoder     Preference      → a pair         RM, DPO
-    PromptEncoder         Conversation    → a prompt       PPO
+
+stagewise/chat/preference_encoding.py has those of RM, DPO and PPO.
 
 Each takes many records at once, since a tokenizer is fastest where it is given many texts.
 """
 
 from array import array
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stagewise.chat.labels import SIDES, Turns, drop_first_exchanges, turns_of, whole_turns, without_history
-from stagewise.chat.reward_template import Ending
 from stagewise.chat.select import AnyTemplate as AnyTemplate
 from stagewise.chat.template import Segment, adds_bos
-from stagewise.data.examples import Encoded, Example, PreferenceExample, Row
+from stagewise.data.examples import Encoded, Example, Row
 from stagewise.errors import ArgumentError, RecordError, TooLongError
-from stagewise.formats.parsers import Conversation, Message, Preference
-from stagewise.tokenizer.encode import Piece, PieceEncoder, piece_encoder, pieces_of
+from stagewise.formats.parsers import Conversation, Message
+from stagewise.tokenizer.encode import Piece, PieceEncoder, piece_encoder
 
 
 def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
     """(ids, labels) of the segments, each encoded alone; nothing is added that the segments don't say."""
     pieces = piece_encoder(tokenizer).row([segment.text for segment in segments])
-    example = _row(pieces, [segment.learn for segment in segments], "?").example()
+    example = to_row(pieces, [segment.learn for segment in segments], "?").example()
     return example.input_ids, example.labels
 
 
 @dataclass
-class _ByPieces:
+class RecordEncoder:
     """An encoder of records: what is encoded goes through `_encoder`, a piece of text at a time."""
 
     tokenizer: Any
@@ -44,7 +43,7 @@ class _ByPieces:
 
 
 @dataclass
-class ConversationEncoder(_ByPieces):
+class ConversationEncoder(RecordEncoder):
     """Conversations → examples of at most `max_length` tokens; `many` at once are encoded fastest.
 
     Args:
@@ -82,7 +81,7 @@ class ConversationEncoder(_ByPieces):
         return row.example(), found.cut
 
     def letters(self, conversation: Conversation) -> int:
-        return _letters(conversation.messages)
+        return count_characters(conversation.messages)
 
     def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
         """The same for many conversations, as numbers; a RecordError stands in the place of its conversation."""
@@ -135,7 +134,7 @@ class ConversationEncoder(_ByPieces):
                 learned = without_history(self.template.segments, work.conversation, turns, keep)
             except RecordError as error:
                 return error
-        row = _row(work.ids[:keep], learned, where, self.max_length)
+        row = to_row(work.ids[:keep], learned, where, self.max_length)
         if not any(end > max(start, 1) for start, end in zip(row.spans[::2], row.spans[1::2], strict=True)):
             if keep == len(turns.texts) and length <= self.max_length and not shortened:
                 why = (
@@ -169,63 +168,8 @@ class ConversationEncoder(_ByPieces):
         return encoded(drop_first_exchanges(conversation, lambda part: encoded(part).answered() <= self.max_length))
 
 
-def encode_conversation(
-    tokenizer: Any,
-    template: AnyTemplate,
-    conversation: Conversation,
-    max_length: int,
-    *,
-    train_on_inputs: bool = False,
-    mask_history: bool = False,
-    truncation_side: str = "right",
-) -> tuple[Example, bool]:
-    """One conversation as an example of at most `max_length` tokens, and whether it was cut: see ConversationEncoder.
-
-    Raises RecordError where nothing would be learned.
-    """
-    settings = (train_on_inputs, mask_history, truncation_side)
-    return ConversationEncoder(tokenizer, template, max_length, *settings)(conversation)
-
-
 @dataclass
-class PromptEncoder(_ByPieces):
-    """Conversations → their ids up to where the assistant is to speak, at most `max_length`: see encode_prompt."""
-
-    template: AnyTemplate
-    max_length: int
-
-    def letters(self, conversation: Conversation) -> int:
-        return _letters(conversation.messages)
-
-    def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
-        """Nothing in them is learned; one that lost exchanges is cut."""
-        return _together([self._encoded(each) for each in conversations], self._encoder)
-
-    def _encoded(self, conversation: Conversation) -> "Asking":
-        pieces, prompt = yield from _prompt(self.template, conversation, self.max_length, self._encoder.at_least)
-        row = Row(_joined(pieces), array("i"), conversation.where)
-        return Encoded("Example", [(row,)], prompt.messages != conversation.messages)
-
-
-@dataclass
-class PreferenceEncoder(_ByPieces):
-    """Preferences → both answers after the same prompt: see encode_preference."""
-
-    template: AnyTemplate
-    max_source_length: int
-    max_target_length: int
-    ending: Ending | None = None
-
-    def letters(self, preference: Preference) -> int:
-        return sum(map(_letters, (preference.prompt.messages, preference.chosen, preference.rejected)))
-
-    def many(self, preferences: Sequence[Preference]) -> list[Encoded | RecordError]:
-        limits = self.max_source_length, self.max_target_length, self._encoder.at_least
-        return _together([_pair(self.template, each, *limits, self.ending) for each in preferences], self._encoder)
-
-
-@dataclass
-class TextEncoder(_ByPieces):
+class TextEncoder(RecordEncoder):
     """Documents, (text, where), as blocks of at most `block_size` tokens, all learned, the eos token at their end.
 
     They begin with a bos where the tokenizer adds one. A long document is cut; each block begins with the last token
@@ -262,158 +206,6 @@ class TextEncoder(_ByPieces):
         starts = range(0, max(len(ids) - 1, 1), self.block_size - 1)
         blocks = [ids[begin : begin + self.block_size] for begin in starts]
         return [Row(block, array("i", (0, len(block))), where) for block in blocks]
-
-
-def encode_prompt(
-    tokenizer: Any, template: AnyTemplate, conversation: Conversation, limit: int
-) -> tuple[list[int], Conversation]:
-    """Ids up to where the assistant is to speak, and the conversation with the exchanges that they hold.
-
-    Earliest exchanges are dropped whole until it fits. Raises RecordError where the last question alone has more than
-    `limit` tokens.
-    """
-    encoder = piece_encoder(tokenizer)
-    pieces, prompt = _alone(_prompt(template, conversation, limit, encoder.at_least), encoder)
-    return _joined(pieces).tolist(), prompt
-
-
-def encode_preference(
-    tokenizer: Any,
-    template: AnyTemplate,
-    preference: Preference,
-    max_source_length: int,
-    max_target_length: int,
-    ending: Ending | None = None,
-) -> tuple[PreferenceExample, bool]:
-    """Both answers after the same prompt, each answer (with its end marker) at most `max_target_length` tokens.
-
-    An answer of several turns that is too long loses whole turns from its end; only its first turn may be cut.
-    With `ending` the rows are a reward model's: each is encoded as one text, as `apply_chat_template` encodes it, and
-    a cut answer is closed by the end marker too; labels show what is judged and may begin a token late.
-    Returns whether an answer was cut or an exchange of the prompt dropped. Raises RecordError where both answers
-    encode alike, one has nothing to learn, or the last question is too long.
-    """
-    encoder = piece_encoder(tokenizer)
-    limits = max_source_length, max_target_length, encoder.at_least
-    found = _alone(_pair(template, preference, *limits, ending), encoder)
-    ((chosen, rejected),) = found.items
-    return PreferenceExample(chosen.example(), rejected.example(), preference.where), found.cut
-
-
-# --- records whose ids say what is asked for next --------------------------------------------------------------------
-
-# Asks for the ids of a conversation's texts, from its start, as often as it needs; then returns.
-Asking = Generator[Sequence[str], list[array], Any]
-
-
-def _prompt(template: AnyTemplate, conversation: Conversation, limit: int, at_least: Callable[[str], int]) -> Asking:
-    """The ids of each segment of a prompt, and the conversation that they show: see encode_prompt."""
-    messages = conversation.messages
-    while True:
-        prompt = replace(conversation, messages=messages)
-        texts = [segment.text for segment in template.segments(prompt, generation=True)]
-        later = next((n for n, message in enumerate(messages) if message.role == "user" and n > 0), None)
-        if later is None or sum(map(at_least, texts)) <= limit:  # else it surely does not fit
-            pieces = yield texts
-            length = sum(map(len, pieces))
-            if length <= limit:
-                return pieces, prompt
-            if later is None:
-                raise TooLongError(conversation.where, "prompt too long", f"the last question alone has {length} "
-                                   f"tokens, the limit is {limit}; raise --max_source_length")  # fmt: skip
-        messages = messages[later:]
-
-
-def _pair(
-    template: AnyTemplate,
-    preference: Preference,
-    max_source_length: int,
-    max_target_length: int,
-    at_least: Callable[[str], int],
-    ending: Ending | None = None,
-) -> Asking:
-    """The pair: see encode_preference."""
-    where = preference.where
-    asked, prompt = yield from _prompt(template, preference.prompt, max_source_length, at_least)
-    cut = prompt.messages != preference.prompt.messages
-    first, prompt_ids = len(asked), _joined(asked)
-    rows, shortened = [], False
-    for answer in (preference.chosen, preference.rejected):
-        turns = turns_of(template.segments, replace(prompt, messages=(*prompt.messages, *answer)))
-        last = max(number for number, answers in enumerate(turns.answers) if answers) + 1
-        ids = yield turns.texts[:last]
-        if _joined(ids[:first]) != prompt_ids:
-            raise RecordError(where, "inexact cut", "the prompt's tokens change when an answer follows")
-        keep, length = whole_turns(turns.answers[first:last], map(len, ids[first:]), max_target_length)
-        shortened = shortened or length > max_target_length or first + keep < last
-        learned = [False] * first + turns.learned[first : first + keep]
-        row = _row(ids[: first + keep], learned, where, len(prompt_ids) + max_target_length)
-        if not row.spans and any(turns.learned[first + keep :]):
-            raise TooLongError(where, "answers too long", f"no turn that is learned stays within the limit of "
-                               f"{max_target_length} tokens; raise --max_target_length")  # fmt: skip
-        if not row.spans:
-            raise RecordError(where, "nothing learned", "every turn of an answer has weight 0")
-        if ending is not None:
-            text = "".join(turns.texts[: first + keep])
-            row = yield from _as_one_text(row, text, ending, len(prompt_ids), max_target_length, length)
-        rows.append(row)
-    if rows[0].ids == rows[1].ids and shortened:
-        raise TooLongError(where, "answers too long", f"both answers begin with the same {max_target_length} or fewer "
-                           "tokens and differ only behind the limit; raise --max_target_length")  # fmt: skip
-    if rows[0].ids == rows[1].ids:
-        raise RecordError(where, "answers alike", "both answers are the same tokens")
-    return Encoded("PreferenceExample", [tuple(rows)], cut or shortened)
-
-
-def _as_one_text(row: Row, text: str, ending: Ending, prompt: int, limit: int, length: int) -> Asking:
-    """A row of pieces as the row of a reward model.
-
-    Args:
-        row: the same from pieces encoded alone, its answer cut at `limit` tokens.
-        text: the whole, up to the end marker.
-        ending: what closes it.
-        prompt: tokens of the prompt.
-        length: tokens of the answer's pieces.
-    """
-    whole, closing = yield [text, ending.closing + ending.tail]
-    if length <= limit and len(whole) <= prompt + limit:
-        if not ending.tail and whole == row.ids:
-            return row
-        ids = whole
-        if ending.tail:
-            (ids,) = yield [text + ending.tail]
-    else:
-        ids = whole[: prompt + max(limit - len(closing), 0)] + closing
-    same = next((n for n, (own, other) in enumerate(zip(row.ids[:prompt], ids, strict=False)) if own != other), prompt)
-    return Row(ids, array("i", (min(same, len(ids) - 1), len(ids))), row.where)
-
-
-def _together(jobs: Sequence[Asking], encode: PieceEncoder) -> list[Any]:
-    """What each job returns, or its RecordError; what all ask for next is encoded at once, and each piece once."""
-    found: list[Any] = [None] * len(jobs)
-    known: dict[Piece, array] = {}
-    answers: dict[int, Any] = dict.fromkeys(range(len(jobs)))
-    while answers:
-        asked: dict[int, list[Piece]] = {}
-        for number, answer in answers.items():
-            try:
-                asked[number] = pieces_of(jobs[number].send(answer))
-            except StopIteration as done:
-                found[number] = done.value
-            except RecordError as error:
-                found[number] = error
-        new = list(dict.fromkeys(piece for pieces in asked.values() for piece in pieces if piece not in known))
-        known.update(zip(new, encode(new), strict=True))
-        answers = {number: [known[piece] for piece in pieces] for number, pieces in asked.items()}
-    return found
-
-
-def _alone(job: Asking, encode: PieceEncoder) -> Any:
-    """What a job returns. Raises its RecordError."""
-    (found,) = _together([job], encode)
-    if isinstance(found, RecordError):
-        raise found
-    return found
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -458,18 +250,18 @@ class _Work:
         return self.tokens + sum(map(at_least, texts[done:end])) > limit
 
 
-def _letters(messages: Iterable[Message]) -> int:
+def count_characters(messages: Iterable[Message]) -> int:
     return sum(len(message.content) for message in messages)
 
 
-def _joined(pieces: Iterable[array]) -> array:
+def joined(pieces: Iterable[array]) -> array:
     ids = array("i")
     for piece in pieces:
         ids += piece
     return ids
 
 
-def _row(pieces: Sequence[array], learned: Sequence[bool], where: str, limit: int | None = None) -> Row:
+def to_row(pieces: Sequence[array], learned: Sequence[bool], where: str, limit: int | None = None) -> Row:
     """The pieces behind each other, cut at `limit` tokens, and the spans of those that are learned."""
     ids, spans = array("i"), array("i")
     for piece, learn in zip(pieces, learned, strict=True):

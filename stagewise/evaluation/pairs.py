@@ -16,7 +16,8 @@ from stagewise.adapters.attach import load_adapter
 from stagewise.adapters.files import task_of
 from stagewise.artifacts.manifest import read_manifest
 from stagewise.artifacts.processes import in_batches
-from stagewise.chat.encoding import AnyTemplate, encode_preference
+from stagewise.chat.encoding import AnyTemplate
+from stagewise.chat.preference_encoding import encode_preference
 from stagewise.chat.reward_template import (
     Ending,
     Reading,

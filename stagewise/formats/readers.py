@@ -33,12 +33,6 @@ def file_names(files: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(top)) for path in paths]
 
 
-def read_files(files: Sequence[Path], names: Sequence[str] | None = None, progress: Progress = None) -> Iterator[Line]:
-    """The records of `files`, in order. `names` replaces file_names; `progress` is told of bytes read."""
-    for path, name in zip(files, names or file_names(files), strict=True):
-        yield from read_file(path, name, progress)
-
-
 def read_file(path: Path, name: str, progress: Progress = None, kind: str | None = None) -> Iterator[Line]:
     """The records of one file, as its name says or as `kind` does (".jsonl" …)."""
     kind = kind or suffixes_of(path)[0]

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from stagewise.chat.encoding import AnyTemplate, encode_prompt
+from stagewise.chat.encoding import AnyTemplate
+from stagewise.chat.preference_encoding import encode_prompt
 from stagewise.chat.select import EXAMPLE
 from stagewise.errors import RecordError, SpeakerError
 from stagewise.formats.parsers import Conversation

@@ -21,7 +21,8 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from stagewise.chat.encoding import AnyTemplate, PromptEncoder
+from stagewise.chat.encoding import AnyTemplate
+from stagewise.chat.preference_encoding import PromptEncoder
 from stagewise.data.examples import Example
 from stagewise.data.splits import SplitReader, Splits
 from stagewise.data.statistics import Step, measure, rollout_contents

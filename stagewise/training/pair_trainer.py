@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from stagewise.chat.encoding import AnyTemplate, PreferenceEncoder
+from stagewise.chat.encoding import AnyTemplate
+from stagewise.chat.preference_encoding import PreferenceEncoder
 from stagewise.chat.reward_template import Ending
 from stagewise.config.arguments import PairArguments
 from stagewise.data.splits import SplitReader, Splits

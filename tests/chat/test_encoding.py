@@ -10,13 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from stagewise.chat.encoding import (
-    ConversationEncoder,
-    encode_conversation,
-    encode_preference,
-    encode_prompt,
-    encode_segments,
-)
+from stagewise.chat.encoding import ConversationEncoder, encode_segments
+from stagewise.chat.preference_encoding import encode_preference, encode_prompt
 from stagewise.chat.select import choose_template
 from stagewise.chat.template import Segment
 from stagewise.config.arguments import ChatArguments
@@ -32,7 +27,7 @@ from stagewise.formats.parsers import (
     prompt_of,
 )
 from stagewise.tokenizer.encode import PieceEncoder
-from tests.encoders import encode_text
+from tests.encoders import encode_conversation, encode_text
 from tests.odd_tokenizers import MARKERS, lossy_tokenizer, sentencepiece_tokenizer, spelling_tokenizer
 
 

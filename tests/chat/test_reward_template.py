@@ -11,7 +11,7 @@ from loguru import logger
 from tokenizers import AddedToken
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from stagewise.chat.encoding import encode_preference
+from stagewise.chat.preference_encoding import encode_preference
 from stagewise.chat.reward_template import (
     SCORED_AT,
     Ending,

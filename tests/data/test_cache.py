@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
-from stagewise.chat.encoding import ConversationEncoder, PreferenceEncoder
+from stagewise.chat.encoding import ConversationEncoder
+from stagewise.chat.preference_encoding import PreferenceEncoder
 from stagewise.config.arguments import DataArguments, ModelArguments
 from stagewise.data import cache as cache_module
 from stagewise.data.cache import cache_path, read_cache, write_cache

@@ -8,14 +8,8 @@ from array import array
 import numpy as np
 import pytest
 
-from stagewise.chat.encoding import (
-    ConversationEncoder,
-    PreferenceEncoder,
-    PromptEncoder,
-    TextEncoder,
-    encode_preference,
-    encode_prompt,
-)
+from stagewise.chat.encoding import ConversationEncoder, TextEncoder
+from stagewise.chat.preference_encoding import PreferenceEncoder, PromptEncoder, encode_preference, encode_prompt
 from stagewise.data import encode_all as preparation
 from stagewise.data import examples as examples_module
 from stagewise.data.encode_all import encode_all

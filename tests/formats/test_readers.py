@@ -13,7 +13,7 @@ import pytest
 from stagewise.errors import CutError, RecordError
 from stagewise.formats import byte_stream, json_stream, readers, tables
 from stagewise.formats.byte_stream import BrokenStream, RawLine, read_blocks, split_lines, suffixes_of
-from stagewise.formats.readers import READERS, file_names, read_files
+from stagewise.formats.readers import READERS, file_names, read_file
 
 ROWS = [{"text": "a"}, {"text": "发烧？\n“多喝水”"}, {"text": 'c, "d"\tx', "id": "7"}]
 JSON = [json.dumps(row, ensure_ascii=False) for row in ROWS]
@@ -31,6 +31,12 @@ WHERES = {
     ".parquet": ["a.parquet:1", "a.parquet:2", "a.parquet:3"],
 }
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True)}
+
+
+def read_files(files, progress=None):
+    """The records of several files, in order."""
+    for path, name in zip(files, file_names(files), strict=True):
+        yield from read_file(path, name, progress)
 
 
 def parquet(rows):
