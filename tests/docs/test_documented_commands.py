@@ -259,6 +259,7 @@ def run_in(house: Path, text: str) -> None:
     words = shlex.split(text)
     if "bash" in words:  # a recipe: the command that it starts
         environment = {**os.environ, "LAUNCH_DRY": "1", "PYTHON": "python", "GPUS": "0", "OUTPUTS": "outputs"}
+        environment |= {"CPU_BFLOAT16": "1"}
         shell = subprocess.run(["bash", "-c", text], cwd=house, env=environment, capture_output=True, text=True)
         assert shell.returncode == 0, shell.stderr
         words = shlex.split(shell.stdout)
