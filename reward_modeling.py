@@ -68,7 +68,7 @@ def read_data(
     """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
     config = load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before data is read
     tokenizer = load_tokenizer(model_args)
-    earlier = [path for path in (model_args.model_name_or_path, adapter_args.peft_path) if path]
+    earlier = [p for p in (model_args.model_name_or_path, adapter_args.peft_path, args.resume_from_checkpoint) if p]
     older = [path for path in earlier if is_older_reward_model(path)]
     template = choose_template(tokenizer, chat_args, adapter_args.peft_path)
     for path in older:

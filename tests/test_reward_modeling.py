@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_modeling import RewardTrainer
 from stagewise.adapters.attach import attach_adapter
+from stagewise.artifacts.checkpoints import mark_whole
 from stagewise.config.arguments import AdapterArguments
 from stagewise.data.packing import PreferenceCollator
 from stagewise.training.settings import StageArguments
@@ -327,6 +328,22 @@ def test_an_older_adapter_is_told_where_it_is_merged_or_gone_on_from(stage, word
     assert "this run trains it at the end marker" in found
     stage("reward_modeling", *words("merged-again", model=merged))
     assert f"reward model {merged}: from an older version" in capsys.readouterr().err
+
+
+def test_resuming_an_older_checkpoint_says_that_its_score_moves(stage, words, tiny_checkpoint, capsys):
+    options = {"model": tiny_checkpoint("llama"), "template_name": "alpaca", "save_strategy": "steps", "save_steps": 1}
+    out = stage("reward_modeling", *words(**options, max_steps=1))
+    (checkpoint,) = out.glob("checkpoint-*")
+    path = checkpoint / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["stagewise_scored_at"]
+    path.write_text(json.dumps(config))
+    mark_whole(checkpoint)
+    capsys.readouterr()
+    stage("reward_modeling", *words(**options, max_steps=2, resume_from_checkpoint=True))
+    printed = capsys.readouterr().err
+    assert f"reward model {checkpoint}: from an older version" in printed
+    assert "this run trains it at the end marker" in printed
 
 
 @pytest.mark.real

@@ -14,6 +14,7 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from loguru import logger
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -53,6 +54,8 @@ class RouterLoss:
 
     def __init__(self, model: nn.Module, weight: float):
         self.weight = weight
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.architecture = type(base).__name__
         self.found: torch.Tensor | None = None  # of the forward pass just done
         self.seen = torch.zeros(2)  # sum and count since the last log
         model.register_forward_pre_hook(self._ask, with_kwargs=True)
@@ -70,7 +73,10 @@ class RouterLoss:
         """The loss of the last forward pass times the weight: a scalar with gradient."""
         found, self.found = self.found, None
         if not torch.is_tensor(found):
-            raise ArgumentError("--router_aux_loss: this model's layers have no routers; leave it out")
+            raise ArgumentError(
+                f"--router_aux_loss: {self.architecture} of transformers {transformers.__version__} computes no "
+                "router loss in its forward pass; leave it out, or try a newer transformers"
+            )
         self.seen = self.seen.to(found.device) + torch.stack([found.detach().float(), torch.ones_like(found).float()])
         return self.weight * found
 
