@@ -65,7 +65,8 @@ from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.select import choose_template
 from stagewise.data.packing import PreferenceCollator
-from stagewise.data.splits import SplitReader, Splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Splits
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.losses import dpo_loss, sequence_logps
 from stagewise.models.config import load_config
@@ -78,9 +79,9 @@ from stagewise.training.evaluation_set import EvaluationTable, ValidationSet, Wi
 from stagewise.training.metrics import pair_metrics
 from stagewise.training.pair_trainer import PairTrainer, read_pairs
 from stagewise.training.resume.checkpoint_dir import check_predecessor, merge_predecessor
-from stagewise.training.run import start
 from stagewise.training.sample_generations import chosen, continued
 from stagewise.training.settings import StageArguments
+from stagewise.training.start import start
 
 
 class DPOTrainer(BalancesExperts, PairTrainer):
@@ -176,8 +177,8 @@ def read_data(
     tokenizer = load_tokenizer(model_args)
     earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
     template = choose_template(tokenizer, chat_args, earlier)
-    reader = SplitReader(data_args, model_args, args, RECORD_FILES)
-    splits = read_pairs(reader, args, tokenizer, template, pair_args)
+    loader = SplitLoader(data_args, model_args, args, RECORD_FILES)
+    splits = read_pairs(loader, args, tokenizer, template, pair_args)
     return splits, tokenizer, template
 
 

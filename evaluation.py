@@ -35,7 +35,7 @@ from loguru import logger
 
 import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.artifacts.manifest import given_flags, read_manifest, versions
-from stagewise.artifacts.processes import everywhere
+from stagewise.artifacts.processes import is_main, leave_processes, on_every_process
 from stagewise.config.arguments import ChatArguments, PairArguments
 from stagewise.data.bad_records import WAY_OUT, check_share, too_long_line
 from stagewise.data.records import Account, find_files, load_records, nothing_left, write_rejected
@@ -61,11 +61,11 @@ from stagewise.formats.parsers import parse_conversation, parse_preference
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.inference.chat_model import SamplingArguments, Speaker, SpeakerArguments
 from stagewise.inference.loading import choose_device, for_loading, local_adapter, with_base
+from stagewise.reports.error_hints import LESS_MEMORY, advised
+from stagewise.reports.logs import set_up_logging
 from stagewise.reports.terminal_text import visible
 from stagewise.rl.reward_model import load_scorer
-from stagewise.training.error_hints import LESS_MEMORY, advised
 from stagewise.training.first_look import say_error
-from stagewise.training.run import is_main, leave_processes, set_up_logging
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
 
@@ -139,7 +139,7 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
             device=speaker.model.device,
             longest=max(len(speaker.encode(question.prompt, longest)) for question in questions) + longest,
         )
-        scorer = everywhere(load)
+        scorer = on_every_process(load)
     losses = reference_losses(speaker, [question.example for question in questions], size)
     answers = answers_to(speaker, questions, job.sampling, size)
     rewards = rewards_of(scorer, speaker, questions, answers, longest, size) if scorer else None
@@ -162,7 +162,7 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
     preferences, account = records
     chat = ChatArguments(job.model.template_name, job.model.force_template, job.model.enable_thinking)
     loading = for_loading(job.model)
-    scorer = everywhere(partial(load_pair_scorer, loading, adapter, chat, choose_device(job.model)))
+    scorer = on_every_process(partial(load_pair_scorer, loading, adapter, chat, choose_device(job.model)))
     pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
     logger.info(f"test: {len(pairs)} pairs")
     scores = scorer([pair.example for pair in pairs], job.args.batch_size)
@@ -253,20 +253,20 @@ def evaluate(job: Job) -> None:
         ArgumentError, RecordError: before any weight is read where that can be known.
     """
     began, args, model = time.time(), job.args, job.model
-    folder, scores = everywhere(partial(kind_of_model, job))
+    folder, scores = on_every_process(partial(kind_of_model, job))
     found: dict[str, Any] = {"model": about_model(model, folder)}
     sections: list[str] = []
     if scores:
         if args.benchmarks:
             raise ArgumentError("--benchmarks: this is a reward model, which scores and does not speak")
         refuse(job, {f.name for f in fields(SamplingArguments)} | {"reward_model_name_or_path"}, "on a reward model")
-        pairs = everywhere(partial(read_test, job, parse_preference))
+        pairs = on_every_process(partial(read_test, job, parse_preference))
         found["rm"], section = measure_pairs(job, folder, pairs)
         sections.append(section)
     else:
         refuse(job, {f.name for f in fields(PairArguments)}, "on a language model, whose context is the limit")
-        records, benchmarks = everywhere(partial(what_is_asked, job))
-        speaker = everywhere(partial(load_speaker, job))
+        records, benchmarks = on_every_process(partial(what_is_asked, job))
+        speaker = on_every_process(partial(load_speaker, job))
         if records:
             found["sft"], section = measure_answers(job, speaker, records)
             sections.append(section)

@@ -69,7 +69,7 @@ from loguru import logger
 from tqdm import tqdm
 
 import template as chat_templates  # noqa: F401  (registers them)
-from stagewise.artifacts.processes import everywhere, from_first, together
+from stagewise.artifacts.processes import from_first_process, gather_by_index, leave_processes, on_every_process
 from stagewise.config.command_line import parse
 from stagewise.errors import ArgumentError, SpeakerError
 from stagewise.inference.batch_file import AnswerFile, Prompt, fingerprint, read_prompts
@@ -79,10 +79,10 @@ from stagewise.inference.repl import HELP, Talk
 from stagewise.inference.terminal_input import Lines, open_input
 from stagewise.inference.word_wrap import WordWrap
 from stagewise.reports.console import columns_of
+from stagewise.reports.error_hints import LESS_MEMORY, advised
+from stagewise.reports.logs import set_up_logging
 from stagewise.reports.terminal_text import visible
-from stagewise.training.error_hints import LESS_MEMORY, advised
 from stagewise.training.first_look import say_error
-from stagewise.training.run import leave_processes, set_up_logging
 
 DEFAULT_SYSTEM = "the template's own, or none"
 # Flags that no answer follows from: a run that continues may have others.
@@ -93,7 +93,7 @@ WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_rem
 
 
 def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
-    """Raises SpeakerError for flags that do not fit together, before anything is loaded."""
+    """Raises SpeakerError for flags that do not fit gather_by_index, before anything is loaded."""
     if args.interactive == bool(args.data_file):
         raise SpeakerError("give --interactive to talk, or --data_file and --output_file to answer a file"
                            + (", not both" if args.interactive else ""))  # fmt: skip
@@ -237,7 +237,7 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
     skips = args.on_bad_record == "skip"
     choose_device(which)  # makes the state that processes know each other by
     read = partial(read_prompts, args.data_file, args.answer_field, args.system_prompt, skips=skips)
-    prompts = everywhere(read)
+    prompts = on_every_process(read)
     target: AnswerFile | None = None
 
     def begin() -> int:
@@ -254,10 +254,10 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
         except OSError as error:
             raise SpeakerError(f"--output_file {args.output_file}: {error.strerror or error}") from error
 
-    done = from_first(begin)
+    done = from_first_process(begin)
     if done:
         logger.info(f"{args.output_file}: continues after {done} of {len(prompts)} answers")
-    speaker = everywhere(partial(Speaker.load, which))
+    speaker = on_every_process(partial(Speaker.load, which))
     left_out = unanswerable(speaker, prompts, sampling, args.on_bad_record)
     try:
         for first, found in windows(speaker, prompts, done, left_out, sampling, args.batch_size):
@@ -331,7 +331,7 @@ def windows(
                 answers = speaker.answers(asked, sampling, batch_size=batch_size) if asked else []
                 return dict(zip(places, answers, strict=True))
 
-            found = {**left_out, **together(answer)}
+            found = {**left_out, **gather_by_index(answer)}
             if state.is_main_process:
                 yield first, [found[place] for place in places]
             bar.update(len(places))

@@ -78,10 +78,10 @@ from stagewise.models.config import load_config
 from stagewise.models.hub import check_adapter, find_source, hub_options, no_hub_model
 from stagewise.models.reward_head import reward_config
 from stagewise.models.tokenizer import open_tokenizer
+from stagewise.reports.error_hints import advised
+from stagewise.reports.logs import set_up_logging
 from stagewise.reports.model_card import called, write_card
 from stagewise.reports.terminal_text import print_error
-from stagewise.training.error_hints import advised
-from stagewise.training.run import set_up_logging
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
 LESS_MEMORY = (

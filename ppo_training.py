@@ -129,7 +129,8 @@ from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.select import choose_template
 from stagewise.data.examples import IGNORE_INDEX, Example
-from stagewise.data.splits import SplitReader, Splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Splits
 from stagewise.formats.parsers import Conversation
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.inference.sampling import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
@@ -145,8 +146,9 @@ from stagewise.rl.rollout import RolloutEnds, RolloutTrainer, end_ids, read_prom
 from stagewise.rl.schedule import Schedule, settle_batches
 from stagewise.training.evaluation_set import EvaluationTable, ValidationSet
 from stagewise.training.resume.checkpoint_dir import check_predecessor, merge_predecessor
-from stagewise.training.run import Run, start
+from stagewise.training.run import Run
 from stagewise.training.settings import StageArguments
+from stagewise.training.start import start
 
 
 class PPOTrainer(BalancesExperts, RolloutTrainer):
@@ -317,8 +319,8 @@ def read_data(
     tokenizer = load_tokenizer(model_args)
     earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
     template = choose_template(tokenizer, chat_args, earlier)
-    reader = SplitReader(data_args, model_args, args, RECORD_FILES)
-    splits, conversations = read_prompts(reader, args, tokenizer, template, pair_args.max_source_length)
+    loader = SplitLoader(data_args, model_args, args, RECORD_FILES)
+    splits, conversations = read_prompts(loader, args, tokenizer, template, pair_args.max_source_length)
     return splits, tokenizer, template, conversations
 
 

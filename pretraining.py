@@ -35,7 +35,10 @@ from transformers import PreTrainedTokenizerBase
 from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import TextEncoder
 from stagewise.data.examples import Examples
-from stagewise.data.splits import SplitReader, Splits
+from stagewise.data.read_splits import read_splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Encoding, Splits
+from stagewise.data.streaming.splits import read_streamed_splits
 from stagewise.formats.parsers import parse_text
 from stagewise.models.attention.choose import rows_by_flags
 from stagewise.models.config import load_config
@@ -45,8 +48,8 @@ from stagewise.models.tokenizer import load_tokenizer
 from stagewise.training.evaluation_set import EvaluationTable, ValidationSet
 from stagewise.training.lm_trainer import LanguageModelTrainer, training_rows
 from stagewise.training.metrics import language_model_metrics
-from stagewise.training.run import start
 from stagewise.training.settings import StageArguments
+from stagewise.training.start import start
 from stagewise.training.stream_trainer import check_streaming
 
 
@@ -71,18 +74,20 @@ def read_data(
     because, shifted = adapter_args.padded_because, model_args.shift_attn
     padded = rows_by_flags(config, rows_args.packing, because, shifted)[0] is False
     tokenizer = load_tokenizer(model_args)
-    splits = SplitReader(data_args, model_args, args, TEXT_FILES).read(
+    loader = SplitLoader(data_args, model_args, args, TEXT_FILES)
+    encoding = Encoding(
         lambda record, where: (parse_text(record, where), where),
         TextEncoder(tokenizer, pt_args.block_size),
-        train=args.do_train,
-        validation=args.do_eval,
-        stream=rows_args.shuffle_buffer if rows_args.streaming else None,
+        limits={"block_size": pt_args.block_size},
+        tokenizer=tokenizer,
         counts_blocks=True,
         packed_to=None if padded else pt_args.block_size,
-        tokenizer=tokenizer,
-        template=None,
-        limits={"block_size": pt_args.block_size},
     )
+    needed = {"train": args.do_train, "validation": args.do_eval}
+    if rows_args.streaming:
+        splits = read_streamed_splits(loader, encoding, **needed, buffer=rows_args.shuffle_buffer)
+    else:
+        splits = read_splits(loader, encoding, **needed)
     return splits, tokenizer
 
 

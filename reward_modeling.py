@@ -30,7 +30,8 @@ from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.reward_template import is_older_reward_model, older_notice, settle_reward_form
 from stagewise.chat.select import choose_template
 from stagewise.data.packing import PreferenceCollator
-from stagewise.data.splits import SplitReader, Splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Splits
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.losses import pairwise_loss
 from stagewise.models.config import load_config
@@ -39,8 +40,8 @@ from stagewise.models.tokenizer import load_tokenizer
 from stagewise.training.evaluation_set import EvaluationTable, ValidationSet, WithIndex
 from stagewise.training.metrics import pair_metrics
 from stagewise.training.pair_trainer import PairTrainer, read_pairs
-from stagewise.training.run import start
 from stagewise.training.settings import StageArguments
+from stagewise.training.start import start
 
 
 class RewardTrainer(PairTrainer):
@@ -74,8 +75,8 @@ def read_data(
     for path in older:
         logger.warning(f"{older_notice(path, tokenizer, template)}; this run trains it at the end marker")
     ending = settle_reward_form(tokenizer, template, config.get_text_config().vocab_size)
-    reader = SplitReader(data_args, model_args, args, RECORD_FILES)
-    splits = read_pairs(reader, args, tokenizer, template, pair_args, ending)
+    loader = SplitLoader(data_args, model_args, args, RECORD_FILES)
+    splits = read_pairs(loader, args, tokenizer, template, pair_args, ending)
     return splits, tokenizer, template
 
 

@@ -60,7 +60,10 @@ import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.attach import attach_adapter
 from stagewise.chat.encoding import AnyTemplate, ConversationEncoder
 from stagewise.chat.select import choose_template
-from stagewise.data.splits import SplitReader, Splits
+from stagewise.data.read_splits import read_splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Encoding, Splits
+from stagewise.data.streaming.splits import read_streamed_splits
 from stagewise.formats.parsers import parse_conversation
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.models.config import load_config
@@ -70,8 +73,8 @@ from stagewise.models.tokenizer import load_tokenizer
 from stagewise.training.evaluation_set import EvaluationTable, ValidationSet
 from stagewise.training.lm_trainer import LanguageModelTrainer, training_rows
 from stagewise.training.metrics import language_model_metrics
-from stagewise.training.run import start
 from stagewise.training.settings import StageArguments
+from stagewise.training.start import start
 from stagewise.training.stream_trainer import check_streaming
 
 
@@ -111,17 +114,19 @@ def read_data(
     load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
     tokenizer = load_tokenizer(model_args)
     template = choose_template(tokenizer, chat_args, adapter_args.peft_path)
-    splits = SplitReader(data_args, model_args, args, RECORD_FILES).read(
+    loader = SplitLoader(data_args, model_args, args, RECORD_FILES)
+    encoding = Encoding(
         parse_conversation,
         ConversationEncoder(tokenizer, template, sft_args.model_max_length, *labels),
-        train=args.do_train,
-        validation=args.do_eval,
-        stream=rows_args.shuffle_buffer if rows_args.streaming else None,
-        tokenizer=tokenizer,
-        template=template.jinja(),
         limits={"model_max_length": sft_args.model_max_length},
-        labels=labels,
+        tokenizer=tokenizer,
+        depends_on={"template": template.jinja(), "labels": labels},
     )
+    needed = {"train": args.do_train, "validation": args.do_eval}
+    if rows_args.streaming:
+        splits = read_streamed_splits(loader, encoding, **needed, buffer=rows_args.shuffle_buffer)
+    else:
+        splits = read_splits(loader, encoding, **needed)
     return splits, tokenizer, template
 
 

@@ -35,9 +35,9 @@ from stagewise.config.command_line import parse
 from stagewise.errors import ArgumentError, ChatError, SpeakerError
 from stagewise.inference.arguments import DRAWING, SamplingArguments
 from stagewise.inference.chat_model import Answer, Speaker
+from stagewise.reports.error_hints import LESS_MEMORY, advised
+from stagewise.reports.logs import set_up_logging
 from stagewise.reports.terminal_text import print_error
-from stagewise.training.error_hints import LESS_MEMORY, advised
-from stagewise.training.run import set_up_logging
 from stagewise.web.conversations import ADAPTER, BASE, Chat, Desk
 from stagewise.web.translations import CHINESE, CHINESE_TAGS, ENGLISH, said
 

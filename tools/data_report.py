@@ -17,7 +17,8 @@ from stagewise.data.bad_records import too_long_line
 from stagewise.data.control_tokens import control_line
 from stagewise.data.examples import Example, PreferenceExample
 from stagewise.data.packing import pack
-from stagewise.data.splits import Splits, beyond_line
+from stagewise.data.read_splits import beyond_line
+from stagewise.data.splits import Splits
 from stagewise.data.statistics import (
     UNITS,
     Measures,

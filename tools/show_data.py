@@ -100,9 +100,9 @@ from stagewise.data.statistics import measure, summarize
 from stagewise.data.streaming.dataset import RecordStream
 from stagewise.errors import ArgumentError, RecordError
 from stagewise.formats.json_lines import read_json_lines
+from stagewise.reports.logs import set_up_logging
 from stagewise.reports.results import has_colour
 from stagewise.reports.terminal_text import print_error
-from stagewise.training.run import set_up_logging
 from stagewise.training.settings import settle_long_context, settle_what_to_do
 from stagewise.training.stream_trainer import check_streaming
 from tools.data_report import Shown, draw, report
@@ -186,8 +186,13 @@ def first_of_stream(splits: Splits, limit: int) -> list[RecordError]:
 def main(argv: Sequence[str] | None = None) -> None:
     own, words = own_parser().parse_known_args(argv)
     set_up_logging()
-    logger.remove()  # what SplitReader logs of the records stands in the report
-    logger.add(sys.stderr, level="INFO", format="{message}", filter={"stagewise.data.splits": "WARNING"})
+    logger.remove()  # the report shows what read_splits logs
+    logger.add(
+        sys.stderr,
+        level="INFO",
+        format="{message}",
+        filter={"stagewise.data.read_splits": "WARNING", "stagewise.data.streaming.splits": "WARNING"},
+    )
     code = 2  # until the flags are understood
     with tempfile.TemporaryDirectory() as folder:
         try:

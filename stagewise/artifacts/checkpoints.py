@@ -18,7 +18,7 @@ from loguru import logger
 
 from stagewise.artifacts.file_hashes import ALGORITHM, hash_files
 from stagewise.artifacts.json_files import inside, read_object, sync_folder, write_durably
-from stagewise.artifacts.processes import from_first
+from stagewise.artifacts.processes import from_first_process
 from stagewise.config.checks import named_checkpoint
 from stagewise.config.flags import NO
 from stagewise.errors import ArgumentError, FileError
@@ -168,7 +168,7 @@ def resume_point(output_dir: str, asked: str | None) -> Path | None:
     """
     if asked is None or str(asked).lower() in (*NO, "none", ""):
         return None
-    return from_first(lambda: _resume_point(output_dir, str(asked)))
+    return from_first_process(lambda: _resume_point(output_dir, str(asked)))
 
 
 def _resume_point(output_dir: str, asked: str) -> Path | None:

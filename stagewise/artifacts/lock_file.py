@@ -1,7 +1,7 @@
 """One process at a time makes what several would make alike: a lock file beside it, held by the one at work.
 
     A  takes the lock ─ encodes ─ the entry is there ─ takes the lock file away, lets go
-    B        waits ············································ OVER: it looks for the entry again
+    B        waits ············································ RELEASED: it looks for the entry again
 
 The kernel takes the lock from a process that ends, however it ends, on this machine and, over NFS, on others: a killed
 one keeps nobody waiting. A waiting process makes no collective call, so that it may wait for hours.
@@ -26,16 +26,16 @@ except ImportError:  # Windows
 MOST_SAID = 1 << 16  # bytes of an error that are read
 
 
-class Turn(Enum):
-    """Whose turn it is: this process's; that of another one, which is over; or not known, since nothing is locked."""
+class LockResult(Enum):
+    """The outcome of asking for a lock: held by this process, released by another one, or locks do not work here."""
 
-    MINE = "mine"
-    OVER = "over"
-    UNKNOWN = "unknown"
+    ACQUIRED = "acquired"
+    RELEASED = "released"
+    UNSUPPORTED = "unsupported"
 
 
 @contextmanager
-def turn(path: Path, what: str) -> Iterator[Turn]:
+def exclusive_lock(path: Path, what: str) -> Iterator[LockResult]:
     """Holds the lock file `path` while the block runs, if it is free; otherwise waits until its holder is done.
 
     An error in the data (RecordError, ArgumentError) that ends the block ends those who wait for it as well: it is
@@ -50,17 +50,17 @@ def turn(path: Path, what: str) -> Iterator[Turn]:
     """
     file = _taken(path, what)
     if file is None:
-        yield Turn.UNKNOWN
+        yield LockResult.UNSUPPORTED
         return
     try:
         if not _is_at(file, path):
             _raise_said(file)
-            yield Turn.OVER
+            yield LockResult.RELEASED
             return
         with suppress(OSError):
             os.ftruncate(file, 0)  # left by a process that was killed before it took the file away
         try:
-            yield Turn.MINE
+            yield LockResult.ACQUIRED
         except (RecordError, ArgumentError) as error:
             _say(file, error)
             raise

@@ -6,6 +6,8 @@ with the same words; the scripts print it in the first of each machine.
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,11 +22,17 @@ from stagewise.errors import ArgumentError
 T = TypeVar("T")
 
 
-def several_processes() -> bool:
+def is_main() -> bool:
+    """Whether this is the first process of the run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_distributed() -> bool:
+    """Whether this process is in a group of several."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def from_first(work: Callable[[], T]) -> T:
+def from_first_process(work: Callable[[], T]) -> T:
     """What `work` gives, which the first process alone does while the others wait; it must be picklable.
 
     Raises:
@@ -38,7 +46,7 @@ def from_first(work: Callable[[], T]) -> T:
     return _result([told])[0]
 
 
-def together(work: Callable[[], Mapping[int, T]]) -> dict[int, T]:
+def gather_by_index(work: Callable[[], Mapping[int, T]]) -> dict[int, T]:
     """What every process found, by its place: each gives the places that it worked on, and gets all of them.
 
     Raises:
@@ -49,7 +57,7 @@ def together(work: Callable[[], Mapping[int, T]]) -> dict[int, T]:
     return {place: found for part in _result(gather_object([_tried(work)])) for place, found in part.items()}
 
 
-def everywhere(work: Callable[[], T]) -> T:
+def on_every_process(work: Callable[[], T]) -> T:
     """What `work` gives in this process; each does it for itself, such as reading a file of its own machine.
 
     Raises:
@@ -88,7 +96,7 @@ def in_batches(lengths: Sequence[int], size: int, title: str, work: Callable[[li
                 bar.update(len(batch))
         return found
 
-    found = together(work_on_mine)
+    found = gather_by_index(work_on_mine)
     return [found[index] for index in range(len(lengths))]
 
 
@@ -107,3 +115,31 @@ def _result(tried: Sequence[Sequence[Any]]) -> list[Any]:
         if error is not None:
             raise ArgumentError(error)
     return [found for found, _ in tried]
+
+
+def leave_processes(status: int) -> None:
+    """Ends the group of processes where all of them have come to their end, and this process with `status`, later.
+
+    Threads of gloo that are still there while Python ends abort the process now and then, and a finished run would
+    count as failed. Once DistributedDataParallel was there they outlive the group and the model (torch 2.13). So the
+    process leaves with the last of Python's exit handlers and does not wait for what comes after them.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    has_gloo = "gloo" in dist.get_backend()
+    dist.destroy_process_group()
+    if has_gloo:
+        leave_with_status.append(status)
+
+
+leave_with_status: list[int] = []  # the exit status of a process that is to leave early; empty otherwise
+
+
+def _leave() -> None:
+    if leave_with_status and not hasattr(sys, "last_type"):  # which an error that nothing caught has set
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(leave_with_status[0])
+
+
+atexit.register(_leave)  # handlers that are registered later, a tracker's for instance, run before it

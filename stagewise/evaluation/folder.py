@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from stagewise.artifacts.processes import from_first
+from stagewise.artifacts.processes import from_first_process
 from stagewise.errors import ArgumentError
 from stagewise.evaluation.arguments import Job
 from stagewise.evaluation.compare import METRICS, PARTS
@@ -33,7 +33,7 @@ def output_folder(job: Job) -> Iterator[None]:
     if job.args.compare:  # which no other process takes part in
         begin_folder(job)
     else:
-        from_first(partial(begin_folder, job))
+        from_first_process(partial(begin_folder, job))
     first = bool(job.args.compare) or PartialState().is_main_process
     try:
         yield

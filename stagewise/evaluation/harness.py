@@ -13,7 +13,7 @@ from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from stagewise.artifacts.processes import together
+from stagewise.artifacts.processes import gather_by_index
 from stagewise.inference.chat_model import Speaker
 
 
@@ -43,5 +43,5 @@ class SharedModel(HFLM):
             answers = ask([requests[place] for place in mine], disable_tqdm) if mine else []
             return dict(zip(mine, answers, strict=True))
 
-        found = together(ask_mine)
+        found = gather_by_index(ask_mine)
         return [found[place] for place in range(len(requests))]

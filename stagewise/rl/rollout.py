@@ -24,7 +24,9 @@ from transformers.trainer_utils import SaveStrategy
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.preference_encoding import PromptEncoder
 from stagewise.data.examples import Example
-from stagewise.data.splits import SplitReader, Splits
+from stagewise.data.read_splits import read_splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Encoding, Splits
 from stagewise.data.statistics import Step, measure, rollout_contents
 from stagewise.formats.parsers import Conversation, parse_prompt
 from stagewise.inference.sampling import PROMPTS, UPDATES, Sampling
@@ -45,7 +47,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> tuple[i
 
 
 def read_prompts(
-    reader: SplitReader, args: TrainingArguments, tokenizer: Any, template: AnyTemplate, limit: int
+    loader: SplitLoader, args: TrainingArguments, tokenizer: Any, template: AnyTemplate, limit: int
 ) -> tuple[Splits, dict[str, dict[str, Conversation]]]:
     """Conversations as prompts: without their last answer, at most `limit` tokens.
 
@@ -59,9 +61,15 @@ def read_prompts(
         asked.setdefault(where, []).append(prompt)
         return prompt
 
-    encode = PromptEncoder(tokenizer, template, limit)
-    kept = {"tokenizer": tokenizer, "template": template.jinja(), "limits": {"max_source_length": limit}}
-    splits = reader.read(parse, encode, train=args.do_train, validation=args.do_eval, parse_always=True, **kept)
+    encoding = Encoding(
+        parse,
+        PromptEncoder(tokenizer, template, limit),
+        limits={"max_source_length": limit},
+        tokenizer=tokenizer,
+        depends_on={"template": template.jinja()},
+        parse_always=True,
+    )
+    splits = read_splits(loader, encoding, train=args.do_train, validation=args.do_eval)
     # Both splits may have a file of one name; training records are read first.
     first, last = ({where: prompts[n] for where, prompts in asked.items()} for n in (0, -1))
     return splits, {"train": first, "validation": last}

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel, Trainer
 from stagewise.data.examples import IGNORE_INDEX
 
 SHORT = 256  # tokens of a packed row that are measured on a CPU
+LONG = 20.0  # seconds of a batch that is not measured a second time
 GIB = 2**30
 
 
 def dry_run(trainer: Trainer, peak_gib: Callable[[], float]) -> None:
-    """A batch forward and backward, and what the run will take by it; no step is taken.
+    """Measures one batch forward and backward and an optimizer step, and logs the time and memory of the whole run.
 
     On a CPU, where a batch can take minutes, one short row is measured and scaled to the batch's work; on a GPU the
-    batch itself, whose memory is then exact.
+    batch itself, whose memory is then exact. The optimizer steps at a learning rate of zero: no weight changes.
     """
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     loader = trainer.get_train_dataloader()
@@ -45,22 +46,49 @@ def dry_run(trainer: Trainer, peak_gib: Callable[[], float]) -> None:
     rollout = 0.0 if schedule is None else (time.perf_counter() - started) / schedule.minibatches
     short = short_batch(trainer, batch) if args.device.type == "cpu" else None
     logger.info(f"dry run: measures {words_of(short, batch)}, forward and backward; nothing is trained or written")
-    if short is not None:
-        measure(trainer, short)  # what is made once, gradients included, is not the step's
     loss, seconds, held, grown = measure(trainer, short or batch)
+    if short is not None or seconds < LONG:  # the first pass also allocates gradients and compiles or loads kernels
+        loss, seconds, held, grown = measure(trainer, short or batch)
+    optimizer, state = measure_optimizer(trainer)
     share = 1.0 if short is None else work(batch, model) / work(short, model)
     tokens = 1.0 if short is None else batch["input_ids"].numel() / short["input_ids"].numel()
-    # Adam keeps two float32 numbers a trained parameter; gradients are in the peak already.
-    optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * 8 / GIB
-    peak = max(peak_gib(), (held + grown * tokens) / GIB if short is not None else 0.0) + optimizer
-    step = (seconds * share + rollout) * args.gradient_accumulation_steps
+    peak = peak_gib()
+    if short is not None:
+        peak = max(peak, (held + grown * tokens + state) / GIB)
+    step = (seconds * share + rollout) * args.gradient_accumulation_steps + optimizer
     logger.info(f"dry run: measured {seconds:.2f} s, loss {loss:.4f}; a step of the run takes about {step:.1f} s")
     logger.info(
-        f"dry run: {steps} steps, about {step * steps / 60:.1f} minutes and {peak:.1f} GiB a process "
+        f"dry run: {steps} steps, about {step * steps / 60:.1f} minutes and {peak:.1f} GiB per process "
         f"({args.device.type})"
     )
     if trainer.is_world_process_zero() and output_dir.is_dir() and not any(output_dir.iterdir()):
         output_dir.rmdir()  # the Trainer made it
+
+
+def measure_optimizer(trainer: Trainer) -> tuple[float, int]:
+    """Seconds of an optimizer step, and bytes of the optimizer's state; weights do not change.
+
+    A gradient is there from `measure`. The first step allocates the state, the second one is timed.
+    """
+    optimizer = trainer.create_optimizer()
+    if not isinstance(optimizer, torch.optim.Optimizer):  # a placeholder for the one that DeepSpeed makes
+        return 0.0, 0
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    device = trainer.args.device.type
+    for _ in range(2):
+        started = time.perf_counter()
+        optimizer.step()
+        if device != "cpu":
+            getattr(torch, device).synchronize()
+        seconds = time.perf_counter() - started
+    state = sum(
+        value.numel() * value.element_size()
+        for tensors in optimizer.state.values()
+        for value in tensors.values()
+        if torch.is_tensor(value)
+    )
+    return seconds, state
 
 
 def short_batch(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any] | None:

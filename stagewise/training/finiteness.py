@@ -21,7 +21,7 @@ from loguru import logger
 from torch import nn
 from transformers import TrainerCallback
 
-from stagewise.artifacts.processes import several_processes
+from stagewise.artifacts.processes import is_distributed
 from stagewise.errors import NonFiniteError
 
 # A broken batch or a spike passes within a step or two. What is still there after five is not going to pass: each
@@ -35,7 +35,7 @@ SKIPPED = "skipped_steps"  # in run.json, in trainer_state.json of a checkpoint,
 
 def gathered(mine: list[Any]) -> list[Any]:
     """The lists of all processes, one behind the other, on each of them."""
-    if not several_processes():
+    if not is_distributed():
         return mine
     lists: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lists, mine)

@@ -12,7 +12,7 @@ from loguru import logger
 
 from stagewise.artifacts.checkpoints import checkpoints
 from stagewise.artifacts.manifest import MANIFEST, read_manifest
-from stagewise.artifacts.processes import from_first
+from stagewise.artifacts.processes import from_first_process
 from stagewise.config.flags import YES
 from stagewise.errors import ArgumentError
 from stagewise.training.settings import StageArguments
@@ -60,7 +60,7 @@ def says_finished(args: StageArguments, stage: str, flags: dict[str, Any]) -> bo
         return False
     if str(args.resume_from_checkpoint).lower() not in YES:
         return False
-    return from_first(lambda: _is_same(args, flags) and is_finished(args.output_dir, stage))
+    return from_first_process(lambda: _is_same(args, flags) and is_finished(args.output_dir, stage))
 
 
 def _is_same(args: StageArguments, flags: dict[str, Any]) -> bool:

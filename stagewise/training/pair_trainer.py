@@ -13,7 +13,9 @@ from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.preference_encoding import PreferenceEncoder
 from stagewise.chat.reward_template import Ending
 from stagewise.config.arguments import PairArguments
-from stagewise.data.splits import SplitReader, Splits
+from stagewise.data.read_splits import read_splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Encoding, Splits
 from stagewise.formats.parsers import parse_preference
 from stagewise.training.callbacks import Resumes
 from stagewise.training.finiteness import SkipsNonFinite
@@ -24,7 +26,7 @@ from stagewise.training.throughput import TellsSpeed
 
 
 def read_pairs(
-    reader: SplitReader,
+    loader: SplitLoader,
     args: TrainingArguments,
     tokenizer: Any,
     template: AnyTemplate,
@@ -33,16 +35,14 @@ def read_pairs(
 ) -> Splits:
     """Preferences as encoded pairs of answers within the length limits; with `ending` as a reward model's rows."""
     limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
-    return reader.read(
+    encoding = Encoding(
         parse_preference,
         PreferenceEncoder(tokenizer, template, **limits, ending=ending),
-        train=args.do_train,
-        validation=args.do_eval,
-        tokenizer=tokenizer,
-        template=template.jinja(),
-        ending=ending,
         limits=limits,
+        tokenizer=tokenizer,
+        depends_on={"template": template.jinja(), "ending": ending},
     )
+    return read_splits(loader, encoding, train=args.do_train, validation=args.do_eval)
 
 
 class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpeed, Trainer):

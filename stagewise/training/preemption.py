@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from stagewise.artifacts.processes import several_processes
+from stagewise.artifacts.processes import is_distributed
 from stagewise.data.worker_signals import SIGNALS
 
 PREEMPTED = 143  # exit code of a run that a signal has stopped
@@ -54,7 +54,7 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = self.asked is not None
-        if several_processes():
+        if is_distributed():
             flag = torch.tensor(float(asked), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             asked = bool(flag.item())

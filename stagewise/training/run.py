@@ -1,13 +1,11 @@
-"""A run from its start to its end: arguments, device, output directory, training, and the manifest `run.json`."""
+"""A run: training, evaluation, results, and the manifest `run.json`."""
 
 from __future__ import annotations
 
-import atexit
 import os
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,181 +13,48 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from loguru import logger
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
 
 from stagewise.adapters.attach import method_callbacks
-from stagewise.adapters.compatibility import check_methods
-from stagewise.artifacts.checkpoints import check_resumable, leave_later, resume_point, step_of, trained_steps
+from stagewise.artifacts.checkpoints import leave_later, step_of, trained_steps
 from stagewise.artifacts.lineage import begin_step, earlier_steps, finished_step
 from stagewise.artifacts.manifest import (
     MANIFEST,
     device_name,
-    effective_words,
-    given_flags,
     parameters_of,
-    settled_flags,
     versions,
     without_tokens,
     write_manifest,
 )
-from stagewise.artifacts.processes import from_first
+from stagewise.artifacts.processes import from_first_process, is_main, leave_processes, leave_with_status
 from stagewise.chat.encoding import AnyTemplate
-from stagewise.config.arguments import AdapterArguments, DataArguments
-from stagewise.config.checks import check_shared
-from stagewise.config.command_line import Given, parse
+from stagewise.config.arguments import AdapterArguments
 from stagewise.data.examples import Example, PreferenceExample
 from stagewise.errors import ArgumentError, NonFiniteError
 from stagewise.models.attention.rope import kept_rope
 from stagewise.models.generation_config import finish_generation_config
-from stagewise.reports.console import Progress, quieten, say
+from stagewise.reports.console import Progress
 from stagewise.reports.curves import write_pictures
-from stagewise.reports.results import has_colour, read_results, show_sample, write_results
+from stagewise.reports.error_hints import advice_on
+from stagewise.reports.results import read_results, show_sample, write_results
 from stagewise.reports.run_page import PAGE, write_page
-from stagewise.reports.terminal_text import log_visible_text, print_error
+from stagewise.reports.terminal_text import print_error
 from stagewise.training.callbacks import EvaluationRows, IntervalsOfNow, WholeCheckpoints
 from stagewise.training.dry_run import dry_run
-from stagewise.training.error_hints import advice_on
 from stagewise.training.evaluation_set import EvaluationTable
 from stagewise.training.finiteness import SKIPPED
-from stagewise.training.first_look import say_error
-from stagewise.training.output_dir import check_output_dir, is_finished, remove_earlier_run, says_finished
+from stagewise.training.output_dir import is_finished, remove_earlier_run
 from stagewise.training.preemption import PREEMPTED, Preemption
 from stagewise.training.resume.identity import Identity, KeepsIdentity
 from stagewise.training.sample_generations import EvaluationSamples
 from stagewise.training.settings import (
     StageArguments,
-    check_eval_samples,
-    device_flags,
-    settle_long_context,
-    settle_precision,
-    settle_what_to_do,
 )
-from stagewise.training.trainer_flags import check_trainer_flags
 
 INTERRUPTED = 130  # of one that Ctrl-C ended
-
-
-def is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def set_up_logging() -> None:
-    """The log on stderr: of the first process all, of the others errors."""
-    logger.remove()
-    log_visible_text()
-    level = "INFO" if is_main() else "ERROR"
-    color = has_colour(sys.stderr)
-    logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=color)
-    transformers_logging.set_verbosity_error()
-    # Renamings inside transformers and PEFT, which a user of these scripts can do nothing about.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if not torch.accelerator.is_available():
-        # accelerate imports DeepSpeed where it is installed, which otherwise warns on stdout that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if not is_main() or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-
-
-def leave_processes(status: int) -> None:
-    """Ends the group of processes where all of them have come to their end, and this process with `status`, later.
-
-    Threads of gloo that are still there while Python ends abort the process now and then, and a finished run would
-    count as failed. Once DistributedDataParallel was there they outlive the group and the model (torch 2.13). So the
-    process leaves with the last of Python's exit handlers and does not wait for what comes after them.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    has_gloo = "gloo" in dist.get_backend()
-    dist.destroy_process_group()
-    if has_gloo:
-        _leave_with.append(status)
-
-
-_leave_with: list[int] = []
-
-
-def _leave() -> None:
-    if _leave_with and not hasattr(sys, "last_type"):  # which an error that nothing caught has set
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(_leave_with[0])
-
-
-atexit.register(_leave)  # handlers that are registered later, a tracker's for instance, run before it
-
-
-def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Parses and checks the command line, prepares the device and the output directory.
-
-    Args:
-        stage: "pt", "sft", "rm", "dpo" or "ppo".
-        dataclass_types: the stage's own and shared dataclasses; StageArguments is added here.
-
-    Returns:
-        the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot
-        be honored, before any weights are read.
-    """
-    set_up_logging()
-    preemption = Preemption()
-    given: Given = []
-
-    def before(flags: Given) -> Given:
-        given.extend(flags)
-        return device_flags(flags)
-
-    try:
-        args, *parts = parse([StageArguments, *dataclass_types], argv, before=before)
-        names = set(dict(given))
-        said = given_flags([args, *parts], names)
-        for part in parts:
-            if isinstance(part, AdapterArguments):
-                part.given = frozenset(name for name, _ in given)
-        check_shared(*parts)
-        data = next((part for part in parts if isinstance(part, DataArguments)), None)
-        check_trainer_flags(args)
-        settle_what_to_do(args, data, given)
-        check_eval_samples(args, "eval_samples" in dict(given))
-        settle_precision(args, parts)
-        check_methods(stage, args, parts)  # first: --peft_path says what the method is
-        settle_long_context(stage, parts)
-        if args.dry_run and is_deepspeed_zero3_enabled():
-            raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
-        flags = given_flags([args, *parts], names)
-        if says_finished(args, stage, flags):
-            leave_processes(0)
-            raise SystemExit(0)
-        check_output_dir(args)
-        identity = Identity(stage, args, parts, _resume_point(args))
-        identity.check_flags()
-    except ValueError as error:
-        say_error(str(error))
-        raise SystemExit(2) from error
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        # transformers would use DataParallel, which cannot split a packed row.
-        args._n_gpu = 1
-        logger.info(f"1 of {torch.cuda.device_count()} GPUs is used; torchrun --nproc_per_node uses them all")
-    if args.quiet:
-        quieten()
-    set_seed(args.seed)
-    effective, replaced = effective_words([word for name, values in given for word in (f"--{name}", *values)])
-    run = Run(stage, args, parts, flags, identity, preemption)
-    run.note(effective=effective, replaced=replaced, settled=settled_flags(said, flags))
-    return run, *parts
-
-
-def _resume_point(args: StageArguments) -> Path | None:
-    """The checkpoint to resume from; the flag then holds its folder, for those who read more from it."""
-    if not args.do_train or args.dry_run:
-        return None
-    folder = resume_point(args.output_dir, args.resume_from_checkpoint)
-    args.resume_from_checkpoint = str(folder) if folder else None
-    if folder:
-        check_resumable(folder)
-    return folder
 
 
 class Run:
@@ -248,7 +113,7 @@ class Run:
         if error is None or (preempted and self.preemption.stopped):
             leave_processes(PREEMPTED if error else 0)
         elif preempted and dist.is_initialized():
-            _leave_with.append(PREEMPTED)  # the others may not have had the signal yet: this one waits for none
+            leave_with_status.append(PREEMPTED)  # the others may not have had the signal yet: this one waits for none
         if error is None or isinstance(error, SystemExit):
             return False
         advice = advice_on(error, self.output_dir)
@@ -412,13 +277,13 @@ class Run:
                 f"--{name} {given}: {resume} has been trained for longer ({trained_steps(resume)} steps); give more, "
                 "or resume from an earlier checkpoint: --resume_from_checkpoint FOLDER"
             )
-        return left > 0 or not from_first(lambda: is_finished(self.output_dir, self.stage))
+        return left > 0 or not from_first_process(lambda: is_finished(self.output_dir, self.stage))
 
     def _train_metrics(self, metrics: dict[str, float], before: int) -> dict[str, float]:
         """The metrics of training; those that stand in the results already if no step was left after `before`."""
         if before == 0 or self.trainer.state.global_step > before:
             return metrics
-        there = from_first(lambda: read_results(self.output_dir, "train"))
+        there = from_first_process(lambda: read_results(self.output_dir, "train"))
         return there or {name: value for name, value in metrics.items() if name != "train_loss"}
 
     def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 from loguru import logger
 
 from stagewise.artifacts import lock_file
-from stagewise.artifacts.lock_file import Turn, turn
+from stagewise.artifacts.lock_file import LockResult, exclusive_lock
 from stagewise.errors import ArgumentError, CutError, RecordError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ class Other(threading.Thread):
 
     def run(self):
         try:
-            with turn(self.path, "the thing") as whose:
+            with exclusive_lock(self.path, "the thing") as whose:
                 self.found = whose
         except ValueError as error:
             self.found = error
@@ -54,14 +54,14 @@ class Other(threading.Thread):
 
 def test_one_works_and_the_others_wait(tmp_path, said):
     path = tmp_path / "a.lock"
-    with turn(path, "the thing") as mine:
+    with exclusive_lock(path, "the thing") as mine:
         others = [Other(path, said) for _ in range(3)]
-        assert (mine, [other.found for other in others]) == (Turn.MINE, [None] * 3)
-    assert [other.end() for other in others] == [Turn.OVER] * 3
+        assert (mine, [other.found for other in others]) == (LockResult.ACQUIRED, [None] * 3)
+    assert [other.end() for other in others] == [LockResult.RELEASED] * 3
     assert said == ["waiting for another process, which makes the thing"] * 3
     assert list(tmp_path.iterdir()) == []
-    with turn(path, "the thing") as whose:
-        assert whose is Turn.MINE
+    with exclusive_lock(path, "the thing") as whose:
+        assert whose is LockResult.ACQUIRED
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_one_works_and_the_others_wait(tmp_path, said):
 )
 def test_an_error_in_the_data_ends_those_who_wait_and_no_later_one(error, kind, tmp_path, said):
     path = tmp_path / "a.lock"
-    with pytest.raises(type(error)), turn(path, "the thing"):
+    with pytest.raises(type(error)), exclusive_lock(path, "the thing"):
         others = [Other(path, said) for _ in range(2)]
         raise error
     for other in others:
@@ -82,22 +82,22 @@ def test_an_error_in_the_data_ends_those_who_wait_and_no_later_one(error, kind, 
         assert (type(found), str(found)) == (kind, str(error))
         if kind is RecordError:
             assert (found.where, found.reason, found.message) == (error.where, error.reason, error.message)
-    with turn(path, "the thing") as whose:
-        assert whose is Turn.MINE
+    with exclusive_lock(path, "the thing") as whose:
+        assert whose is LockResult.ACQUIRED
 
 
 def test_another_error_is_left_to_each(tmp_path, said):
     path = tmp_path / "a.lock"
-    with pytest.raises(OSError, match="disk"), turn(path, "the thing"):
+    with pytest.raises(OSError, match="disk"), exclusive_lock(path, "the thing"):
         other = Other(path, said)
         raise OSError("the disk is full")
-    assert other.end() is Turn.OVER
+    assert other.end() is LockResult.RELEASED
 
 
 def test_a_process_forked_meanwhile_keeps_nobody_waiting(tmp_path):
     """One that encodes may end later than the error that ends the turn."""
     path = tmp_path / "a.lock"
-    with turn(path, "the thing"):
+    with exclusive_lock(path, "the thing"):
         file = os.open(path, os.O_RDWR)
         child = os.fork()
         if not child:
@@ -116,7 +116,7 @@ import sys, time
 from pathlib import Path
 from stagewise.artifacts.lock_file import turn
 
-with turn(Path(sys.argv[1]), ""):
+with exclusive_lock(Path(sys.argv[1]), ""):
     print(flush=True)
     time.sleep(600)
 """
@@ -130,7 +130,7 @@ def test_a_killed_holder_keeps_nobody_waiting(tmp_path, said):
     other = Other(path, said)
     holder.kill()
     holder.wait()
-    assert other.end() is Turn.MINE
+    assert other.end() is LockResult.ACQUIRED
     assert not path.exists()
 
 
@@ -140,14 +140,14 @@ def test_where_nothing_can_be_locked_nobody_waits(tmp_path, said, monkeypatch):
 
     path = tmp_path / "a.lock"
     why = "every process makes the thing for itself"
-    with turn(tmp_path / "nowhere" / "a.lock", "the thing") as whose:
-        assert whose is Turn.UNKNOWN
+    with exclusive_lock(tmp_path / "nowhere" / "a.lock", "the thing") as whose:
+        assert whose is LockResult.UNSUPPORTED
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with turn(path, "the thing") as whose:
-        assert whose is Turn.UNKNOWN
+    with exclusive_lock(path, "the thing") as whose:
+        assert whose is LockResult.UNSUPPORTED
     monkeypatch.setattr(lock_file, "fcntl", None)
-    with turn(path, "the thing") as whose:
-        assert whose is Turn.UNKNOWN
+    with exclusive_lock(path, "the thing") as whose:
+        assert whose is LockResult.UNSUPPORTED
     assert said == [
         f"{tmp_path}/nowhere/a.lock can't be locked (No such file or directory): {why}",
         f"{path} can't be locked (No locks available): {why}",

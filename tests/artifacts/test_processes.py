@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from stagewise.artifacts import processes
-from stagewise.artifacts.processes import everywhere, from_first, in_batches, together
+from stagewise.artifacts.processes import from_first_process, gather_by_index, in_batches, on_every_process
 from stagewise.errors import ArgumentError
 
 
@@ -18,7 +18,7 @@ def test_alone_nothing_is_dealt():
 
     assert in_batches([3, 9, 5, 9, 1], 2, "words", work) == [f"of {index}" for index in range(5)]
     assert seen == [[1, 3], [2, 0], [4]]
-    assert (from_first(lambda: 7), together(lambda: {2: "b", 0: "a"})) == (7, {2: "b", 0: "a"})
+    assert (from_first_process(lambda: 7), gather_by_index(lambda: {2: "b", 0: "a"})) == (7, {2: "b", 0: "a"})
 
 
 def test_the_batches_are_the_same_for_two_processes(monkeypatch):
@@ -38,18 +38,18 @@ def test_an_error_in_one_process_ends_all_with_its_words(monkeypatch):
     monkeypatch.setattr(processes, "PartialState", lambda: state)
     monkeypatch.setattr(processes, "gather_object", lambda own: [*own, [None, "a score that is NaN"]])
     with pytest.raises(ArgumentError, match="^a score that is NaN$"):
-        together(lambda: {0: 1})
+        gather_by_index(lambda: {0: 1})
     with pytest.raises(ArgumentError, match="^a score that is NaN$"):  # the other machine's fault alone
-        everywhere(lambda: 1)
+        on_every_process(lambda: 1)
     told = []
     monkeypatch.setattr(processes, "gather_object", lambda own: told.extend(own) or [*own, [None, None]])
-    assert everywhere(lambda: 1) == 1
+    assert on_every_process(lambda: 1) == 1
 
     def missing():
         raise ArgumentError("--data_file: no such file")
 
     with pytest.raises(ArgumentError, match="^--data_file: no such file$"):
-        everywhere(missing)
+        on_every_process(missing)
     assert told == [[None, None], [None, "--data_file: no such file"]]
     told = []
     monkeypatch.setattr(processes, "broadcast_object_list", told.append)
@@ -58,7 +58,7 @@ def test_an_error_in_one_process_ends_all_with_its_words(monkeypatch):
         raise ArgumentError("--output_dir: full")
 
     with pytest.raises(ArgumentError, match="--output_dir: full"):
-        from_first(refuse)
+        from_first_process(refuse)
     assert told == [[None, "--output_dir: full"]]  # the others were told, too
     with pytest.raises(ZeroDivisionError):  # a fault of the program is shown where it is
-        from_first(lambda: 1 / 0)
+        from_first_process(lambda: 1 / 0)

@@ -10,7 +10,10 @@ from stagewise.chat.encoding import TextEncoder
 from stagewise.config.arguments import DataArguments, ModelArguments
 from stagewise.data.block_limit import BlockLimit
 from stagewise.data.packing import PackedRows, pack
-from stagewise.data.splits import SplitReader
+from stagewise.data.read_splits import read_splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Encoding
+from stagewise.data.streaming.splits import read_streamed_splits
 from stagewise.formats.parsers import parse_text
 from stagewise.formats.readers import TEXT_FILES
 from tests.conftest import build_tiny_tokenizer
@@ -21,19 +24,19 @@ BLOCK = 16
 def read(folder, packed=True, stream=None, cache_dir=None, **flags):
     data = DataArguments(train_file_dir=str(folder), **flags)
     args = SimpleNamespace(output_dir=str(folder / "out"), seed=1, data_seed=None, dry_run=True, do_train=True)
-    reader = SplitReader(data, ModelArguments("none", cache_dir=cache_dir), args, TEXT_FILES)
+    loader = SplitLoader(data, ModelArguments("none", cache_dir=cache_dir), args, TEXT_FILES)
     tokenizer = build_tiny_tokenizer()
-    return reader.read(
+    encoding = Encoding(
         lambda record, where: (parse_text(record, where), where),
         TextEncoder(tokenizer, BLOCK),
-        train=True,
-        validation="validation_split_percentage" in flags or "validation_file_dir" in flags,
-        stream=stream,
+        tokenizer=tokenizer,
         counts_blocks=True,
         packed_to=BLOCK if packed else None,
-        tokenizer=tokenizer,
-        template=None,
     )
+    needed = {"train": True, "validation": "validation_split_percentage" in flags or "validation_file_dir" in flags}
+    if stream is not None:
+        return read_streamed_splits(loader, encoding, **needed, buffer=stream)
+    return read_splits(loader, encoding, **needed)
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ from stagewise.config.arguments import DataArguments, ModelArguments
 from stagewise.data import cache as cache_module
 from stagewise.data.cache import cache_path, read_cache, write_cache
 from stagewise.data.examples import ExampleWriter
-from stagewise.data.splits import SplitReader
+from stagewise.data.read_splits import read_splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Encoding
 from stagewise.errors import RecordError
 from stagewise.formats import readers
 from stagewise.formats.parsers import parse_conversation, parse_preference
@@ -59,9 +61,15 @@ def read(setting, parse=parse_conversation, encode=None, **flags):
     args = Namespace(output_dir=str(setting.folder / "out"), seed=42, data_seed=None, dry_run=False, do_train=True)
     own = encode or ConversationEncoder(setting.tokenizer, setting.template, limit)
     validation = data.validation_split_percentage is not None
-    key = {"tokenizer": setting.tokenizer, "template": setting.template.jinja(), "limits": {"limit": limit}}
-    reader = SplitReader(data, model, args, (".jsonl",))
-    return reader.read(parse, own, train=True, validation=validation, parse_always=always, **key)
+    encoding = Encoding(
+        parse,
+        own,
+        limits={"limit": limit},
+        tokenizer=setting.tokenizer,
+        depends_on={"template": setting.template.jinja()},
+        parse_always=always,
+    )
+    return read_splits(SplitLoader(data, model, args, (".jsonl",)), encoding, train=True, validation=validation)
 
 
 def entries(setting):
@@ -217,7 +225,7 @@ import sys, time
 from pathlib import Path
 from stagewise.data import encode_all
 from stagewise.data.cache import write_cache
-from stagewise.artifacts.lock_file import turn
+from stagewise.artifacts.lock_file import exclusive_lock
 from stagewise.data.records import Account
 
 class Stuck:
@@ -228,7 +236,7 @@ class Stuck:
         time.sleep(600)
 
 entry = Path(sys.argv[1])
-with turn(entry.with_name(entry.name + ".lock"), ""), write_cache(entry, alone=True) as writer:
+with exclusive_lock(entry.with_name(entry.name + ".lock"), ""), write_cache(entry, alone=True) as writer:
     encode_all.encode_all(["a"] * 9, Stuck(), account=Account(), num_workers=2, folder=writer.folder("train"))
 """
 

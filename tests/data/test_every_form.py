@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from stagewise.config.arguments import DataArguments, ModelArguments
-from stagewise.data.splits import SplitReader
+from stagewise.data.split_loader import SplitLoader
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.rl.rollout import read_prompts
 from template import TEMPLATES
@@ -91,8 +91,8 @@ def test_prompts_are_read_from_all_of_them(tiny_tokenizer, tmp_path, records):
     count = write_all(tmp_path / "train", records)
     args = SimpleNamespace(output_dir=tmp_path / "out", seed=1, data_seed=None, dry_run=False, do_train=True)
     args.do_eval = False
-    reader = SplitReader(DataArguments(str(tmp_path / "train")), ModelArguments("none"), args, RECORD_FILES)
-    splits, conversations = read_prompts(reader, args, tiny_tokenizer(), TEMPLATES["vicuna"], 9999)
+    loader = SplitLoader(DataArguments(str(tmp_path / "train")), ModelArguments("none"), args, RECORD_FILES)
+    splits, conversations = read_prompts(loader, args, tiny_tokenizer(), TEMPLATES["vicuna"], 9999)
     assert len(splits.train) == splits.accounts["train"].kept == count
     for prompt in splits.train:
         messages = conversations["train"][prompt.where].messages

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from stagewise.config.arguments import DataArguments, ModelArguments
-from stagewise.data import splits as splits_module
+from stagewise.data import split_cache
 from stagewise.data.examples import Example
-from stagewise.data.splits import SplitReader
+from stagewise.data.read_splits import read_splits
+from stagewise.data.split_loader import SplitLoader
+from stagewise.data.splits import Encoding
 from stagewise.errors import ArgumentError, RecordError
 from stagewise.formats.parsers import parse_conversation
 from stagewise.formats.readers import RECORD_FILES
@@ -50,10 +52,8 @@ def read(train=True, validation=False, cache_dir=None, dry_run=False, seed=1, da
     data = DataArguments(train_file_dir=flags.pop("train_file_dir", "train"), **flags)
     model = ModelArguments("none", cache_dir=cache_dir)
     args = SimpleNamespace(output_dir="out", seed=seed, data_seed=data_seed, dry_run=dry_run, do_train=train)
-    reader = SplitReader(data, model, args, RECORD_FILES)
-    return reader.read(
-        parse_conversation, OneByOne(encode), train=train, validation=validation, limits={"model_max_length": 99}
-    )
+    encoding = Encoding(parse_conversation, OneByOne(encode), limits={"model_max_length": 99})
+    return read_splits(SplitLoader(data, model, args, RECORD_FILES), encoding, train=train, validation=validation)
 
 
 def rejected():
@@ -229,7 +229,7 @@ def test_another_process_may_encode_for_the_first(folders, monkeypatch):
     """What it refused comes into the first one's rejected.jsonl, with the entry."""
     folders(train__a_jsonl=[talk("Q"), talk("long"), {"question": "Q"}])
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(splits_module, "HEAD_START", 0)
+    monkeypatch.setattr(split_cache, "HEAD_START", 0)
     flags = {"on_bad_record": "skip", "cache_dir": "cache"}
     other = read(**flags)
     assert not Path("out").exists()
@@ -241,7 +241,7 @@ def test_another_process_may_encode_for_the_first(folders, monkeypatch):
 def test_what_was_refused_is_seen_where_nothing_is_left(folders, monkeypatch):
     folders(train__a_jsonl=[talk("long"), {"question": "Q"}])
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(splits_module, "HEAD_START", 0)
+    monkeypatch.setattr(split_cache, "HEAD_START", 0)
     with pytest.raises(ArgumentError, match="none of the 1 records is left"):
         read(on_bad_record="skip", cache_dir="cache")
     assert [entry["reason"] for entry in rejected()] == ["no answer", "prompt too long"]
@@ -253,7 +253,7 @@ def test_where_nothing_can_be_locked_the_first_process_alone_writes(folders, mon
         raise OSError(errno.ENOTSUP, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(splits_module, "HEAD_START", 0)
+    monkeypatch.setattr(split_cache, "HEAD_START", 0)
     folders(train__a_jsonl=[talk("Q"), talk("long")])
     found = []
     for rank in ("1", "0"):

@@ -8,9 +8,9 @@ import pytest
 from loguru import logger
 
 from stagewise.data.examples import Example
+from stagewise.reports.logs import set_up_logging
 from stagewise.reports.results import marked, show_sample
 from stagewise.reports.terminal_text import log_visible_text, print_error, visible
-from stagewise.training.run import set_up_logging
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_nothing_but_the_log_is_said(words):
 
 
 def test_an_error_is_said_by_the_first_process_of_a_machine_or_by_the_one_that_failed_alone(monkeypatch, capsys):
-    from stagewise.training import first_look, run
+    from stagewise.training import first_look
 
     slept = []
 
@@ -180,9 +180,9 @@ def test_an_error_is_said_by_the_first_process_of_a_machine_or_by_the_one_that_f
         assert not capsys.readouterr().err  # it waits before it speaks: its launcher ends it if others failed, too
         slept.append(seconds)
 
-    monkeypatch.setattr(run.time, "sleep", sleep)
+    monkeypatch.setattr(first_look.time, "sleep", sleep)
     for rank, waits in ((None, []), ("0", []), ("3", [first_look.ALONE])):
         slept.clear()
         monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
-        run.say_error("--data_file no.jsonl: no such file")
+        first_look.say_error("--data_file no.jsonl: no such file")
         assert (slept, capsys.readouterr().err) == (waits, "error: --data_file no.jsonl: no such file\n")

@@ -20,9 +20,9 @@ class StreamAccount:
 
     def settle(self, states: Sequence[LaneState]) -> None:
         """Sums up all lanes. `passes` is how often a source was begun by the lane that is furthest in it."""
-        totals = [together([state.accounts[number] for state in states]) for number in range(len(self.files))]
+        totals = [sum_accounts([state.accounts[number] for state in states]) for number in range(len(self.files))]
         passes = [1 + max((state.taken[n].passes for state in states), default=-1) for n in range(len(self.files))]
-        whole = together(totals)
+        whole = sum_accounts(totals)
         self.entry |= {**whole.as_dict(), "files": [path for files in self.files for path in files]}
         if len(self.files) == 1:
             self.entry["passes"] = passes[0]
@@ -41,7 +41,7 @@ class StreamAccount:
         return self.entry
 
 
-def together(accounts: Sequence[Account]) -> Account:
+def sum_accounts(accounts: Sequence[Account]) -> Account:
     """The sum of several accounts."""
     total = Account(*(sum(getattr(account, name) for account in accounts) for name in ("read", "kept", "cut")))
     for account in accounts:

@@ -37,7 +37,7 @@ from stagewise.data.examples import Example, Examples, ExampleWriter
 from stagewise.data.mixture import Source
 from stagewise.data.records import Account, write_rejected
 from stagewise.data.statistics import Measures
-from stagewise.data.streaming.account import StreamAccount, together
+from stagewise.data.streaming.account import StreamAccount, sum_accounts
 from stagewise.data.streaming.file_index import Files
 from stagewise.data.streaming.shards import Lane, LaneRow, LaneState, Recipe, Refusal, counting
 from stagewise.data.worker_signals import outlive_termination
@@ -67,7 +67,7 @@ class RecordStream(IterableDataset):
     Args:
         sources: the sources, of which those without a weight are in one list of files.
         files: the files of each.
-        parse, encode: as SplitReader.read takes them.
+        parse, encode: as in `Encoding`.
         buffer: records that are shuffled among.
         skip: leave malformed records out, and write them beside `rejected` (--on_bad_record skip).
         rejected: rejected.jsonl of the run; None: nothing is written.
@@ -110,7 +110,7 @@ class RecordStream(IterableDataset):
         for row in window.rows:
             writer.add("Example", [row])
         none = (Account(),) * len(self.recipe.sources)
-        account = together(counting(none, window.kept, window.refused))
+        account = sum_accounts(counting(none, window.kept, window.refused))
         return writer.finish(), account, [refusal.error for refusal in window.refused]
 
     def end_behind(self, limit: BlockLimit) -> None:

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from stagewise.adapters.files import METHOD_OF, read_adapter_config
 from stagewise.adapters.targets import names_of
 from stagewise.artifacts.json_files import read_object
-from stagewise.artifacts.processes import everywhere
+from stagewise.artifacts.processes import on_every_process
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.config.arguments import AdapterArguments, ModelArguments
 from stagewise.errors import ArgumentError, FileError
@@ -158,7 +158,7 @@ class Identity:
             },
         }
         if self.then is not None:
-            everywhere(self._check_data)
+            on_every_process(self._check_data)
 
     def _rollout(self) -> dict[str, int]:
         """PPO: the sizes that prompts and updates are dealt by, over all processes."""
@@ -217,7 +217,7 @@ class Identity:
                 self._compare(f"--{name.replace('parameters', 'modules')}", was, now)
         if self.then is None:
             return
-        everywhere(self._check_models)
+        on_every_process(self._check_models)
         was, now = (place.get("rows_per_epoch") for place in (self.then["place"], trainer.place()))
         self._compare("the number of rows of an epoch", was, now)
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import merge_peft_adapter
-from stagewise.training.error_hints import advice_on, advised
+from stagewise.reports.error_hints import advice_on, advised
 
 
 class SafetensorError(Exception):
