@@ -54,7 +54,7 @@ from transformers import (
 
 import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.files import read_adapter_config, refuse_unmergeable
-from stagewise.adapters.merge import Job, merge_in_memory
+from stagewise.adapters.merge import Job, merge_and_save
 from stagewise.adapters.merge_check import check_merged
 from stagewise.adapters.merge_sharded import Plan, merge_shards, plan_shards, tied_names
 from stagewise.artifacts.atomic_directory import check_place, whole_directory
@@ -276,7 +276,7 @@ def merge(args: MergeArguments) -> None:
     with whole_directory(output_dir, args.overwrite_output_dir) as folder:
         if isinstance(plan, str):
             logger.info(f"merging in memory: {plan}")
-            dtype = merge_in_memory(job, folder)
+            dtype = merge_and_save(job, folder)
         else:
             dtype = merge_shards(job.base, plan, folder)
             write_config(job, plan, folder)

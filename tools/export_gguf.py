@@ -12,7 +12,6 @@ model ends them, at the end marker of generation_config.json, and compared: chat
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from stagewise.artifacts.file_hashes import sha256_of
 from stagewise.artifacts.json_files import read_object
 from stagewise.artifacts.weight_files import AGAIN, check_hashes, check_weight_files
 from stagewise.config.paths import path_of
@@ -119,10 +119,8 @@ def download(folder: Path) -> Path:
     if subprocess.run([str(word) for word in command], stdout=sys.stderr).returncode != 0:
         raise ExportError(f"pip could not download {PACKAGE} (its own words are above). Check the network")
     (source,) = folder.glob("*.tar.gz")
-    with open(source, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise ExportError(f"{source.name}: sha256 is {found}, expected {SHA256}; it was not opened")
+    if (digest := sha256_of(source)) != SHA256:
+        raise ExportError(f"{source.name}: sha256 is {digest}, expected {SHA256}; it was not opened")
     return source
 
 

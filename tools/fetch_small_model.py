@@ -11,7 +11,6 @@ directory appears only once it is whole; a second run finds it there and downloa
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from stagewise.artifacts.file_hashes import sha256_of
 from stagewise.config.paths import path_of
 from stagewise.reports.terminal_text import print_error
 
@@ -66,11 +66,9 @@ def download(folder: Path) -> Path:
 
 def check_sha256(path: Path, expected: str = SHA256) -> None:
     """Raises FetchError unless the file's sha256 is the expected one."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+    if (digest := sha256_of(path)) != expected:
         raise FetchError(
-            f"{path.name}: sha256 is {found}, expected {expected}. The file is damaged or is not the one that was "
+            f"{path.name}: sha256 is {digest}, expected {expected}. The file is damaged or is not the one that was "
             "tested; it was not opened. Empty pip's cache (python -m pip cache purge) and try again"
         )
 

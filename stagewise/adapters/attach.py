@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -207,6 +208,16 @@ def merge_in_memory(model: PreTrainedModel, adapter_dir: str | Path) -> PreTrain
     merged = fold(load_adapter(model, adapter_dir)).requires_grad_(True)
     logger.info(f"merged in memory: {adapter_dir}")
     return merged.train(was_training)
+
+
+def lora_delta(layer: LoraLayer) -> torch.Tensor:
+    """What a layer's active LoRA adapters add to its weight, scale · BA each: float32, of the weight's shape."""
+    return sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+
+
+def add_delta(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """weight + delta, added in float32 and rounded once, to the weight's precision."""
+    return (weight.float() + delta).to(weight.dtype)
 
 
 def fold(wrapped: PeftModel) -> PreTrainedModel:

@@ -77,7 +77,7 @@ def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
     return model.eval()
 
 
-def merge_in_memory(job: Job, folder: Path) -> torch.dtype:
+def merge_and_save(job: Job, folder: Path) -> torch.dtype:
     """Loads the base, adds the adapter to it and saves it in `folder`; returns the merged model's precision."""
     quantized = quantization(job.base_config) is not None
     # PiSSA first takes from the base what it then adds to: in 16 bit the first rounding would not be undone.

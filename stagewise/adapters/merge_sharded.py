@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
+from stagewise.adapters.attach import add_delta, lora_delta
 from stagewise.artifacts.weight_files import INDEX, check_header, shard_names
 from stagewise.errors import ArgumentError
 
@@ -193,12 +194,12 @@ def merge_shards(base: Path, plan: Plan, folder: Path) -> torch.dtype:
 
 def _merged(name: str, tensor: torch.Tensor, plan: Plan) -> torch.Tensor:
     """One tensor of the result, in the precision that it has in the base."""
-    delta = plan.layers[name].get_delta_weight("default") if name in plan.layers else None
+    delta = lora_delta(plan.layers[name]) if name in plan.layers else None
     for new in (plan.whole.get(name), delta):
         if new is not None and new.shape != tensor.shape:
             shapes = f"{tuple(new.shape)} in the adapter, {tuple(tensor.shape)} in the base"
             raise ArgumentError(f"{name}: {shapes}: give the base that it was trained on with --base_model")
     result = plan.whole.get(name, tensor)
     if delta is not None:
-        result = result.float() + delta
+        result = add_delta(result, delta)
     return result.to(tensor.dtype).contiguous()

@@ -6,6 +6,7 @@ attackers, who would change the hash beside the file as well.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,3 +40,9 @@ def hash_files(paths: Iterable[Path], durable: bool = False) -> dict[Path, str]:
     paths = list(paths)
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(paths, pool.map(lambda path: hash_file(path, durable), paths), strict=True))
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file in hexadecimal: for downloads, whose digest is known from elsewhere."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ stopped continues after its last whole line; with other settings it refuses to.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stagewise.artifacts.file_hashes import sha256_of
 from stagewise.errors import RecordError, SpeakerError
 from stagewise.formats.byte_stream import suffixes_of
 from stagewise.formats.data_files import trouble_with
@@ -219,9 +219,5 @@ def _settings_in(line: bytes) -> dict[str, Any] | None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """What a file holds, in 16 letters."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    return sha256_of(path)[:16]

@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from stagewise.adapters.attach import add_delta, lora_delta
 from stagewise.errors import GenerationError
 from stagewise.models.attention.choose import attention_for_generation
 
@@ -127,8 +128,7 @@ def _fits(weights: Sequence[torch.Tensor]) -> bool:
 def _folded(layer: LoraLayer) -> tuple[nn.Linear, torch.Tensor]:
     """The linear layer under the adapters, and its weight with them in it."""
     base = layer.get_base_layer()
-    delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
-    return base, (base.weight.float() + delta).to(base.weight.dtype)
+    return base, add_delta(base.weight, lora_delta(layer))
 
 
 @torch.no_grad()

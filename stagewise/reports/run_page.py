@@ -6,7 +6,6 @@ What ran, on which records, to which curves, what the model says, what it cost, 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stagewise.artifacts.eval_samples import read_samples, sampled_steps
+from stagewise.artifacts.json_files import write_durably
 from stagewise.artifacts.lineage import first_model, plain
 from stagewise.reports.curves import COSTS, LEARNING, LOSS, STEPS, History, drawn, figure, number
 from stagewise.reports.html import anchor, bare, document, duration, pairs, shown, table, text
@@ -42,10 +42,8 @@ def write_page(output_dir: Path, manifest: dict[str, Any], history: History) -> 
     evaluated = {step for step, _ in _evaluations(history)}  # others are of an earlier run in this directory
     samples = [(step, read_samples(output_dir, step)) for step in sampled_steps(output_dir) if step in evaluated]
     output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir / (PAGE + ".tmp")
     page = page_of(output_dir.resolve().name, manifest, history, samples)
-    temporary.write_bytes(page.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8
-    os.replace(temporary, output_dir / PAGE)
+    write_durably(output_dir / PAGE, page.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8
 
 
 def page_of(name: str, manifest: dict[str, Any], history: History, samples: Samples) -> str:
