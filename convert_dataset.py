@@ -1,12 +1,13 @@
-"""Turn instruction, question-and-answer, chat or preference data into the ShareGPT jsonl that every stage reads.
+"""Convert instruction, question-answer, chat or preference data to the ShareGPT jsonl that every stage reads.
 
     python convert_dataset.py --in_file alpaca.json --out_file sft.jsonl
     python convert_dataset.py --in_file faq.csv.gz --out_file sft.jsonl --data_type qa --on_bad_record skip
     python convert_dataset.py --in_file download.json --out_file sft.jsonl --recover
 
-The form of the records and that of the file are told from keys and name, unless --data_type and --file_type say them.
-Files of any size are converted in little memory. What can't be converted is named with file and line, or left out,
-counted and written to <out_file>.rejected.jsonl. Fields that no stage reads are not carried over.
+The record format and the file type are detected from the keys and the file name, unless --data_type and --file_type
+give them. Files of any size are converted in constant memory. A record that can't be converted ends the program with
+file and line, or is left out, counted and written to <out_file>.rejected.jsonl. Fields that no stage reads are
+dropped.
 """
 
 import argparse
@@ -40,7 +41,9 @@ FROM = {"user": "human", "assistant": "gpt", "tool_call": "function_call", "obse
 
 @dataclass
 class Conversion(Account):
-    """What became of the records of a file; `lost` counts the bytes behind its last whole record, `why` says why."""
+    """The account of a conversion; `lost` is the number of bytes after the file's last complete record, `why` the
+    reason.
+    """
 
     lost: int = field(default=0)
     why: str = field(default="")
@@ -50,7 +53,7 @@ class Conversion(Account):
 
 
 def from_chat(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """ShareGPT `conversations` or OpenAI `messages`, with all other names of the roles → a ShareGPT record."""
+    """ShareGPT `conversations` or OpenAI `messages`, with any known role names → a ShareGPT record."""
     _expect(record, where, ("conversation",), '"conversations" or "messages"')
     return _sharegpt(parse_conversation(record, where))
 
@@ -62,7 +65,7 @@ def from_alpaca(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def from_qa(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """{question, answer, system?, history?} and the usual other names of the first two → a ShareGPT record."""
+    """{question, answer, system?, history?}, or the usual other names of the first two → a ShareGPT record."""
     texts = []
     for names in (QUESTION, ANSWER):
         given = [name for name in names if record.get(name) not in (None, "")]
@@ -94,7 +97,7 @@ def from_text(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def from_any(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """By the keys of each record."""
+    """Converts each record by its keys."""
     form = form_of(record)
     if form is None and not any(name in record for name in QUESTION):
         raise RecordError(where, "no known form", f"found the keys {', '.join(map(str, record)) or 'none'}: no "
@@ -142,7 +145,7 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _answer(messages: Sequence[Message]) -> str | list[dict[str, Any]]:
-    """Text, where that says it all."""
+    """The answer, if it is plain text."""
     if len(messages) == 1 and messages[0].role == "assistant" and messages[0].learn:
         return messages[0].content
     return [_turn(message) for message in messages]
@@ -159,11 +162,11 @@ def convert(
     on_bad_record: str = "error",
     recover: bool = False,
 ) -> Conversion:
-    """Convert `in_file` record by record; `out_file` appears when all of it is written.
+    """Converts `in_file` record by record; `out_file` appears once it is complete.
 
-    With `on_bad_record` "skip" what can't be converted goes to `out_file`.rejected.jsonl, counted by reason; otherwise
-    the first raises RecordError. With `recover` a file that is cut off gives its whole records. Raises ValueError
-    where nothing is left.
+    With `on_bad_record` "skip", records that can't be converted go to `out_file`.rejected.jsonl, counted by reason;
+    otherwise the first one raises RecordError. With `recover`, a truncated file gives its complete records. Raises
+    ValueError if none is left.
     """
     account = Conversion(files=[str(in_file)])
     kind = f".{file_type}" if file_type else suffixes_of(in_file)[0]
@@ -204,7 +207,7 @@ def convert(
 
 
 def rejected_of(out_file: Path) -> Path:
-    """Where what is left out is written."""
+    """The path of the rejected records."""
     return out_file.with_name(out_file.name + ".rejected.jsonl")
 
 
@@ -213,7 +216,7 @@ def _progress(in_file: Path) -> tqdm:
 
 
 def _whole_records(lines: Iterable[Line], account: Conversion, last_is_cut: bool) -> Iterator[Line]:
-    """The lines before the place where the file is cut off; what stands behind the last is counted as lost."""
+    """The lines before the point where the file is cut off; what follows the last complete one is counted as lost."""
     held = None
     for line in lines:
         if isinstance(line.value, CutError):
@@ -231,7 +234,7 @@ def _whole_records(lines: Iterable[Line], account: Conversion, last_is_cut: bool
 
 
 def _cut_row(in_file: Path, kind: str) -> bool:
-    """Whether the last row of a table has no line end: cut within its last cell, it would look whole."""
+    """Whether the last row of a table lacks its line end: cut within its last cell, it would look complete."""
     if kind not in (".csv", ".tsv") or in_file.suffix.lower() in COMPRESSED or not in_file.stat().st_size:
         return False
     with in_file.open("rb") as file:
@@ -243,7 +246,7 @@ def _cut_row(in_file: Path, kind: str) -> bool:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; ends with a message that names the flag where something is wrong."""
+    """Parses and checks the command line; a bad flag ends the program with a message that names it."""
     file_types = [suffix.removeprefix(".") for suffix in READERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--in_file", required=True, type=path_of, help="also packed as .gz or .zst")

@@ -1,4 +1,4 @@
-r"""Direct preference optimization: a model learns from preferences without a reward model.
+r"""Direct preference optimization: trains a model on preferences, without a reward model.
 
     python dpo_training.py --model_name_or_path outputs/sft-merged --output_dir outputs/dpo \
         --train_file_dir data/reward/train --validation_file_dir data/reward/validation
@@ -6,9 +6,10 @@ r"""Direct preference optimization: a model learns from preferences without a re
     torchrun --nproc_per_node 8 dpo_training.py …                          # eight GPUs
     torchrun --nproc_per_node 8 dpo_training.py --deepspeed zero2.json …   # with DeepSpeed
 
-A record is a prompt with a chosen and a rejected answer. An answer's implicit reward is beta times the log-probability
-that the model gives it, less the one that the reference gives it: the same model with its adapter switched off, or a
-frozen second copy with --use_peft False. --per_device_train_batch_size counts pairs. Paper: Rafailov et al. 2023.
+A record is a prompt with a chosen and a rejected answer. The implicit reward of an answer is beta times the difference
+between its log-probability under the model and under the reference. The reference is the same model with its adapter
+switched off, or a frozen copy with --use_peft False. --per_device_train_batch_size counts pairs. Paper: Rafailov et
+al. 2023.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ FLAGS = [
     DPOArguments,
 ]
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, stage=True)  # report a wrong flag or path before torch is imported
 
 from copy import copy
 from dataclasses import replace
@@ -88,7 +89,7 @@ class DPOTrainer(BalancesExperts, PairTrainer):
     def __init__(
         self, *args, beta: float, reference: PreTrainedModel | None, router: RouterLoss | None = None, **kwargs
     ):
-        """`reference` None: the model with its adapter switched off."""
+        """`reference`: None means the model with its adapter switched off."""
         super().__init__(*args, **kwargs)
         self.beta, self.router = beta, router
         self.keep_logits = takes_kept_logits(self.model) and (reference is None or takes_kept_logits(reference))
@@ -96,13 +97,13 @@ class DPOTrainer(BalancesExperts, PairTrainer):
         self.known = {}  # reference log-probabilities of validation batches, by their pairs' indices
 
     def logps(self, model, inputs):
-        """Log-probabilities of the answers, summed over their tokens: (2B, T) -> (B,), (B,)."""
+        """Log-probabilities of the answers, summed over tokens: (2B, T) -> (B,), (B,)."""
         return sequence_logps(*learned_logits(model, inputs, self.keep_logits)).chunk(2)
 
     @torch.no_grad()
     def reference_logps(self, inputs):
-        """The same by the reference, which has neither gradient nor dropout."""
-        # Around DDP's and DeepSpeed's wrapper, which would take a pass through it for the step's own; hence autocast.
+        """The same under the reference, without gradient or dropout."""
+        # Bypasses the wrapper of DDP or DeepSpeed, which would count this pass as the step's own; hence autocast.
         model = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
             if self.reference is not None:
@@ -114,7 +115,7 @@ class DPOTrainer(BalancesExperts, PairTrainer):
         return logps
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean DPO loss of the pairs of the whole batch, over all processes."""
+        """Mean DPO loss over the pairs of the whole batch on all processes."""
         reference = self.reference_logps(inputs)
         losses, chosen, rejected = dpo_loss(*self.logps(model, inputs), *reference, self.beta)
         loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
@@ -122,28 +123,28 @@ class DPOTrainer(BalancesExperts, PairTrainer):
         return self.guard.watch(loss)
 
     def rewards(self, model, inputs):
-        """Implicit rewards of validation pairs; what the reference says of them is computed once."""
+        """Implicit rewards of validation pairs; the reference's log-probabilities are computed once and kept."""
         pairs = tuple(inputs["index"].tolist())
         if pairs not in self.known:
             self.known[pairs] = self.reference_logps(inputs)
         return dpo_loss(*self.logps(model, inputs), *self.known[pairs], self.beta)[1:]
 
     def eval_samples(self, count, stops, synced=False):
-        """The model's own answers to a few validation prompts, and the pairs with their implicit rewards."""
+        """Samples answers to a few validation prompts, and the implicit rewards of their pairs."""
         pairs = super().eval_samples(count, stops, synced)
         own = continued(self, chosen(self, count), stops, synced)
         return [replace(pair, texts=[answer.texts[0], *pair.texts]) for pair, answer in zip(pairs, own, strict=True)]
 
 
 def prepare_reference(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """Freezes the reference and puts it on the device; under DeepSpeed into an engine that has no optimizer."""
+    """Freezes the reference and moves it to the device; under DeepSpeed, into an engine without an optimizer."""
     model.eval().requires_grad_(False)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         return model if hasattr(model, "hf_device_map") else model.to(accelerator.device)
     import deepspeed
 
-    # Partitioned where the model is (ZeRO-3), whole otherwise; in the precision to which the model's engine casts it.
+    # Partitioned if the model is (ZeRO-3), in the precision that the model's engine uses.
     zero = plugin.deepspeed_config["zero_optimization"]
     kept = ("stage", "offload_param") if zero["stage"] == 3 else ()
     config = {k: plugin.deepspeed_config[k] for k in ("bf16", "fp16") if k in plugin.deepspeed_config}
@@ -154,7 +155,7 @@ def prepare_reference(model: PreTrainedModel, accelerator: Accelerator) -> nn.Mo
 
 
 def check_reference(dpo: DPOArguments, model: ModelArguments, adapter: AdapterArguments) -> None:
-    """Raises ArgumentError for a --ref_model_name_or_path without effect or that is no model."""
+    """Raises ArgumentError if --ref_model_name_or_path has no effect or names no model."""
     flag, name = "ref_model_name_or_path", dpo.ref_model_name_or_path
     if name and adapter.trains_adapter:
         way_out = "leave it out, or train all weights with --use_peft False"
@@ -173,7 +174,7 @@ def read_data(
     predecessor_args: PredecessorArguments,
 ) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
     """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
-    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    load_config(model_args)  # a wrong --model_type or an unknown architecture fails here, before any data is read
     tokenizer = load_tokenizer(model_args)
     earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
     template = choose_template(tokenizer, chat_args, earlier)

@@ -1,4 +1,4 @@
-r"""Measures a model: on records whose answers are known, on benchmarks, and against other models.
+r"""Evaluates a model: on records with reference answers, on benchmarks, and against other models.
 
     python evaluation.py --model_name_or_path outputs/sft-merged --test_file data/finetune/validation \
         --output_dir outputs/eval-sft
@@ -11,8 +11,8 @@ r"""Measures a model: on records whose answers are known, on benchmarks, and aga
     torchrun --nproc_per_node 8 evaluation.py …                                                # eight GPUs
 
 A language model answers the conversations of --test_file: ROUGE, BLEU, perplexity of the references, length. A reward
-model scores its pairs: accuracy and margin. Either may be a base with --lora_model. What is written: metrics.json,
-every answer as a line of jsonl, and examples.html, a page of the best and the worst.
+model scores its pairs: accuracy and margin. Either may be a base with --lora_model. Writes metrics.json, every answer
+as a line of jsonl, and examples.html, a page with the best and worst ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stagewise.evaluation.arguments import FLAGS, Job, read_flags, refuse
 from stagewise.training.first_look import first_look
 
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, code=2)  # report a wrong flag or path before torch is imported
 
 import time
 from collections.abc import Callable, Sequence
@@ -81,18 +81,18 @@ def read_test(job: Job, parse_record: Callable[[dict[str, Any], str], Record]) -
 
 
 def rejected_of(job: Job) -> Path | None:
-    """Where the first process notes what is left out; all of them read the records."""
+    """The file for rejected records, on the first process only; every process reads the records."""
     return job.work / "rejected.jsonl" if is_main() else None
 
 
 def prepared(
     job: Job, records: Sequence[Record], account: Account, prepare: Callable[[Record], tuple[Prepared, bool]]
 ) -> list[Prepared]:
-    """Records as the model takes them; those that are too long for it are left out and counted.
+    """Records as the model takes them; those that are too long are left out and counted.
 
     Raises:
-        RecordError: for another record that can't be taken, unless --on_bad_record skip counts that as well.
-        ArgumentError: where more are too long than fit, or none is left.
+        RecordError: for any other bad record, unless --on_bad_record skip counts it, too.
+        ArgumentError: if more records are too long than fit, or none is left.
     """
     found, first_too_long = [], None
     for record in records:
@@ -122,7 +122,7 @@ def prepared(
 
 
 def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
-    """The SFT test: what metrics.json says of it, and its section of the page."""
+    """Runs the SFT test: its entry in metrics.json and its section of the page."""
     conversations, account = records
     longest = job.sampling.settled(speaker.defaults)["max_new_tokens"]
     questions = prepared(job, conversations, account, QuestionEncoder(speaker, longest))
@@ -158,7 +158,7 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
 
 
 def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
-    """The RM test: what metrics.json says of it, and its section of the page; `adapter` is a local directory."""
+    """Runs the RM test: its entry in metrics.json and its section of the page; `adapter` is a local directory."""
     preferences, account = records
     chat = ChatArguments(job.model.template_name, job.model.force_template, job.model.enable_thinking)
     loading = for_loading(job.model)
@@ -181,7 +181,7 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
 
 
 def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tuple[dict[str, Any], list[str]]:
-    """What metrics.json says of the benchmarks, and their sections of the page."""
+    """Runs the benchmarks: their entries in metrics.json and their sections of the page."""
     found, rows = benchmarks.run(speaker, job.args.batch_size, job.args.apply_chat_template)
     if not is_main():
         return {}, []
@@ -205,7 +205,7 @@ def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tu
 
 
 def about_model(model: SpeakerArguments, adapter: str | None) -> dict[str, Any]:
-    """Which model it was, and the last stage that trained it where its run.json, or that in `adapter`, tells."""
+    """The model, and the last stage that trained it if its run.json, or the one in `adapter`, says so."""
     manifest = read_manifest(adapter or model.base_model) or {}
     stages = [step["stage"] for step in manifest.get("lineage", []) if step["stage"] not in ("merge", "quantize")]
     found = {"base_model": model.base_model, "lora_model": model.lora_model, "stage": stages[-1] if stages else None}
@@ -213,7 +213,7 @@ def about_model(model: SpeakerArguments, adapter: str | None) -> dict[str, Any]:
 
 
 def kind_of_model(job: Job) -> tuple[str | None, bool]:
-    """The adapter's local directory, and whether the model scores and does not speak. Raises ArgumentError."""
+    """The adapter's local directory, and whether the model is a reward model. Raises ArgumentError."""
     args, model = job.args, job.model
     if args.test_file:
         find_files(args.test_file, RECORD_FILES, "--test_file")
@@ -226,7 +226,7 @@ def kind_of_model(job: Job) -> tuple[str | None, bool]:
 
 
 def what_is_asked(job: Job) -> tuple[tuple[list, Account] | None, Benchmarks | None]:
-    """Records and benchmarks for a language model. Raises ArgumentError, RecordError."""
+    """Loads the records and benchmarks for a language model. Raises ArgumentError, RecordError."""
     args, records, benchmarks = job.args, None, None
     if args.test_file:
         check_packages(PACKAGES, "--test_file")
@@ -238,7 +238,7 @@ def what_is_asked(job: Job) -> tuple[tuple[list, Account] | None, Benchmarks | N
 
 
 def load_speaker(job: Job) -> Speaker:
-    """The language model. Raises SpeakerError."""
+    """Loads the language model. Raises SpeakerError."""
     try:
         return Speaker.load(job.model)
     except SpeakerError as error:
@@ -247,10 +247,10 @@ def load_speaker(job: Job) -> Speaker:
 
 
 def evaluate(job: Job) -> None:
-    """Everything that is asked of one model; the processes share the work, and the first writes.
+    """Runs every evaluation of one model; the processes share the work, and the first one writes.
 
     Raises:
-        ArgumentError, RecordError: before any weight is read where that can be known.
+        ArgumentError, RecordError: before any weights are read, where that is possible.
     """
     began, args, model = time.time(), job.args, job.model
     folder, scores = on_every_process(partial(kind_of_model, job))
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         if job.args.compare and not is_main():
             return
         if not job.args.compare:
-            choose_device(job.model)  # makes the state that processes know each other by
+            choose_device(job.model)  # sets up the process group
         with advised("output_dir", job.args.output_dir, LESS_MEMORY, status=2), output_folder(job):
             if job.args.compare:
                 table, sentences = write_comparison(job.args.compare, job.work)

@@ -1,4 +1,4 @@
-"""Talks with a model in the terminal, or answers a file of prompts.
+"""Chats with a model in the terminal, or answers a file of prompts.
 
     python inference.py --base_model models/SmolLM2-135M-Instruct --interactive
     python inference.py --base_model models/SmolLM2-135M-Instruct --lora_model outputs/sft --interactive
@@ -6,8 +6,8 @@
 
     torchrun --nproc_per_node 8 inference.py --base_model … --data_file … --output_file …      # eight GPUs
 
-The model is a base, a base with an adapter of any kind, or merged; its chat template comes from the tokenizer. Answers
-of a file keep its order and its records' fields; a run that was stopped continues where it was with the same command.
+The model is a base model, a base with any adapter, or a merged model; the chat template comes from the tokenizer.
+Answers to a file keep its order and its records' fields; rerun the same command to continue a run that was stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stagewise.training.first_look import first_look
 
 @dataclass
 class InferenceArguments:
-    """What is done with the model."""
+    """What to do with the model."""
 
     heading = "What is done with it"
 
@@ -50,7 +50,7 @@ class InferenceArguments:
 
 FLAGS = [SpeakerArguments, SamplingArguments, InferenceArguments]
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, code=2)  # report a wrong flag or path before torch is imported
 
 import os
 import signal
@@ -85,7 +85,7 @@ from stagewise.reports.terminal_text import visible
 from stagewise.training.first_look import say_error
 
 DEFAULT_SYSTEM = "the template's own, or none"
-# Flags that no answer follows from: a run that continues may have others.
+# Flags that do not affect the answers: a run that continues may change them.
 WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_remote_code")
 
 
@@ -93,7 +93,7 @@ WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_rem
 
 
 def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
-    """Raises SpeakerError for flags that do not fit gather_by_index, before anything is loaded."""
+    """Raises SpeakerError for flags that do not fit together, before anything is loaded."""
     if args.interactive == bool(args.data_file):
         raise SpeakerError("give --interactive to talk, or --data_file and --output_file to answer a file"
                            + (", not both" if args.interactive else ""))  # fmt: skip
@@ -116,7 +116,7 @@ def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
 
 
 def look_for_adapter(args: InferenceArguments, which: SpeakerArguments) -> None:
-    """Sets --lora_model from --checkpoint_dir, else --output_dir, and says which it was."""
+    """Sets --lora_model from --checkpoint_dir, else --output_dir, and logs which one it was."""
     folders = [folder for folder in (args.checkpoint_dir, args.output_dir) if folder]
     if which.lora_model:
         if folders:
@@ -135,7 +135,7 @@ def look_for_adapter(args: InferenceArguments, which: SpeakerArguments) -> None:
 
 
 def converse(talk: Talk, lines: Lines) -> None:
-    """Questions and commands, one after the other, until /quit or the end of the input."""
+    """Handles questions and commands until /quit or the end of the input."""
     print(f"Type a question, or a command:\n{HELP}")
     while True:
         try:
@@ -150,17 +150,17 @@ def converse(talk: Talk, lines: Lines) -> None:
         try:
             if not do(talk, text):
                 return
-        except ValueError as error:  # the question cannot be asked, or the command not be done; the talk continues
+        except ValueError as error:  # the question or command fails; the chat continues
             print(f"error: {visible(str(error))}")
         except torch.OutOfMemoryError:
             print("error: the GPU's memory is full; what was said before is kept. Lower --max_new_tokens, ask less, "
                   "or /clear")  # fmt: skip
-        except KeyboardInterrupt:  # pressed once more, when the answer had just ended
+        except KeyboardInterrupt:  # pressed again just after the answer had ended
             print()
 
 
 def do(talk: Talk, text: str) -> bool:
-    """One question or command; False for /quit."""
+    """Runs one command or answers one question; False for /quit."""
     name, *rest = text.strip().split(maxsplit=1)
     rest = rest[0] if rest else ""
     if not name.startswith("/"):
@@ -191,9 +191,9 @@ def do(talk: Talk, text: str) -> bool:
 
 
 def tell(talk: Talk, ask: Any, *question: str) -> None:
-    """Prints an answer as it comes; Ctrl-C ends the answer, not the program."""
+    """Streams an answer to the terminal; Ctrl-C ends the answer, not the program."""
     with stopped_by_ctrl_c() as stop:
-        pieces = ask(*question, stop=stop)  # refuses here what cannot be asked
+        pieces = ask(*question, stop=stop)  # raises here if the question cannot be asked
         answer = printed(pieces)
     if stop.is_set():
         print("[stopped]")
@@ -204,7 +204,7 @@ def tell(talk: Talk, ask: Any, *question: str) -> None:
 
 
 def printed(pieces: Generator[str, None, Answer]) -> Answer:
-    """Prints an answer as it comes, on a terminal broken between words; returns it."""
+    """Prints an answer as it is generated, wrapped at words on a terminal; returns the text."""
     head = "model: "
     print(head, end="", flush=True)
     wrap = WordWrap(partial(columns_of, sys.stdout), len(head)) if sys.stdout.isatty() else None
@@ -220,7 +220,7 @@ def printed(pieces: Generator[str, None, Answer]) -> Answer:
 
 @contextmanager
 def stopped_by_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets for the time of the context, in place of ending the program."""
+    """An event that Ctrl-C sets within the context, instead of ending the program."""
     stop = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
@@ -233,9 +233,9 @@ def stopped_by_ctrl_c() -> Iterator[threading.Event]:
 
 
 def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: SamplingArguments) -> None:
-    """Answers every prompt of --data_file, a batch a process at a time."""
+    """Answers every prompt of --data_file, one batch per process at a time."""
     skips = args.on_bad_record == "skip"
-    choose_device(which)  # makes the state that processes know each other by
+    choose_device(which)  # sets up the process group
     read = partial(read_prompts, args.data_file, args.answer_field, args.system_prompt, skips=skips)
     prompts = on_every_process(read)
     target: AnswerFile | None = None
@@ -283,15 +283,15 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
 def unanswerable(
     speaker: Speaker, prompts: list[Prompt], sampling: SamplingArguments, on_bad_record: str
 ) -> dict[int, str]:
-    """The reasons of the prompts that cannot be answered, by index.
+    """The reasons why prompts cannot be answered, by index.
 
     Raises:
-        SpeakerError: unless they are to be skipped: the first reason, and how many prompts there are like it.
+        SpeakerError: unless such prompts are skipped: the first reason, and how many prompts share it.
     """
     reasons: dict[int, str] = {}
     errors = []
     room = sampling.settled(speaker.defaults)["max_new_tokens"]
-    speaker.longest_question(room)  # the flag's fault, not a record's
+    speaker.longest_question(room)  # caused by a flag, not by a record
     for place, prompt in enumerate(prompts):
         if prompt.conversation is None:
             reasons[place] = prompt.reason
@@ -315,7 +315,7 @@ def windows(
     sampling: SamplingArguments,
     batch_size: int,
 ) -> Iterator[tuple[int, list[Answer | str]]]:
-    """(place of the first, answers or reasons) of one batch a process, in order; on the first process alone."""
+    """Yields (first index, answers or reasons) of one batch per process, in order; on the first process only."""
     state = PartialState()
     step = batch_size * state.num_processes
     bar = tqdm(

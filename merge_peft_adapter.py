@@ -1,12 +1,12 @@
-"""Folds an adapter into its base and writes a plain model directory, checked against base + adapter.
+"""Merges an adapter into its base and writes a plain model directory, checked against base + adapter.
 
     python merge_peft_adapter.py --lora_model outputs/sft --output_dir outputs/sft-merged
     python merge_peft_adapter.py --base_model Qwen/Qwen3-0.6B --lora_model outputs/sft --output_dir outputs/sft-merged
 
 The base is read tensor by tensor and written shard by shard (W + scale · B A in float32, cast back to the base's own
-precision), so that one shard is in memory, never base and result. Where a base's files do not allow that, the model is
-loaded and merged in memory, and the log says why. Base + adapter and the merged model are then run in float32 on the
-same prompts; above the printed tolerance nothing is left at --output_dir.
+precision), so only one shard is in memory at a time. Where a base's files do not allow that, the model is loaded and
+merged in memory, and the log says why. Base + adapter and the merged model are then run in float32 on the same
+prompts; if their logits differ by more than the printed tolerance, nothing is left at --output_dir.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MergeArguments:
 
 FLAGS = [MergeArguments]
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__)  # report a wrong flag or path before torch is imported
 
 import copy
 import json
@@ -83,7 +83,7 @@ from stagewise.reports.logs import set_up_logging
 from stagewise.reports.model_card import called, write_card
 from stagewise.reports.terminal_text import print_error
 
-PREFIX = "base_model.model."  # before every name in an adapter's file
+PREFIX = "base_model.model."  # the prefix of every name in an adapter's file
 LESS_MEMORY = (
     "The check holds base and adapter in float32, 4 bytes per parameter: close what else uses memory, or merge on a "
     "machine that has more."
@@ -132,10 +132,10 @@ def prepare(args: MergeArguments) -> Job:
 
 
 def check_earlier_adapter(adapter: Path, base: str) -> None:
-    """An adapter that was trained with --checkpoint_dir belongs on its model with that earlier adapter merged in.
+    """Checks the base of an adapter trained with --checkpoint_dir: a model with that earlier adapter merged in.
 
     Raises:
-        MergeError: `base` is not the result of that merge; says how to make it.
+        MergeError: `base` is not the result of that merge; the message gives the command that makes it.
     """
     earlier = (read_manifest(adapter) or {}).get("lineage") or [{}]
     first = earlier[-1].get("merged_adapter")
@@ -151,7 +151,7 @@ def check_earlier_adapter(adapter: Path, base: str) -> None:
 
 
 def fetch(source: str, args: ModelArguments) -> str:
-    """A local directory as it is; a hub model's files are downloaded (safetensors, or .bin where there are none)."""
+    """The base as a local directory; a hub model's files are downloaded (safetensors, or .bin if there are none)."""
     if Path(source).is_dir():
         return source
     options = {"revision": args.model_revision, "token": args.hf_hub_token, "cache_dir": args.cache_dir}
@@ -166,12 +166,12 @@ def fetch(source: str, args: ModelArguments) -> str:
 
 
 def read_tokenizer(args: MergeArguments, adapter: Path, base: ModelArguments) -> PreTrainedTokenizerBase:
-    """--tokenizer_path, else the adapter's own, else the base's; its chat template comes along."""
+    """The tokenizer of --tokenizer_path, else the adapter's, else the base's, with its chat template."""
     own = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base.model_name_or_path
     source = find_source(args.tokenizer_path or own, base, "tokenizer_path")
     tokenizer = open_tokenizer(source, "tokenizer_path", hub_options(source, base))
     if is_older_reward_model(adapter):
-        # a copy: what is saved stays as the model was trained
+        # a copy: the saved tokenizer stays as the model was trained
         template = choose_template(copy.deepcopy(tokenizer), ChatArguments())
         logger.warning(older_notice(adapter, tokenizer, template))
     if source != own and saved_reading(adapter) is Reading.MARKED:
@@ -183,7 +183,7 @@ def read_tokenizer(args: MergeArguments, adapter: Path, base: ModelArguments) ->
 
 
 def grown(rows: int, tokenizer: PreTrainedTokenizerBase, resize: bool) -> int:
-    """The merged embedding's rows: as they are, or more where --resize_emb lets the tokenizer have them."""
+    """The number of rows of the merged embedding: unchanged, or more if --resize_emb adds rows for the tokenizer."""
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed <= rows:
         if resize:
@@ -199,7 +199,7 @@ def grown(rows: int, tokenizer: PreTrainedTokenizerBase, resize: bool) -> int:
 
 
 def choose_plan(job: Job) -> Plan | str:
-    """How to merge shard by shard, or why it has to be in memory."""
+    """Plans a merge shard by shard, or gives the reason why it has to be done in memory."""
     if job.rows != job.skeleton.get_input_embeddings().weight.shape[0]:
         return "the embedding has more rows than the base's"
     return plan_shards(job.base, job.skeleton, job.config, job.weights)
@@ -209,9 +209,9 @@ def choose_plan(job: Job) -> Plan | str:
 
 
 def write_config(job: Job, plan: Plan, folder: Path) -> None:
-    """The base's config.json as it is, but for what the merge changes."""
+    """Writes the base's config.json with the changes that the merge makes."""
     raw = read_object(job.base / "config.json", AGAIN)
-    if raw.get("model_type") != job.base_config.model_type:  # the text part of a model with images or sound
+    if raw.get("model_type") != job.base_config.model_type:  # the text config of a multimodal model
         raw = job.base_config.to_diff_dict()
     if (read_manifest(job.adapter) or {}).get("rope"):
         write_rope(raw, job.base_config)
@@ -222,13 +222,15 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
         labels = {i: f"LABEL_{i}" for i in range(job.base_config.num_labels)}
         raw |= {"architectures": [type(job.skeleton).__name__], "num_labels": len(labels), "id2label": labels}
         raw |= {"label2id": {name: i for i, name in labels.items()}, "pad_token_id": job.tokenizer.pad_token_id}
-        if "text_config" in raw:  # of a model with images: transformers looks for the pad token there
+        if "text_config" in raw:  # transformers looks for the pad token of a multimodal model there
             raw["text_config"] |= {"pad_token_id": job.tokenizer.pad_token_id}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_alongside(job: Job, folder: Path) -> None:
-    """Tokenizer with its chat template, generation config, license, and the files of a base with its own code."""
+    """Writes the tokenizer with its chat template, generation config, license, and the code files of a base that has
+    any.
+    """
     copy_beside(job.base, ALONGSIDE, folder)
     job.tokenizer.save_pretrained(folder)
     sources = [job.adapter / "generation_config.json", job.base / "generation_config.json"]
@@ -237,7 +239,7 @@ def write_alongside(job: Job, folder: Path) -> None:
 
 
 def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: dict[str, float]) -> None:
-    """run.json: this step at the end of the adapter's lineage, or of the base's; and README.md, which tells it."""
+    """Writes run.json, with this step at the end of the lineage of adapter or base, and README.md from it."""
     before = read_manifest(job.adapter) or {}
     lineage = before.get("lineage") or (read_manifest(job.base) or {}).get("lineage", [])
     from_hub = not Path(job.name).is_dir()

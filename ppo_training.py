@@ -1,4 +1,4 @@
-r"""Proximal policy optimization: a model learns from the scores that a reward model gives its own answers.
+r"""Proximal policy optimization: trains a model on the scores that a reward model gives its own responses.
 
     python ppo_training.py --model_name_or_path outputs/sft-merged --reward_model_name_or_path outputs/rm-merged \
         --train_file_dir data/finetune/train --validation_file_dir data/finetune/validation --output_dir outputs/ppo
@@ -6,11 +6,11 @@ r"""Proximal policy optimization: a model learns from the scores that a reward m
     torchrun --nproc_per_node 8 ppo_training.py …                          # eight GPUs
     torchrun --nproc_per_node 8 ppo_training.py --deepspeed zero2.json …   # with DeepSpeed
 
-A rollout: the model as it is answers prompts (generate), the reward model judges the answers (score), each token is
-credited with what followed from it (estimate_advantages), and the model learns from that in minibatches, --ppo_epochs
-times over (compute_loss). Policy, value head and reference share one set of weights: the reference is the model with
-its adapter switched off, or a frozen copy with --use_peft False; the value head reads the last hidden state. Papers:
-Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL penalty).
+A rollout: the current policy answers prompts (generate), the reward model scores the responses (score), each token
+gets an advantage (estimate_advantages), and the policy is updated on that in minibatches, --ppo_epochs times
+(compute_loss). Policy, value head and reference share one set of weights: the reference is the model with its adapter
+switched off, or a frozen copy with --use_peft False; the value head reads the last hidden state. Papers: Schulman et
+al. 2017 (PPO), Ziegler et al. 2019 (KL penalty).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ FLAGS = [
     PPOArguments,
 ]
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, stage=True)  # report a wrong flag or path before torch is imported
 
 import copy
 import math
@@ -167,7 +167,9 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         self.ppo, self.scorer, self.policy, self.router = ppo, scorer, policy, router
         self.max_target_length, self.conversations = max_target_length, conversations
         self.eval_answers = ppo.eval_answers
-        self.moved = torch.zeros((), device=self.args.device)  # nats from the rollout's policy, of an update's answers
+        self.moved = torch.zeros(
+            (), device=self.args.device
+        )  # KL to the rollout's policy in nats per response, of each update
 
     def rollout(self) -> list[Batch]:
         self.model.eval()
@@ -182,7 +184,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
     # ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def generate(self, prompts: Sequence[Example], keys: Sequence[tuple[int, ...]]) -> list[list[int]]:
-        """An answer of the policy as it is to each prompt; a key names the answer's random numbers."""
+        """A response of the current policy to each prompt; a key identifies the response's random numbers."""
         numbers = random_numbers([(self.args.seed, *key) for key in keys], self.max_target_length)
         with ready_to_speak(self.model):
             return sample_answers(self.model, [prompt.input_ids for prompt in prompts], numbers, self.sampling)
@@ -190,7 +192,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
     # ── score ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def score(self, split: str, prompts: Sequence[Example], answers: Sequence[list[int]]) -> torch.Tensor:
-        """What the reward model gives each answer: (B,)."""
+        """The reward model's score of each response: (B,)."""
         conversations = [self.conversations[split][prompt.where] for prompt in prompts]
         return self.scorer(conversations, [prompt.input_ids for prompt in prompts], answers).to(self.args.device)
 
@@ -205,7 +207,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         logps, values, reference = (torch.cat(parts) for parts in zip(*map(self.judge, batches), strict=True))
         nats = logps - reference
 
-        # Reward: the KL penalty at each token, the score at the last one.
+        # Reward: the KL penalty at each token, plus the score at the last one.
         scored = scores - ppo.missing_eos_penalty * ~self.ended(answers)
         whitened = ppo.reward_baseline is None
         scored = whiten(scored, self.over_processes(moments(scored))) if whitened else scored - ppo.reward_baseline
@@ -225,7 +227,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         return batches
 
     def see_rollout(self, answers: Sequence[list[int]], scores: torch.Tensor, nats: torch.Tensor) -> None:
-        """Counts a rollout into the next log, and adapts the KL coefficient to it."""
+        """Adds a rollout to the next log entry, and adapts the KL coefficient."""
         total, count = self.over_processes(torch.stack([nats, nats.new_tensor(len(answers))])).tolist()
         self.meter.add(
             reward=scores,
@@ -236,13 +238,13 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
             repetition=scores.new_tensor([repetition(answer) for answer in answers]),
             ended=self.ended(answers),
         )
-        if self.ppo.adap_kl_ctrl and math.isfinite(total):  # else the coefficient would be lost with it
+        if self.ppo.adap_kl_ctrl and math.isfinite(total):  # otherwise the coefficient would be lost
             self.kl_coef = adapted_kl_coef(self.kl_coef, total / count, self.ppo.target_kl)
 
     # ── update ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Clipped policy and value losses: the mean over the answers' tokens of a whole update, over all processes."""
+        """Clipped policy and value losses: the mean over the response tokens of a whole update, on all processes."""
         logps, values = self.policy.logps_and_values(model, inputs)
         policy, clipped = ppo_policy_loss(logps, inputs["old_logps"], inputs["advantages"], self.ppo.cliprange)
         value = value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.cliprange_value)
@@ -253,7 +255,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         return self.guard.watch(loss)
 
     def end_update(self) -> None:
-        """--early_stopping: leaves the rollout's other updates out once the policy has moved by --target_kl."""
+        """--early_stopping: skips the rollout's remaining updates once the policy has moved by --target_kl."""
         if self.ppo.early_stopping and self.queue:
             answers = self.schedule.mini_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             moved = float(self.over_processes(self.moved)) / answers
@@ -270,7 +272,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
     def judge(self, batch: Batch, *temperatures: float) -> tuple[torch.Tensor, ...]:
         """Log-probabilities and values of the policy, then the reference's log-probabilities: (N,) each.
 
-        The reference's are at the policy's temperature, and at each of `temperatures`.
+        The reference's are computed at the policy's temperature, and at each of `temperatures`.
         """
         with self.compute_loss_context_manager():
             reference = self.policy.reference_logps
@@ -315,7 +317,7 @@ def read_data(
     predecessor_args: PredecessorArguments,
 ) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate, dict[str, dict[str, Conversation]]]:
     """Encoded prompts, tokenizer, chat template and the conversations; `python -m tools.show_data` shows them."""
-    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    load_config(model_args)  # a wrong --model_type or an unknown architecture fails here, before any data is read
     tokenizer = load_tokenizer(model_args)
     earlier = predecessor_args.checkpoint_dir or adapter_args.peft_path
     template = choose_template(tokenizer, chat_args, earlier)

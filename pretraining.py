@@ -1,4 +1,4 @@
-r"""Continued pretraining: a model reads plain text.
+r"""Continued pretraining: trains a model on plain text.
 
     python pretraining.py --model_name_or_path models/SmolLM2-135M-Instruct --output_dir outputs/pt \
         --train_file_dir data/pretrain/train --validation_file_dir data/pretrain/validation
@@ -6,8 +6,8 @@ r"""Continued pretraining: a model reads plain text.
     torchrun --nproc_per_node 8 pretraining.py …                          # eight GPUs
     torchrun --nproc_per_node 8 pretraining.py --deepspeed zero2.json …   # with DeepSpeed
 
-A `.txt` file is one document, a line of a `.jsonl` file with a "text" is one too; folders are searched with their
-subfolders. Documents are cut into blocks of at most --block_size tokens, and several share a row without seeing each
+A `.txt` file is one document, and so is a line of a `.jsonl` file with a "text" key; folders are searched recursively.
+Documents are cut into blocks of at most --block_size tokens; several blocks share a row and do not attend to each
 other. The adapter is written to --output_dir; `merge_peft_adapter.py` folds it into the model for the next stage.
 """
 
@@ -26,7 +26,7 @@ class PTArguments:
 
 
 FLAGS = [ModelArguments, DataArguments, LanguageModelArguments, AdapterArguments, PTArguments]
-if __name__ == "__main__":  # a wrong flag or path is answered before torch has loaded
+if __name__ == "__main__":  # report a wrong flag or path before torch is imported
     first_look(FLAGS, __doc__, stage=True, texts=TEXT_FILES)
 
 
@@ -55,7 +55,7 @@ from stagewise.training.stream_trainer import check_streaming
 
 class PTTrainer(LanguageModelTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean negative log-likelihood of all tokens of the whole batch, over all processes."""
+        """Mean negative log-likelihood of all tokens of the whole batch, on all processes."""
         nll, _ = self.token_losses(model, inputs)
         loss = nll.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
         return self.guard.watch(loss)
@@ -70,7 +70,7 @@ def read_data(
     pt_args: PTArguments,
 ) -> tuple[Splits, PreTrainedTokenizerBase]:
     """Encoded blocks of text, and the tokenizer; `python -m tools.show_data` shows them."""
-    config = load_config(model_args)  # a wrong --model_type or architecture ends here, before any data is read
+    config = load_config(model_args)  # a wrong --model_type or architecture fails here, before any data is read
     because, shifted = adapter_args.padded_because, model_args.shift_attn
     padded = rows_by_flags(config, rows_args.packing, because, shifted)[0] is False
     tokenizer = load_tokenizer(model_args)

@@ -1,4 +1,4 @@
-r"""Reward modeling: a model with one scalar score learns which of two answers people prefer.
+r"""Reward modeling: trains a model with a scalar head to score the answer that people prefer higher.
 
     python reward_modeling.py --model_name_or_path outputs/sft-merged --output_dir outputs/rm \
         --train_file_dir data/reward/train --validation_file_dir data/reward/validation
@@ -18,7 +18,7 @@ from stagewise.training.first_look import first_look
 
 FLAGS = [ModelArguments, DataArguments, ChatArguments, PairArguments, AdapterArguments]
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, stage=True)  # report a wrong flag or path before torch is imported
 
 
 from loguru import logger
@@ -46,12 +46,12 @@ from stagewise.training.start import start
 
 class RewardTrainer(PairTrainer):
     def rewards(self, model, inputs):
-        """The scores at each row's end marker, its last token that is not padding: (2B, T) -> (B,), (B,)."""
+        """The scores at each row's end marker, its last non-padding token: (2B, T) -> (B,), (B,)."""
         output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return output.logits.squeeze(-1).float().chunk(2)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean pairwise loss of the pairs of the whole batch, over all processes."""
+        """Mean pairwise loss over the pairs of the whole batch, on all processes."""
         chosen, rejected = self.rewards(model, inputs)
         loss = pairwise_loss(chosen, rejected).sum() / num_items_in_batch * self.accelerator.num_processes
         self.see(chosen, rejected)
@@ -67,7 +67,7 @@ def read_data(
     adapter_args: AdapterArguments,
 ) -> tuple[Splits, PreTrainedTokenizerBase, AnyTemplate]:
     """Encoded pairs of answers, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
-    config = load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before data is read
+    config = load_config(model_args)  # a wrong --model_type or an unknown architecture fails here, before data is read
     tokenizer = load_tokenizer(model_args)
     earlier = [p for p in (model_args.model_name_or_path, adapter_args.peft_path, args.resume_from_checkpoint) if p]
     older = [path for path in earlier if is_older_reward_model(path)]

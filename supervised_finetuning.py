@@ -1,4 +1,4 @@
-r"""Supervised finetuning: a model learns the assistant's turns of conversations.
+r"""Supervised finetuning: trains a model on the assistant turns of conversations.
 
     python supervised_finetuning.py --model_name_or_path models/SmolLM2-135M-Instruct --output_dir outputs/sft \
         --train_file_dir data/finetune/train --validation_file_dir data/finetune/validation
@@ -6,9 +6,9 @@ r"""Supervised finetuning: a model learns the assistant's turns of conversations
     torchrun --nproc_per_node 8 supervised_finetuning.py …                          # eight GPUs
     torchrun --nproc_per_node 8 supervised_finetuning.py --deepspeed zero2.json …   # with DeepSpeed
 
-Conversations are rendered by the chat template, only the assistant's words and the end marker are learned, and several
-conversations share a row without seeing each other. The adapter is written to --output_dir; `merge_peft_adapter.py`
-folds it into the model for the next stage.
+Conversations are rendered with the chat template. Only the assistant turns and their end markers have labels; several
+conversations share a row and do not attend to each other. The adapter is written to --output_dir;
+`merge_peft_adapter.py` folds it into the model for the next stage.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SFTArguments:
 
 FLAGS = [ModelArguments, DataArguments, ChatArguments, LanguageModelArguments, AdapterArguments, SFTArguments]
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__, stage=True)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, stage=True)  # report a wrong flag or path before torch is imported
 
 
 from transformers import PreTrainedTokenizerBase
@@ -80,23 +80,23 @@ from stagewise.training.stream_trainer import check_streaming
 
 class SFTTrainer(LanguageModelTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean negative log-likelihood of the learned tokens of the whole batch, over all processes."""
+        """Mean negative log-likelihood of the tokens with labels of the whole batch, on all processes."""
         nll, _ = self.token_losses(model, inputs)
         loss = nll.sum() / num_items_in_batch * self.accelerator.num_processes + self.router_share()
         return self.guard.watch(loss)
 
 
 def check_labels(sft: SFTArguments) -> None:
-    """Raises ArgumentError for flags about what is learned that contradict each other or what is done."""
+    """Raises ArgumentError for label flags that contradict each other or have no effect."""
     if sft.use_firefly_loss is False:
         raise ArgumentError(
-            "--use_firefly_loss False: every assistant turn of a conversation is learned in one pass, there is no "
-            "other loss; to learn the last turn alone, give --mask_history"
+            "--use_firefly_loss False: all assistant turns of a conversation have labels in one pass; there is no "
+            "other loss. To train on the last turn only, give --mask_history"
         )
     if sft.use_firefly_loss and sft.mask_history:
-        raise ArgumentError("--use_firefly_loss learns every turn, --mask_history the last one alone: give one")
+        raise ArgumentError("--use_firefly_loss trains on every turn, --mask_history only on the last: give one")
     if sft.use_firefly_loss and sft.train_on_inputs:
-        raise ArgumentError("--use_firefly_loss learns answers alone, --train_on_inputs the questions too: give one")
+        raise ArgumentError("--use_firefly_loss trains only on answers, --train_on_inputs on questions, too: give one")
 
 
 def read_data(
@@ -111,7 +111,7 @@ def read_data(
     """Encoded conversations, the tokenizer and the chat template; `python -m tools.show_data` shows them."""
     check_labels(sft_args)
     labels = (sft_args.train_on_inputs, sft_args.mask_history, sft_args.truncation_side)
-    load_config(model_args)  # a wrong --model_type or an unknown architecture ends here, before any data is read
+    load_config(model_args)  # a wrong --model_type or an unknown architecture fails here, before any data is read
     tokenizer = load_tokenizer(model_args)
     template = choose_template(tokenizer, chat_args, adapter_args.peft_path)
     loader = SplitLoader(data_args, model_args, args, RECORD_FILES)

@@ -1,11 +1,11 @@
-"""The table of chat templates: read it, extend it. `--template_name` chooses one; what the pieces mean is said in
-`stagewise.chat.template.Template`, and docs/templates.md tells how to add a family.
+"""The table of chat templates. `--template_name` chooses one; `stagewise.chat.template.Template` explains the fields,
+docs/templates.md how to add a family.
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
     └────────────── user ───────────┘└────────lead────────┘└answer┘└─ end ──┘└after
 
-Above each entry stands where its family publishes the form. Where a public form says nothing of an end of answer, or
-has one only behind the last, every answer here ends with the tokenizer's eos token, which generation can stop at.
+The comment above each entry links to the format's source. Where the published format has no end-of-answer token, or
+only one after the last answer, every answer here ends with the tokenizer's eos token, at which generation can stop.
 """
 
 from stagewise.chat.registry import register
@@ -25,7 +25,7 @@ LLAMA2 = {
     "user": "{bos}[INST] {system}{content} [/INST]",
     "lead": "",
 }
-# the tags of GLM's speakers: the next one is what ends an answer
+# GLM's role tags: the next one ends an answer
 GLM = {"end": "<|user|>", "lead": "<|assistant|>"}
 
 ASSISTANT_FOR_USERS = (
@@ -36,7 +36,7 @@ ASSISTANT_FOR_HUMANS = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# with the white space that its training code has in it
+# with the white space of its training code
 LINKSOUL_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
     "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
@@ -72,7 +72,7 @@ _FORMS = [
         after="\n\n",
     ),
     # https://huggingface.co/meta-llama/Llama-2-7b-chat-hf/blob/main/tokenizer_config.json: every exchange has its own
-    # bos; an answer stands between two spaces, both of which the model says itself
+    # bos; an answer has a space on both sides, and the model generates both
     Template("llama2", **LLAMA2, answer=" {content} "),
     # https://github.com/ymcui/Chinese-LLaMA-Alpaca-2/blob/main/scripts/openai_server_demo/openai_api_server.py
     Template(
@@ -84,7 +84,7 @@ _FORMS = [
     # https://github.com/LinkSoul-AI/Chinese-Llama-2-7b/blob/main/train.py
     Template("linksoul", **LLAMA2, answer=" {content} ", default_system=LINKSOUL_SYSTEM),
     # https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.3/blob/main/tokenizer_config.json. The family puts the
-    # system prompt into the last question, which no earlier turn could be learned with; here it is in the first
+    # system prompt into the last question, so earlier turns could not be trained on; here it is in the first
     Template(
         "mistral",
         start="{bos}",
@@ -157,8 +157,8 @@ _FORMS = [
         lead="Assistant:",
         answer=" {content}",
     ),
-    # https://huggingface.co/fla-hub/rwkv7-0.1B-g1/blob/main/tokenizer_config.json: an empty line ends an answer; the
-    # eos behind it lets an answer have empty lines of its own
+    # https://huggingface.co/fla-hub/rwkv7-0.1B-g1/blob/main/tokenizer_config.json: an empty line ends an answer; with
+    # the eos after it, an answer may contain empty lines
     Template(
         "rwkv",
         start="{bos}",
@@ -168,7 +168,7 @@ _FORMS = [
         answer=" {content}",
         end="\n\n{eos}",
     ),
-    # no form at all: the texts as they are, one behind the other
+    # no format: the texts concatenated as they are
     Template("base", user="{content}", lead="", tools=None),
     # --- ChatML and its relatives --------------------------------------------------------------------------------
     # https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
@@ -181,7 +181,7 @@ _FORMS = [
     Template("yi", **CHATML),
     # https://huggingface.co/internlm/internlm2-chat-7b/blob/main/tokenizer_config.json
     Template("internlm2", **CHATML, start="{bos}"),
-    # https://huggingface.co/microsoft/Orca-2-7b/blob/main/README.md: the newline after the tag is the model's
+    # https://huggingface.co/microsoft/Orca-2-7b/blob/main/README.md: the model generates the newline after the tag
     Template("orca", **(CHATML | {"lead": "<|im_start|>assistant", "answer": "\n{content}"})),
     # https://huggingface.co/HuggingFaceH4/starchat-beta/blob/main/README.md
     Template(
@@ -248,7 +248,7 @@ _FORMS = [
         tools=DEEPSEEK,
     ),
     # https://huggingface.co/deepseek-ai/deepseek-coder-6.7b-instruct/blob/main/tokenizer_config.json, whose system
-    # prompt ends with a newline; so does one of yours
+    # prompt ends with a newline; a custom one gets it, too
     Template(
         "deepseekcoder",
         start="{bos}",
@@ -261,7 +261,8 @@ _FORMS = [
         after="\n",
     ),
     # https://huggingface.co/THUDM/chatglm-6b/blob/main/modeling_chatglm.py (chat, get_masks). There a first question
-    # stands without its number until a second comes, and earlier answers without tokens: no turn could be learned so
+    # gets its number only once a second follows, and earlier answers have no special tokens: such turns can't be
+    # labeled
     Template(
         "chatglm",
         system="{content}\n",

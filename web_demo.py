@@ -1,12 +1,11 @@
-"""A page in the browser to talk to a model: answers as they come, several conversations, base beside adapter.
+"""A chat page in the browser: streamed answers, several conversations, base and adapter side by side.
 
     python web_demo.py --base_model models/SmolLM2-135M-Instruct
     python web_demo.py --lora_model outputs/sft               # the base that the adapter names, and the adapter
     python web_demo.py --lora_model outputs/sft --server_name 0.0.0.0 --auth users.txt    # for others, with a login
 
-It listens on 127.0.0.1 alone unless told otherwise. Answers are shown as text and Markdown; HTML in them is shown as
-it was written, nothing of it runs, and nothing is fetched from elsewhere. `pip install -r requirements-web.txt` brings
-gradio.
+It listens on 127.0.0.1 unless told otherwise. Answers are shown as text and Markdown; HTML in them is shown as text,
+nothing in it is executed, and nothing is loaded from elsewhere. `pip install -r requirements-web.txt` installs gradio.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from stagewise.training.first_look import first_look
 from stagewise.web.server import FLAGS, WebArguments, check_web, serve
 
 if __name__ == "__main__":
-    first_look(FLAGS, __doc__, code=2)  # a wrong flag or path is answered before torch has loaded
+    first_look(FLAGS, __doc__, code=2)  # report a wrong flag or path before torch is imported
 
 import os
 import sys
@@ -51,10 +50,10 @@ except ImportError as error:
 
 BOTH = "both"
 SPEAKERS = {ADAPTER: (ADAPTER,), BASE: (BASE,), BOTH: (ADAPTER, BASE)}
-EXAMPLES = ("example", "other_example")  # questions that an empty conversation offers
-LONGEST = 8192  # most tokens of an answer that the page offers
-WAITING = 32  # questions that may wait for the model
-FRAME = 0.06  # seconds between two looks of a growing answer
+EXAMPLES = ("example", "other_example")  # example questions of an empty conversation
+LONGEST = 8192  # the largest answer limit that the page offers, in tokens
+WAITING = 32  # the most questions that wait for the model
+FRAME = 0.06  # seconds between updates of an answer
 STYLE = """
 .pane { flex-grow: 1 }
 .pane .message-content, .pane .message { overflow-wrap: anywhere }
@@ -82,7 +81,7 @@ DARK = """() => {
     document.body.style.background = 'var(--body-background-fill)';
 }"""
 LANGUAGE = "desk => [desk, document.documentElement.lang || navigator.language]"
-# On a narrow screen the sidebar lies over the page: it begins closed there.
+# On a narrow screen the sidebar covers the page, so it starts closed.
 NARROW = """() => {
     const open = document.querySelector('.sidebar.open .toggle-button');
     if (open && window.innerWidth < 768) open.click();
@@ -93,13 +92,13 @@ NARROW = """() => {
 
 
 class Page:
-    """The page over one speaker, whose questions are answered one after another.
+    """The page of one chat model, which answers one question at a time.
 
     Args:
-        speaker: what answers; `stream` is called as `Speaker.stream` is.
-        sampling: what the settings begin with, and what they have no slider for.
+        speaker: the chat model; `stream` is called as in `Speaker.stream`.
+        sampling: initial values of the settings, and fixed values of those without a slider.
         compares: whether there is an adapter that can be switched off.
-        about: the names of model, adapter and template, which stand below the title.
+        about: the names of model, adapter and template, shown below the title.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Page:
         self.start = {**_beginning(sampling).settled(speaker.defaults), "seed": sampling.seed}
         if not self.start["do_sample"]:
             self.start["temperature"] = 0
-        # what a flag asks for is offered even where the page alone would not
+        # a value given by a flag is offered even if the page alone would not offer it
         self.longest = max(min(LONGEST, max(speaker.context - 64, 16)), self.start["max_new_tokens"])
         self.desks: weakref.WeakValueDictionary[str, Desk] = weakref.WeakValueDictionary()  # by browser session
         english, chinese = ({**words, "about": _about(words, about or {})} for words in (ENGLISH, CHINESE))
@@ -162,7 +161,7 @@ class Page:
             self.reset = gr.Button(words("reset"), size="sm", elem_id="reset")
 
     def _slider(self, name: str, low: float, high: float, step: float, **more: Any) -> gr.Slider:
-        """A slider whose ends make room for what it begins with: gradio refuses a value beyond them at each answer."""
+        """A slider whose range includes its initial value: gradio otherwise refuses the value at every answer."""
         value = self.start[name]
         return gr.Slider(
             min(low, value), max(high, value), value, step=step, label=self.words(name), elem_id=name, **more
@@ -204,7 +203,7 @@ class Page:
 
     def _wire(self) -> None:
         self.view = [*self.panes.values(), self.chats, self.box, self.speed, self.system, self.examples]
-        # What may be refused goes through a queue (not the model's): only from there a message is shown.
+        # Actions that may fail go through a queue of their own: gradio shows error messages only from a queue.
         told = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         plain = {"inputs": self.desk, "outputs": self.view, **at_once}
@@ -231,7 +230,7 @@ class Page:
             self.who.change(self.show_panes, self.who, list(self.panes.values()), **at_once)
 
     def _asks(self, trigger: Any, begin: Any, inputs: list, options: dict[str, Any]) -> None:
-        """What begins a job, followed by the job itself: one at a time over all visitors."""
+        """The event that starts a job, then the job itself: one at a time over all visitors."""
         asked = trigger(begin, inputs, self.view, **{**options, "trigger_mode": "multiple"})
         asked.then(
             self.answer, [self.desk, *self.sliders.values()], self.view[:-2],
@@ -240,29 +239,29 @@ class Page:
         )  # fmt: skip
 
     def arrive(self, desk: Desk, language: str, request: gr.Request) -> list:
-        """The first look of a visitor."""
+        """Renders the page for a new visitor."""
         desk.language = str(language)
         self.desks[request.session_hash] = desk
         return self.look(desk)
 
     def leave(self, request: gr.Request) -> None:
-        """Ends the answers of a visitor who is gone."""
+        """Stops the answers of a visitor who has left."""
         if request.session_hash in self.desks:
             self.desks[request.session_hash].leave()
 
     def ask(self, desk: Desk, system: str, who: str, question: str) -> list:
-        """Puts the question into the chat that is open."""
+        """Adds the question to the open chat."""
         return self._job(desk, system, lambda chat: chat.ask(question, SPEAKERS[who]), emptied=True)
 
     def ask_example(self, key: str, desk: Desk, system: str, who: str) -> list:
-        """Asks one of the questions that an empty conversation offers, in the visitor's language."""
+        """Asks one of the example questions, in the visitor's language."""
         return self._job(desk, system, lambda chat: chat.ask(said(key, desk.language), SPEAKERS[who]))
 
     def retry(self, desk: Desk, system: str, who: str) -> list:
         return self._job(desk, system, lambda chat: chat.retry(SPEAKERS[who]))
 
     def edit(self, desk: Desk, system: str, who: str, pane: str, change: gr.EditData) -> list:
-        """A question in other words: `change.index` counts the messages of the pane that it was changed in."""
+        """Replaces a question: `change.index` counts the messages of the pane in which it was edited."""
 
         def edited(chat: Chat):
             lines = list(chat.lines(pane))
@@ -286,7 +285,7 @@ class Page:
         return view
 
     def answer(self, desk: Desk, *settings: Any) -> Iterator[list]:
-        """Answers the oldest question of this visitor, piece by piece."""
+        """Answers the visitor's oldest question, piece by piece."""
         job = desk.next_job()
         if job is None:
             yield [gr.skip()] * (len(self.panes) + 3)
@@ -314,12 +313,12 @@ class Page:
             logger.exception("an answer failed")
             gr.Warning(said("failed", desk.language))
         finally:
-            job.stop.set()  # the page may be gone
+            job.stop.set()  # the page may be closed
             desk.finish(job)
         yield self._growing(desk, job.chat)
 
     def _growing(self, desk: Desk, chat: Chat) -> list:
-        """What changes while `chat` is answered; nothing where the visitor looks at another one."""
+        """The parts of the page that change while `chat` is answered; nothing if the visitor looks at another chat."""
         if desk.current is not chat:
             return [gr.skip()] * (len(self.panes) + 3)
         panes = [self.messages(desk, who) for who in self.panes]
@@ -328,7 +327,7 @@ class Page:
         return [*panes, self._titles(desk), self._box(chat), self._speed(desk)]
 
     def chosen(self, values: dict[str, Any]) -> SamplingArguments:
-        """The settings of the page; at temperature 0 what shapes a draw is left out, the seed too."""
+        """The settings of the page; at temperature 0 sampling settings and the seed are left out."""
         if not values["temperature"]:
             values |= dict.fromkeys({*DRAWING, "seed"} - {"temperature"})
         seed, longest = values["seed"], min(int(values["max_new_tokens"]), self.longest)
@@ -361,14 +360,16 @@ class Page:
         return self.look(desk)
 
     def keep_system(self, desk: Desk, number: int, system: str) -> None:
-        """Into the chat it was written for: the click that left the box may have opened another one already."""
+        """Saves a system prompt to the chat it was written for: the click that left the box may have opened another
+        chat.
+        """
         with suppress(ChatError):
             desk.chat(number).system = system
 
     # ── what is seen ────────────────────────────────────────────────────────────────────────────────────────────
 
     def look(self, desk: Desk) -> list:
-        """All that shows the chat that is open."""
+        """Everything that shows the open chat."""
         chat = desk.current
         panes = [self.messages(desk, who) for who in self.panes]
         examples = gr.Row(visible=not chat.turns)
@@ -382,7 +383,7 @@ class Page:
         return gr.Radio(choices, value=desk.current.number)
 
     def _speed(self, desk: Desk) -> str:
-        """How fast the last question was answered, by each speaker that answered it."""
+        """The speed of the last answer, for each chat model that gave one."""
         turns, language = desk.current.turns, desk.language
         found = []
         for who, (tokens, seconds) in (turns[-1].costs if turns else {}).items():
@@ -395,7 +396,7 @@ class Page:
         return gr.Textbox(submit_btn=chat.job is None, stop_btn=chat.job is not None)
 
     def messages(self, desk: Desk, speaker: str) -> list[dict[str, Any]]:
-        """The open chat with one speaker as gradio shows it; an answer of the other one says so."""
+        """The open chat with one chat model as gradio shows it; an answer of the other model says so."""
         found, lines = [], list(desk.current.lines(speaker))
         for place, (_, kind, text, own) in enumerate(lines, 1):
             role = "user" if kind == "user" else "assistant"
@@ -412,13 +413,13 @@ class Page:
         return found
 
     def serve(self, web: WebArguments, pairs: list[tuple[str, str]] | None, *, wait: bool = True) -> str:
-        """Opens the page; returns its address, with `wait` only when the server has ended."""
+        """Serves the page; returns its address, or with `wait` only returns once the server has stopped."""
         self.blocks.queue(max_size=WAITING)
         return serve(self.blocks, web, pairs, i18n=self.words, css=STYLE, wait=wait)
 
 
 class Pieces:
-    """A stream of pieces that keeps what the stream returns at its end: the Answer, or None."""
+    """A stream of pieces that keeps the stream's return value: the Answer, or None."""
 
     def __init__(self, stream: Generator[str, None, Answer]):
         self.stream, self.answer = stream, None
@@ -428,12 +429,12 @@ class Pieces:
 
 
 def _about(words: dict[str, str], about: dict[str, str]) -> str:
-    """One line of Markdown: which model, adapter and template answer."""
+    """One line of Markdown with the names of model, adapter and template."""
     return " · ".join(f"{words[f'has_{name}']} **{shown(value)}**" for name, value in about.items())
 
 
 def names_of(speaker: Speaker, adapter: str | None) -> dict[str, str]:
-    """What answers, without the folders of this machine: the names of model, adapter and template."""
+    """The names of model, adapter and template, without local folders."""
     found = {"model": short_name(speaker.base.name_or_path)}
     if adapter and speaker.adapter is not None:
         found["adapter"] = f"{short_name(adapter)} ({speaker.adapter.peft_type.value})"
@@ -441,7 +442,7 @@ def names_of(speaker: Speaker, adapter: str | None) -> dict[str, str]:
 
 
 def short_name(source: str) -> str:
-    """A hub name as it is; of a directory its last part, of a checkpoint the run's name too."""
+    """A hub name unchanged; the last part of a directory, for a checkpoint the run's name, too."""
     path = Path(source)
     if not path.is_dir():
         return source
@@ -450,16 +451,16 @@ def short_name(source: str) -> str:
 
 
 def _beginning(sampling: SamplingArguments) -> SamplingArguments:
-    """The flags without the seed, which waits at temperature 0 until the page's slider is moved."""
+    """The flags without the seed, which does not apply at temperature 0 until the slider is moved."""
     return replace(sampling, seed=None)
 
 
 def check(web: WebArguments, sampling: SamplingArguments) -> list[tuple[str, str]] | None:
-    """Refuses by name what cannot be honored, before weights are read; returns the logins."""
+    """Refuses flags that cannot be honored, before weights are read; returns the logins."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ArgumentError("web_demo.py is one process: start it with python, not with torchrun")
     if sampling.num_beams not in (None, 1):
-        raise ArgumentError("--num_beams: an answer that is read as it comes has one beam; inference.py has more")
+        raise ArgumentError("--num_beams: a streamed answer has one beam; use inference.py for more")
     _beginning(sampling).settled()
     return check_web(web)
 

@@ -1,4 +1,4 @@
-"""Every error class. Their messages name the flag or the file and line, what was found, and what to do."""
+"""Every error class. Messages name the flag or the file and line, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ class FileError(ArgumentError):
 
 
 class RecordError(ValueError):
-    """A record that can't be used: `where` is "file:line", `reason` the short slug it is counted under."""
+    """A record that can't be used: `where` is "file:line", `reason` the slug it is counted under."""
 
     def __init__(self, where: str, reason: str, message: str):
         super().__init__(f"{where}: {message}")
         self.where, self.reason, self.message = where, reason, message
 
-    def __reduce__(self):  # exceptions with several arguments don't cross processes by themselves
+    def __reduce__(self):  # exceptions with several arguments can't be pickled between processes without this
         return type(self), (self.where, self.reason, self.message)
 
     def saying(self, message: str) -> RecordError:
-        """This error with another message."""
+        """A copy of this error with another message."""
         self.message, self.args = message, (f"{self.where}: {message}",)
         return self
 
 
 class TooLongError(RecordError):
-    """A sound record that the length limits leave nothing of; its reason is one of TOO_LONG."""
+    """A valid record that does not fit the length limits; its reason is one of TOO_LONG."""
 
 
 class CutError(RecordError):
-    """The file ends in the middle of a record: `lost` bytes, of the unpacked file, belong to no whole record."""
+    """The file ends within a record: `lost` bytes of the uncompressed file belong to no complete record."""
 
     def __init__(self, where: str, message: str, lost: int):
         super().__init__(where, "truncated file", message)
@@ -43,7 +43,7 @@ class CutError(RecordError):
 
 
 class RefusedJSON(ValueError):
-    """JSON that is not taken; `reason` is the short slug that such records are counted under."""
+    """JSON that is refused; `reason` is the slug that such records are counted under."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -63,11 +63,11 @@ class AdapterError(ArgumentError):
 
 
 class MergeError(ArgumentError):
-    """A merge that cannot be done or did not come out right; the message says what to do."""
+    """A merge that cannot be done or failed its check; the message says what to do."""
 
 
 class InexactCut(ArgumentError):
-    """A tokenizer's chat template that can't be cut exactly into learned and unlearned text."""
+    """A tokenizer's chat template that can't be cut exactly into text with and without labels."""
 
 
 class EstimateError(ArgumentError):
@@ -75,11 +75,11 @@ class EstimateError(ArgumentError):
 
 
 class RopeError(ArgumentError):
-    """Positions that cannot be scaled as asked; the message names the flag, what was found and what to do."""
+    """Positions that cannot be scaled as requested; the message names the flag, what was found and what to do."""
 
 
 class GenerationError(ValueError):
-    """A model that cannot be sampled from here."""
+    """A model that does not support sampling here."""
 
 
 class VocabularyError(ArgumentError):
@@ -87,11 +87,11 @@ class VocabularyError(ArgumentError):
 
 
 class SpeakerError(ArgumentError):
-    """A model that cannot be talked to as asked, or a question it cannot be asked; says what to do."""
+    """A model that cannot be used for chat as requested, or a question that cannot be asked; says what to do."""
 
 
 class RowQuantizationError(ArgumentError):
-    """A model that has no such form, or a directory that does not hold it; the message says what to do."""
+    """A model without a row-wise quantized form, or a directory that holds none; the message says what to do."""
 
 
 class RewardError(ArgumentError):
@@ -99,7 +99,7 @@ class RewardError(ArgumentError):
 
 
 class ChatError(ValueError):
-    """What cannot be done in a chat; `key` names the sentence that says so."""
+    """An action that a chat does not allow; `key` names its message."""
 
     def __init__(self, key: str):
         super().__init__(key)
@@ -107,4 +107,4 @@ class ChatError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """Training cannot continue: steps that are not finite one after the other, or weights that are not."""
+    """Training cannot continue: several non-finite steps in a row, or non-finite weights."""

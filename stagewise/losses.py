@@ -1,7 +1,7 @@
 """Every loss, as pure functions of tensors.
 
-Shapes: B rows (or pairs), T positions, V vocabulary, K positions kept. Log-probabilities are computed in
-float32 whatever the logits' precision.
+Shapes: B rows (or pairs), T positions, V vocabulary, K positions with a label. Log-probabilities are computed in
+float32, whatever the precision of the logits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from stagewise.data.examples import IGNORE_INDEX
 
 
 def learned_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Positions whose next token is learned in any row: labels (B, T) -> (K,), ascending."""
+    """Positions whose next token has a label in any row: labels (B, T) -> (K,), ascending."""
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, 0 where the target is ignored: (B, K, V), (B, K) -> (B, K)."""
+    """Negative log-likelihood of each target, 0 for ignored targets: (B, K, V), (B, K) -> (B, K)."""
     losses = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
@@ -26,12 +26,12 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each row's learned tokens, summed: (B, K, V), (B, K) -> (B,)."""
+    """Log-probability of each row's tokens with labels, summed: (B, K, V), (B, K) -> (B,)."""
     return -token_nll(logits, targets).sum(dim=1)
 
 
 def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Bradley-Terry loss of reward models, one value a pair: (B,), (B,) -> (B,). Ouyang et al. 2022, equation 1."""
+    """Bradley-Terry loss of reward models per pair: (B,), (B,) -> (B,). Ouyang et al. 2022, equation 1."""
     return -F.logsigmoid(chosen.float() - rejected.float())
 
 
@@ -42,7 +42,7 @@ def dpo_loss(
     reference_rejected: torch.Tensor,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """DPO loss and implicit rewards, one value a pair, from summed log-probabilities. Rafailov et al. 2023, eq. 7.
+    """DPO loss and implicit rewards per pair, from summed log-probabilities. Rafailov et al. 2023, eq. 7.
 
     Returns:
         losses (B,), chosen rewards (B,), rejected rewards (B,); the rewards carry no gradient.
@@ -59,11 +59,11 @@ def moments(values: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(values: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
-    """Values less their mean, over their standard deviation: any shape -> the same shape.
+    """Values minus their mean, divided by their standard deviation: any shape -> the same shape.
 
     Args:
         values: any shape.
-        of: what `moments` says of all values that are whitened together, where there are more than these.
+        of: `moments` of all values to be whitened, if `values` is only a part of them.
 
     Equal values become 0.
     """
@@ -76,14 +76,14 @@ def whiten(values: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation. Schulman et al. 2016, equation 16.
+    """Generalized advantage estimation. Schulman et al. 2016, equation 16.
 
     Args:
-        rewards: (B, T), one a token; what stands after a row's last token is ignored.
-        values: (B, T), what the value head expects from before the token on.
-        mask: (B, T), 1 on a row's tokens, which come first.
-        gamma: discount of later rewards.
-        lam: how far later errors of the value head count; 1: the whole return.
+        rewards: (B, T), per token; what follows a row's last token is ignored.
+        values: (B, T), the value head's estimate before each token.
+        mask: (B, T), 1 at a row's tokens, which come first.
+        gamma: discount factor.
+        lam: weight of later errors of the value head; 1 gives the full return.
 
     Returns:
         advantages (B, T) and returns (B, T) = advantages + values, 0 after a row's last token.
@@ -102,7 +102,7 @@ def gae(
 def ppo_policy_loss(
     logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped policy loss, one value a token, and where it was clipped: (N,) each -> (N,), (N,) bool.
+    """Clipped policy loss per token, and where it was clipped: (N,) each -> (N,), (N,) bool.
 
     Schulman et al. 2017, equation 7.
     """
@@ -113,13 +113,13 @@ def ppo_policy_loss(
 
 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
-    """Clipped squared error of the value head, halved, one value a token: (N,) each -> (N,)."""
+    """Clipped squared error of the value head, halved, per token: (N,) each -> (N,)."""
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
 def kl_to_older(logps: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(old || new) on tokens that the old policy drew, never negative: (N,), (N,) -> (N,).
+    """Estimate of KL(old || new) per token sampled from the old policy, never negative: (N,), (N,) -> (N,).
 
     The third estimator of Schulman's "Approximating KL divergence": ratio - 1 - log ratio.
     """
@@ -128,7 +128,7 @@ def kl_to_older(logps: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
-    """The KL coefficient after a rollout whose answers were `kl` nats from the reference.
+    """The KL coefficient after a rollout with a KL of `kl` nats per response to the reference.
 
     Ziegler et al. 2019, section 2.2: coef * (1 + 0.1 e), e = (kl - target) / target within [-0.2, 0.2].
     """

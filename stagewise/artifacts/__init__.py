@@ -1,1 +1,1 @@
-"""What a run leaves behind: run.json, checkpoints, hashes, directories that appear whole, lock files."""
+"""What a run writes: run.json, checkpoints, hashes, atomic directories, lock files."""

@@ -1,4 +1,5 @@
-"""A directory that appears whole or not at all, and replaces an earlier one without a moment when both could be lost.
+"""A directory that appears as a whole or not at all, and replaces an earlier one without a moment when both could be
+lost.
 
                       .NAME.writing-HOST-PID    NAME       .NAME.replaced    .NAME.removing-PID
     while it fills    new                       earlier
@@ -7,9 +8,9 @@
     3 rename                                    new                          earlier
     4 remove                                    new
 
-What a killed run left there is settled by the next one: an unfinished directory is removed, after 1 the earlier one is
-put back, after 3 it is removed. After 2 nobody can know whether NAME was made anew by hand since 1, so the next run
-ends with an error that names both. A directory is locked while it is written, which tells it from one that was left.
+The next run cleans up after a killed one: an unfinished directory is removed, after 1 the earlier one is put back,
+after 3 it is removed. After 2 nobody can tell whether NAME was created by hand since 1, so the next run ends with an
+error that names both. A directory is locked while it is written, which distinguishes it from one left behind.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ except ImportError:  # Windows
 
 
 def check_place(place: Path, overwrite: bool, read: Mapping[str, Path | str | None]) -> None:
-    """Settles what a killed run left beside --output_dir, then refuses a place that must not be written to.
+    """Cleans up what a killed run left beside --output_dir, then refuses a place that must not be written to.
 
     Args:
-        place: what --output_dir says.
+        place: the value of --output_dir.
         overwrite: whether --overwrite_output_dir was given.
         read: flags with the paths that are read from, which must not be replaced.
 
@@ -58,10 +59,10 @@ def check_place(place: Path, overwrite: bool, read: Mapping[str, Path | str | No
 
 
 def settle(place: Path) -> None:
-    """Puts back or removes what a killed run left beside `place`, and tells what it leaves alone.
+    """Restores or removes what a killed run left beside `place`, and reports what it leaves alone.
 
     Raises:
-        DirectoryError: both directories are there, and only the user knows which of them is wanted.
+        DirectoryError: both directories exist, and only the user knows which one is wanted.
     """
     place = place.resolve()
     replaced = _beside(place, "replaced")
@@ -85,18 +86,18 @@ def settle(place: Path) -> None:
 
 @contextmanager
 def whole_directory(place: Path, overwrite: bool, replaces: Sequence[str] = ("*",)) -> Iterator[Path]:
-    """A directory beside `place` to be filled in the block, which takes that place at its end.
+    """A directory beside `place`, to be filled in the block, that takes that place at its end.
 
-    After an error in the block nothing of it is left. Its files become as readable as any that are made here.
+    After an error in the block nothing of it is left. Its files get the usual permissions.
 
     Args:
-        place: where it is to be; `check_place` has been asked.
-        overwrite: whether what is there may be replaced.
-        replaces: patterns of the names that go with what is replaced; what else is there comes along.
+        place: the final path; `check_place` has been called.
+        overwrite: whether an existing directory may be replaced.
+        replaces: patterns of names that are replaced; everything else in the old directory is carried over.
 
     Raises:
-        DirectoryError: it could not be made, or not take its place: then it stays where it is, and the message says
-            where that is.
+        DirectoryError: it could not be created, or not be moved to its place: then it stays where it is, and the message
+            says where that is.
     """
     place = Path(place).resolve()
     folder = _beside(place, f"writing-{_host()}-{os.getpid()}")
@@ -129,10 +130,10 @@ def _filled(folder: Path, place: Path, overwrite: bool, replaces: Sequence[str])
 
 
 def _take_place(folder: Path, place: Path, overwrite: bool) -> None:
-    """The four steps at the top; an error before the second undoes the first."""
+    """The four steps shown at the top; an error before the second one undoes the first."""
     replaced, removing = _beside(place, "replaced"), _beside(place, f"removing-{os.getpid()}")
     if not (overwrite and place.exists()):
-        os.replace(folder, place)  # an error where something has been put there meanwhile
+        os.replace(folder, place)  # fails if something has been put there in the meantime
         return
     os.replace(place, replaced)
     try:
@@ -148,12 +149,12 @@ def _take_place(folder: Path, place: Path, overwrite: bool) -> None:
 
 
 def _bring_along(place: Path, folder: Path, replaces: Sequence[str]) -> None:
-    """Gives `folder` what is in `place` and is not replaced: as links to the same files, or as copies."""
+    """Carries over to `folder` what is in `place` and not replaced: as hard links, or as copies."""
 
     def take(source: str, target: str) -> None:
         try:
             os.link(source, target, follow_symlinks=False)
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             shutil.copy2(source, target, follow_symlinks=False)
 
     for path in place.iterdir():
@@ -171,11 +172,11 @@ def _host() -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Locks a directory while it is written, where the file system can; the lock goes with the process."""
+    """Locks a directory while it is written, where the file system allows it; the lock ends with the process."""
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if handle is not None:
-            with suppress(OSError):  # NFS locks no directories: there the process's number decides
+            with suppress(OSError):  # NFS cannot lock directories: there the process id decides
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

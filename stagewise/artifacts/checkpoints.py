@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or do not count.
+"""Checkpoints that count only if they are complete.
 
 A checkpoint is marked once every process has written its part: `whole.json` lists its files with their sizes and
-hashes, and is written after they are safe on disk. A run that was killed while it saved leaves a folder without the
-mark, a disk or a copy that went wrong one whose files differ from it; the run continues from the last complete one.
+hashes, and is written after they are safely on disk. A run killed while saving leaves a folder without the mark; a
+faulty disk or copy leaves files that differ from it. A run continues from the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from stagewise.errors import ArgumentError, FileError
 from stagewise.formats.json_lines import json_bytes
 
 MARK = "whole.json"
-LEFT = "left.json"  # what the mark is called of a checkpoint that a run left behind which went on from an earlier one
+LEFT = "left.json"  # the mark's name in a checkpoint that was left behind by a run continuing from an earlier one
 WITHOUT = "the checkpoint does not count"
-REMOVED = ".removed"  # behind the name of a checkpoint while its files are deleted
+REMOVED = ".removed"  # suffix of a checkpoint whose files are being deleted
 
 
 def mark_whole(folder: str | Path) -> None:
     """Makes a checkpoint durable and writes its mark: {"optimizer.pt": {"size": 123, "xxh3_128": "0f…"}, …}.
 
     Raises:
-        OSError: a file cannot be read, or the disk is full; there is no mark then.
+        OSError: a file cannot be read, or the disk is full; then there is no mark.
     """
     folder = Path(folder)
-    own = (folder / MARK, folder / (MARK + ".tmp"))  # the latter of a run that was killed while it wrote the mark
+    own = (folder / MARK, folder / (MARK + ".tmp"))  # the latter from a run that was killed while it wrote the mark
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in own]
     hashes = hash_files(files, durable=True)
     about = {
@@ -50,15 +50,15 @@ def mark_whole(folder: str | Path) -> None:
 
 
 def unmark(folder: str | Path) -> None:
-    """Takes the mark away before a checkpoint of the same step is written over this one."""
+    """Removes the mark before a checkpoint of the same step is overwritten."""
     for name in (MARK, LEFT):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
 def leave_later(output_dir: str | Path, resume: Path) -> None:
-    """Stops later checkpoints than the one a run continues from from counting: True means the new branch, not them.
+    """Unmarks checkpoints later than the one a run continues from, so that True means the new branch.
 
-    By its name each can be continued from all the same; see `resume_point`.
+    They can still be given by name; see `resume_point`.
     """
     step = trained_steps(resume)
     for folder in checkpoints(output_dir):
@@ -68,7 +68,7 @@ def leave_later(output_dir: str | Path, resume: Path) -> None:
 
 
 def trained_steps(folder: Path) -> int:
-    """The steps that a checkpoint has behind it, whatever its folder is called.
+    """The number of steps that a checkpoint has been trained for, whatever its folder is called.
 
     Raises:
         FileError: its trainer_state.json does not say.
@@ -81,11 +81,11 @@ def trained_steps(folder: Path) -> int:
 
 
 def why_not_whole(folder: str | Path, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, to follow its name in a sentence; None if it is whole.
+    """The problem with a checkpoint, as the end of a sentence that starts with its name; None if it is complete.
 
     Args:
         folder: the checkpoint.
-        contents: whether its files are read and compared with their hashes, or their sizes alone are.
+        contents: whether to compare its files with their hashes, or only their sizes.
     """
     folder = Path(folder)
     if not (folder / MARK).is_file():
@@ -115,7 +115,7 @@ def why_not_whole(folder: str | Path, contents: bool = True) -> str | None:
 
 
 def _read_mark(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Each file that the mark lists, with its size and, but for marks of earlier versions, its hash."""
+    """Each file listed in the mark, with its size and, except in earlier versions, its hash."""
     about: dict[Path, dict[str, Any]] = {}
     for name, expected in read_object(folder / MARK, WITHOUT).items():
         expected = expected if isinstance(expected, dict) else {"size": expected}
@@ -128,12 +128,12 @@ def _read_mark(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def is_whole(folder: str | Path, contents: bool = True) -> bool:
-    """True if the checkpoint carries its mark and each listed file is as it was written; see `why_not_whole`."""
+    """Whether the checkpoint has its mark and every listed file is as it was written; see `why_not_whole`."""
     return why_not_whole(folder, contents) is None
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders checkpoint-N of a run, by rising N, whole or not."""
+    """The folders checkpoint-N of a run, by ascending N, complete or not."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=step_of)
 
@@ -144,7 +144,7 @@ def step_of(folder: str | Path) -> int:
 
 
 def last_whole(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step, or None; the log says which it passed over, and why."""
+    """The complete checkpoint with the highest step, or None; logs which ones it skipped and why."""
     for folder in reversed(checkpoints(output_dir)):
         why = why_not_whole(folder)
         if why is None:
@@ -156,9 +156,9 @@ def last_whole(output_dir: str | Path) -> Path | None:
 
 
 def resume_point(output_dir: str, asked: str | None) -> Path | None:
-    """What --resume_from_checkpoint means: a folder, or True for the last complete one.
+    """The checkpoint that --resume_from_checkpoint means: a folder, or for True the last complete one.
 
-    The first process reads the checkpoints, all of them continue from what it found.
+    The first process reads the checkpoints; all processes continue from its choice.
 
     Returns:
         the checkpoint to continue from, or None to start at the beginning (True with nothing saved yet, or False).
@@ -192,7 +192,7 @@ def _resume_point(output_dir: str, asked: str) -> Path | None:
 
 
 def check_resumable(folder: Path) -> None:
-    """Raises ArgumentError for a checkpoint of --save_only_model, which has no state of the optimizer."""
+    """Raises ArgumentError for a checkpoint of --save_only_model, which has no optimizer state."""
     if not any(next(folder.glob(pattern), None) for pattern in ("optimizer*", "global_step*")):
         raise ArgumentError(
             f"--resume_from_checkpoint: {folder} was saved with --save_only_model, without the optimizer's state that "
@@ -202,7 +202,7 @@ def check_resumable(folder: Path) -> None:
 
 
 def rotate(output_dir: str | Path, keep: int | None, best: str | None = None) -> None:
-    """Removes the oldest complete checkpoints beyond `keep`, never the best one, never the newest whole one.
+    """Removes the oldest complete checkpoints beyond `keep`, but never the best or the newest complete one.
 
     Each is renamed first: a run that is killed meanwhile leaves no checkpoint with half of its files, and the next
     call removes the rest.

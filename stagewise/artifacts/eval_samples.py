@@ -1,4 +1,4 @@
-"""The samples that evaluations leave: eval_samples/step-N.jsonl in the output directory."""
+"""The samples of evaluations: eval_samples/step-N.jsonl in the output directory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def sample_path(output_dir: str | Path, step: int) -> Path:
 
 
 def read_samples(output_dir: str | Path, step: int) -> list[dict[str, Any]]:
-    """What an evaluation left; nothing where it left nothing."""
+    """The samples of an evaluation; empty if it left none."""
     return read_json_lines(sample_path(output_dir, step))
 
 
 def sampled_steps(output_dir: str | Path) -> list[int]:
-    """The steps whose evaluations left samples, rising."""
+    """The steps whose evaluations left samples, ascending."""
     return sorted(int(path.stem.split("-")[1]) for path in (Path(output_dir) / FOLDER).glob("step-*.jsonl"))

@@ -1,4 +1,4 @@
-"""JSON files that may have been written elsewhere: read in full, or refused in one line that names the file."""
+"""Reading JSON files from elsewhere: completely, or with a one-line error that names the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from stagewise.errors import FileError
 
 KINDS = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # file systems that sync no folders
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # file systems that cannot sync folders
 
 
 def read_json(path: str | Path, way_out: str) -> Any:
@@ -19,7 +19,7 @@ def read_json(path: str | Path, way_out: str) -> Any:
 
     Args:
         path: the file.
-        way_out: what the user can do if it is broken; ends the message.
+        way_out: what the user can do if it is broken; the end of the message.
 
     Raises:
         FileError: it is missing, unreadable, not UTF-8, or not JSON.
@@ -44,7 +44,7 @@ def read_object(path: str | Path, way_out: str) -> dict[str, Any]:
     """The object in a JSON file; see `read_json`.
 
     Raises:
-        FileError: also where the file holds a list, a text, a number or null.
+        FileError: also if the file holds a list, a text, a number or null.
     """
     value = read_json(path, way_out)
     if not isinstance(value, dict):
@@ -53,13 +53,13 @@ def read_object(path: str | Path, way_out: str) -> dict[str, Any]:
 
 
 def inside(folder: str | Path, name: Any, named_by: str | Path) -> Path:
-    """The path of a file that another file names, which has to stay below `folder`.
+    """The path of a file named by another file; it has to be below `folder`.
 
-    Symbolic links are followed as they are: a hub's cache is made of them.
+    Symbolic links are followed: a hub's cache consists of them.
 
     Args:
         folder: where the file has to be.
-        name: as it was read; a relative path without "..", on Windows and elsewhere alike.
+        name: as it was read; a relative path without "..", on any system.
         named_by: the file that names it, for the message.
 
     Raises:
@@ -75,9 +75,10 @@ def inside(folder: str | Path, name: Any, named_by: str | Path) -> Path:
 
 
 def leads_outside(path: Path, folder: Path) -> bool:
-    """Whether a file is a link out of its directory, and not into the hub's cache that the directory is a part of.
+    """Whether a file is a link that leaves its directory, other than into the hub's cache that the directory belongs
+    to.
 
-    What is copied beside a model and published with it must not come from elsewhere on this machine.
+    Files copied beside a model and published with it must not come from elsewhere on this machine.
     """
     home = folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -85,10 +86,10 @@ def leads_outside(path: Path, folder: Path) -> bool:
 
 
 def write_durably(path: str | Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all, also after a power failure.
+    """Writes a file completely or not at all, even after a power failure.
 
     Raises:
-        OSError: it could not be written; what stood there before is still there.
+        OSError: it could not be written; an earlier file is still there.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -101,7 +102,7 @@ def write_durably(path: str | Path, content: bytes) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Makes the names in a folder durable, where the system can."""
+    """Makes the names in a folder durable, if the system can."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,5 +1,6 @@
-"""Where a model comes from: the steps of run.json's lineage, with what each of them learned from and came to, and the
-license of the model that the first step began with."""
+"""The lineage in run.json: the steps that made a model, with the data and results of each, and the license of the
+first model.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from stagewise.artifacts.manifest import read_manifest
 
 UNKNOWN = "unknown"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-# How a license's text begins, within its first 400 characters -> its name on the Hub.
+# The beginning of a license's text, within its first 400 characters -> its name on the Hub.
 TEXTS = (
     (r"apache license\s+version 2\.0", "apache-2.0"),
     (r"mit license|permission is hereby granted, free of charge", "mit"),
@@ -30,7 +31,7 @@ ACCOUNT = ("read", "kept", "left_out", "cut")
 
 
 def begin_step(stage: str, parts: list[Any]) -> dict[str, Any]:
-    """What a run's step in the lineage is before anything has been read."""
+    """The entry of a run in the lineage, before anything has been read."""
     step: dict[str, Any] = {"stage": stage, "base_model": _flag(parts, "model_name_or_path")}
     if step["base_model"] and not Path(step["base_model"]).is_dir():
         step["from_hub"] = True
@@ -44,13 +45,13 @@ def begin_step(stage: str, parts: list[Any]) -> dict[str, Any]:
 
 
 def earlier_steps(parts: list[Any]) -> list[dict[str, Any]]:
-    """The steps before a run's own: those of the adapter that it continues from, else those of its model."""
+    """The steps before a run's own: those of the adapter it continues from, else those of its model."""
     adapter = _flag(parts, "peft_path")
     return (_lineage(adapter) if adapter else []) or _lineage(_flag(parts, "model_name_or_path"))
 
 
 def finished_step(manifest: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """A finished run's last step with what it learned from and came to, for those who only have what it made."""
+    """The lineage entry of a finished run, with its data and results, for readers who only have the model."""
     step = dict(manifest["lineage"][-1])
     step |= {"output_dir": str(output_dir), **{k: manifest[k] for k in KEPT if manifest.get(k) is not None}}
     data = manifest.get("data") or {}
@@ -73,13 +74,13 @@ KEPT = ("method", "parameters", "template", "steps", "seconds", "device", "proce
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics without how long they took to measure."""
+    """Metrics without the time they took."""
     unsaid = ("runtime", "per_second", "epoch", "step")
     return {name: value for name, value in metrics.items() if not name.endswith(unsaid)}
 
 
 def first_model(lineage: list[dict[str, Any]]) -> tuple[str | None, bool]:
-    """The model that everything began with, and whether that is its name on the Hub."""
+    """The model that everything started from, and whether that is a name on the Hub."""
     first = next((step for step in lineage if step.get("base_model")), {})
     return first.get("base_model"), bool(first.get("from_hub"))
 
@@ -97,7 +98,7 @@ def _lineage(folder: str | None) -> list[dict[str, Any]]:
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The YAML at the head of a model card; empty where there is none, or none that can be read."""
+    """The YAML front matter of a model card; empty if there is none, or none that can be parsed."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     if not found:
@@ -111,14 +112,15 @@ def front_matter(card: Path) -> dict[str, Any]:
 
 
 def find_license(base: Path, called: str | None = None) -> dict[str, str]:
-    """The license of a model's directory (`called` so to people), by its Hub name, and where that is said.
+    """The license of a model's directory (called `called` in messages) by its Hub name, and its source.
 
-    Looked for in run.json (a merged model's), the front matter of README.md, and the text of a LICENSE file; else the
-    license is "unknown". One that has no name on the Hub is "other", with `name` and `link` where they are known.
+    It is looked for in run.json (of a merged model), the front matter of README.md, and the text of a LICENSE file;
+    otherwise it is "unknown". A license without a name on the Hub is "other", with `name` and `link` if they are
+    known.
     """
     called = called or str(base)
     manifest = read_manifest(base) or {}
-    earlier = manifest.get("license", manifest.get("licence"))  # the second is what earlier versions wrote
+    earlier = manifest.get("license", manifest.get("licence"))  # the second is the spelling of earlier versions
     earlier = earlier if isinstance(earlier, dict) and isinstance(earlier.get("id"), str) else None
     if earlier and earlier["id"] != UNKNOWN:
         return dict(earlier)
@@ -143,13 +145,13 @@ def find_license(base: Path, called: str | None = None) -> dict[str, str]:
 
 
 def carry_license(base: Path, folder: Path, called: str | None = None) -> dict[str, str]:
-    """Copies the license's text beside what was made from a model's directory; returns what `find_license` finds."""
+    """Copies the license text beside a model made from the directory; returns the result of `find_license`."""
     copy_beside(base, LICENCE_FILES, folder)
     return find_license(base, called)
 
 
 def copy_beside(base: Path, patterns: Sequence[str], folder: Path) -> None:
-    """Copies files of a model's directory beside what was made from it; links to other places stay behind."""
+    """Copies files of a model's directory beside a model made from it; links that lead elsewhere are left out."""
     for path in (path for pattern in patterns for path in base.glob(pattern) if path.is_file()):
         if leads_outside(path, base):
             logger.warning(f"{path}: is a link to {path.resolve()}, outside of the model's directory: not copied")

@@ -1,10 +1,10 @@
-"""One process at a time makes what several would make alike: a lock file beside it, held by the one at work.
+"""A lock file that lets one process do work whose result several processes need.
 
     A  takes the lock ─ encodes ─ the entry is there ─ takes the lock file away, lets go
     B        waits ············································ RELEASED: it looks for the entry again
 
-The kernel takes the lock from a process that ends, however it ends, on this machine and, over NFS, on others: a killed
-one keeps nobody waiting. A waiting process makes no collective call, so that it may wait for hours.
+The kernel releases the lock when a process ends for any reason, on this machine and, over NFS, on others: a killed
+process blocks nobody. A waiting process makes no collective call, so it may wait for hours.
 """
 
 import json
@@ -36,14 +36,14 @@ class LockResult(Enum):
 
 @contextmanager
 def exclusive_lock(path: Path, what: str) -> Iterator[LockResult]:
-    """Holds the lock file `path` while the block runs, if it is free; otherwise waits until its holder is done.
+    """Holds the lock file `path` during the block if it is free; otherwise waits until its holder is done.
 
-    An error in the data (RecordError, ArgumentError) that ends the block ends those who wait for it as well: it is
-    left in the lock file, which no later process opens, since its name is gone by then.
+    A data error (RecordError, ArgumentError) in the block also ends the waiting processes: it is left in the lock
+    file, which no later process opens because its name is gone by then.
 
     Args:
-        path: the lock file, in a folder that is there.
-        what: is made there, for the line that is logged where this process waits.
+        path: the lock file, in an existing folder.
+        what: what is being made, for the log line of a waiting process.
 
     Raises:
         RecordError, ArgumentError: those of the process that was waited for.
@@ -58,7 +58,7 @@ def exclusive_lock(path: Path, what: str) -> Iterator[LockResult]:
             yield LockResult.RELEASED
             return
         with suppress(OSError):
-            os.ftruncate(file, 0)  # left by a process that was killed before it took the file away
+            os.ftruncate(file, 0)  # written by a process that was killed before it removed the file
         try:
             yield LockResult.ACQUIRED
         except (RecordError, ArgumentError) as error:
@@ -67,7 +67,7 @@ def exclusive_lock(path: Path, what: str) -> Iterator[LockResult]:
         finally:
             path.unlink(missing_ok=True)
     finally:
-        with suppress(OSError):  # to close it is not enough where a process that was forked meanwhile has it, too
+        with suppress(OSError):  # closing is not enough if a process forked in the meantime has it open, too
             fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
 
@@ -76,12 +76,12 @@ def exclusive_lock(path: Path, what: str) -> Iterator[LockResult]:
 
 
 def _taken(path: Path, what: str) -> int | None:
-    """The lock file, open and locked; None, and a line that says why, where there is no locking."""
+    """The lock file, open and locked; None, with a log line, if locks do not work."""
     file = None
     try:
         if fcntl is None:
             raise OSError(None, "this system has no flock")
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS can only lock files open for writing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,7 +96,7 @@ def _taken(path: Path, what: str) -> int | None:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file still has its name; of one that another machine took away NFS knows nothing more."""
+    """Whether the open file still has its name; on NFS another machine may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except OSError:
@@ -105,12 +105,12 @@ def _is_at(file: int, path: Path) -> bool:
 
 def _say(file: int, error: RecordError | ArgumentError) -> None:
     parts = (error.where, error.reason, error.message) if isinstance(error, RecordError) else (str(error),)
-    with suppress(OSError):  # a full disk: those who wait find the error themselves
+    with suppress(OSError):  # a full disk: the waiting processes will meet the error themselves
         os.pwrite(file, json.dumps(parts).encode(), 0)
 
 
 def _raise_said(file: int) -> None:
-    """Raises the error that the process before left, if it left one."""
+    """Raises the error that the previous process left, if there is one."""
     try:
         parts = json.loads(os.pread(file, MOST_SAID, 0))
     except (OSError, ValueError):

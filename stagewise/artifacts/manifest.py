@@ -1,4 +1,4 @@
-"""run.json: what a run was told, ran on and came to; the next stage reads its lineage there."""
+"""run.json: a run's command, environment and results; the next stage reads its lineage there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "d
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The run.json of a directory, or None where there is none.
+    """The run.json of a directory, or None if there is none.
 
     Raises:
         FileError: it cannot be read, or is not what a run writes.
@@ -42,14 +42,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], *, weights: bool = False) -> None:
-    """Writes run.json; with `weights` it gets the hashes of the weights in the directory, which are finished then."""
+    """Writes run.json; with `weights`, including the hashes of the finished weight files in the directory."""
     if weights:
         manifest = {**manifest, "files": weight_hashes(folder)}
     write_durably(folder / MANIFEST, json_bytes(manifest, indent=2))
 
 
 def without_tokens(words: Sequence[str]) -> list[str]:
-    """A command line with the values of access tokens left out."""
+    """A command line without the values of access tokens."""
     kept, secret = [], False
     for word in words:
         name, equals, _ = word.partition("=")
@@ -61,7 +61,7 @@ def without_tokens(words: Sequence[str]) -> list[str]:
 
 
 def given_flags(parts: Sequence[Any], names: set[str]) -> dict[str, Any]:
-    """The flags that the command line or its file gave, with their values; access tokens are left out."""
+    """The flags given on the command line or in its file, with their values but without access tokens."""
     flags: dict[str, Any] = {}
     for part in parts:
         for f in dataclasses.fields(part):
@@ -73,7 +73,7 @@ def given_flags(parts: Sequence[Any], names: set[str]) -> dict[str, Any]:
 
 
 def effective_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """A command line without the flags that a later one replaces, and the values that were replaced, by flag."""
+    """A command line without flags that a later one overrides, and the overridden values by flag."""
     groups: list[list[str]] = []
     for word in words:
         if word.startswith("--") and len(word) > 2:
@@ -90,7 +90,7 @@ def effective_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str
 
 
 def settled_flags(given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """What was given for the flags whose value another flag changed."""
+    """The given values of flags that another flag changed."""
     return {name: value for name, value in given.items() if name in flags and flags[name] != value}
 
 
@@ -111,10 +111,10 @@ def device_name(args: TrainingArguments) -> str:
 
 
 def parameters_of(model: nn.Module) -> dict[str, int]:
-    """How many parameters a model has and how many of them are trained; of 4-bit weights two stand in a byte."""
+    """The number of parameters and of trainable ones; a byte of 4-bit weights holds two."""
     counts = {"all": 0, "trained": 0}
     for parameter in model.parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 holds a part of it here
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 only a shard is here
         size *= 2 if type(parameter).__name__ == "Params4bit" or parameter.dtype == torch.uint8 else 1
         counts["all"] += size
         counts["trained"] += size if parameter.requires_grad else 0

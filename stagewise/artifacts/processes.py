@@ -1,7 +1,7 @@
-"""Work that the processes of one run share: each does its part, and all of them have the whole, in order.
+"""Helpers for the processes of one run: work on the first one, on all of them, or shared among them.
 
-The group of processes is the one that `choose_device` makes. An error of this project in one of them ends all of them,
-with the same words; the scripts print it in the first of each machine.
+The process group is set up by `choose_device`. If one process raises an error of this project, all of them raise it
+with the same message; the scripts print it on the first process of each machine.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def is_distributed() -> bool:
 
 
 def from_first_process(work: Callable[[], T]) -> T:
-    """What `work` gives, which the first process alone does while the others wait; it must be picklable.
+    """The result of `work`, which only the first process runs while the others wait; it must be picklable.
 
     Raises:
-        ArgumentError: in every process, with the words of an error of this project in the first.
+        ArgumentError: on every process, if the first one raises an error of this project.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -47,10 +47,10 @@ def from_first_process(work: Callable[[], T]) -> T:
 
 
 def gather_by_index(work: Callable[[], Mapping[int, T]]) -> dict[int, T]:
-    """What every process found, by its place: each gives the places that it worked on, and gets all of them.
+    """The results of all processes by index: each contributes those it worked on and gets all of them.
 
     Raises:
-        ArgumentError: in every process, with the words of the first error of this project in any of them.
+        ArgumentError: on every process, with the first error of this project on any of them.
     """
     if PartialState().num_processes == 1:
         return dict(work())
@@ -58,10 +58,10 @@ def gather_by_index(work: Callable[[], Mapping[int, T]]) -> dict[int, T]:
 
 
 def on_every_process(work: Callable[[], T]) -> T:
-    """What `work` gives in this process; each does it for itself, such as reading a file of its own machine.
+    """The result of `work` on this process; each runs it for itself, for example to read a file of its own machine.
 
     Raises:
-        ArgumentError: in every process, with the words of the first error of this project in any of them.
+        ArgumentError: on every process, with the first error of this project on any of them.
     """
     if PartialState().num_processes == 1:
         return work()
@@ -71,16 +71,17 @@ def on_every_process(work: Callable[[], T]) -> T:
 
 
 def in_batches(lengths: Sequence[int], size: int, title: str, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """`work` on batches of like lengths, longest first, dealt to the processes; what it gives for each, in order.
+    """Runs `work` on batches of similar lengths, longest first, spread over the processes; returns the results in
+    order.
 
-    The batches are the same for any number of processes, and so is the last digit of what comes out. The first process
-    shows a bar of its own part on a terminal.
+    The batches are the same for any number of processes, so the results are bit-equal. The first process shows a
+    progress bar of its own share on a terminal.
 
     Args:
-        lengths: of what is worked on.
-        size: of a batch.
-        title: what the bar is called.
-        work: is given the indices of a batch, and gives something for each.
+        lengths: the length of each item.
+        size: items per batch.
+        title: of the progress bar.
+        work: takes the indices of a batch and returns a result for each.
     """
     state = PartialState()
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -101,7 +102,7 @@ def in_batches(lengths: Sequence[int], size: int, title: str, work: Callable[[li
 
 
 def _tried(work: Callable[[], T]) -> list[Any]:
-    """[what `work` gives, None], or [None, the words of an error of this project]."""
+    """[result of `work`, None], or [None, the message of an error of this project]."""
     try:
         return [work(), None]
     except ValueError as error:
@@ -118,11 +119,11 @@ def _result(tried: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def leave_processes(status: int) -> None:
-    """Ends the group of processes where all of them have come to their end, and this process with `status`, later.
+    """Leaves the process group once all processes have reached this point, and later exits with `status`.
 
-    Threads of gloo that are still there while Python ends abort the process now and then, and a finished run would
-    count as failed. Once DistributedDataParallel was there they outlive the group and the model (torch 2.13). So the
-    process leaves with the last of Python's exit handlers and does not wait for what comes after them.
+    gloo threads that are still alive while Python shuts down occasionally abort the process, and a finished run would
+    count as failed. Once DistributedDataParallel has been used, they outlive the group and the model (torch 2.13). So
+    the process exits in Python's last exit handler and skips the rest of the shutdown.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -132,14 +133,14 @@ def leave_processes(status: int) -> None:
         leave_with_status.append(status)
 
 
-leave_with_status: list[int] = []  # the exit status of a process that is to leave early; empty otherwise
+leave_with_status: list[int] = []  # exit status of a process that should skip the shutdown; empty otherwise
 
 
 def _leave() -> None:
-    if leave_with_status and not hasattr(sys, "last_type"):  # which an error that nothing caught has set
+    if leave_with_status and not hasattr(sys, "last_type"):  # set by an uncaught error
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(leave_with_status[0])
 
 
-atexit.register(_leave)  # handlers that are registered later, a tracker's for instance, run before it
+atexit.register(_leave)  # handlers registered later, such as a tracker's, run before it

@@ -1,4 +1,4 @@
-"""The files that hold a model's or an adapter's weights: their names, whether they are whole, and their hashes."""
+"""The weight files of a model or an adapter: their names, whether they are complete, and their hashes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ INDEX = "model.safetensors.index.json"
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", *ADAPTER)  # what a finished directory's hashes are of
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", *ADAPTER)  # the files whose hashes a finished directory records
 AGAIN = "download or copy the directory again"
 
 
 def shard_names(folder: Path, index: str = INDEX) -> list[str]:
-    """The files that an index of a model directory names, each once, in order; empty where there is no index.
+    """The files named by the index of a model directory, each once, in order; empty if there is no index.
 
     Raises:
-        FileError: the index is broken, or names a file elsewhere than below the directory.
+        FileError: the index is broken, or names a file that is not below the directory.
     """
     path = folder / index
     if not path.exists():
@@ -40,10 +40,10 @@ def shard_names(folder: Path, index: str = INDEX) -> list[str]:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Checks names and headers of a model directory's weights, which takes no time, before a library reads them.
+    """Checks names and headers of a model directory's weights before a library reads them; takes no time.
 
     Raises:
-        FileError: an index is broken or names a file that is missing or elsewhere; a file is empty or cut.
+        FileError: an index is broken or names a file that is missing or elsewhere; a file is empty or truncated.
     """
     for index in INDEXES:
         for name in shard_names(folder, index):
@@ -56,7 +56,7 @@ def check_weight_files(folder: Path) -> None:
 
 
 def check_header(path: Path) -> None:
-    """Raises FileError for an empty file of weights, and for a .safetensors that is cut or is none."""
+    """Raises FileError for an empty weight file, and for a .safetensors file that is truncated or invalid."""
     if path.stat().st_size == 0:
         raise FileError(f"{path}: is empty; {AGAIN}")
     if path.suffix == ".safetensors":
@@ -71,16 +71,16 @@ def check_header(path: Path) -> None:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """The hash of each file of weights in a finished directory, by its name: "files" in its run.json."""
+    """The hash of each weight file of a finished directory by name: "files" in its run.json."""
     paths = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file()})
     return {path.name: found for path, found in hash_files(paths).items()}
 
 
 def check_hashes(folder: Path) -> None:
-    """Compares a directory's weights with what run.json, or a checkpoint's whole.json, says of them.
+    """Compares a directory's weights with the hashes in its run.json, or in a checkpoint's whole.json.
 
-    Configs and chat templates are not compared: they may be edited. The first process of a machine compares, the
-    others are ended with it. Directories that were made elsewhere have no hashes, and are taken as they are.
+    Configs and chat templates are not compared: they may be edited. The first process of a machine compares, and ends
+    the others with it. Directories made elsewhere have no hashes and are accepted.
 
     Raises:
         FileError: a file is not what was saved; says what to do.
@@ -119,5 +119,5 @@ def _entry(account: str) -> str:
 
 @functools.lru_cache
 def _hash(path: Path, changed: int, size: int) -> str:
-    """`hash_file`; of a file that is still the one that was read before, from memory."""
+    """`hash_file`, cached for a file that has not changed since it was read."""
     return hash_file(path)

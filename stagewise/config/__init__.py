@@ -1,1 +1,1 @@
-"""Flags: their dataclasses, how a command line and its files are read, and what is refused before weights load."""
+"""Flags: their dataclasses, command lines and flag files, and checks before weights load."""

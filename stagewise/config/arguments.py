@@ -14,7 +14,7 @@ from stagewise.errors import ArgumentError
 
 @dataclass
 class ModelArguments:
-    """Which model, from where, in which precision."""
+    """Which model to load, from where, and in which precision."""
 
     heading = "Model"
 
@@ -84,20 +84,20 @@ class ModelArguments:
         default=0.25, metadata={"help": "With --shift_attn: group size as a share of the row length."}
     )
 
-    # (flag, tokens): the length that the run trains on, which `check_shared` finds among the other flags. No flag.
+    # (flag, tokens): the training length, which `check_shared` finds among the other flags. Not a flag itself.
     rope_length = None
-    # "rope" of run.json: how positions were scaled where the adapter that is to be put on this model was trained.
+    # "rope" of run.json: how positions were scaled when the adapter to be attached was trained.
     kept_rope = None
 
     @property
     def bits(self) -> int | None:
-        """4 or 8 where the base is quantized while it loads, else None."""
+        """4 or 8 if the base is quantized while loading, else None."""
         return 4 if self.load_in_4bit or self.qlora else 8 if self.load_in_8bit else None
 
 
 @dataclass
 class DataArguments:
-    """Which records are trained on and which are held out."""
+    """Which records to train on and which to hold out."""
 
     heading = "Data"
 
@@ -176,7 +176,7 @@ class PairArguments:
 
 @dataclass
 class LanguageModelArguments:
-    """How rows for the language-model loss are made."""
+    """How rows for the language-model loss are built."""
 
     heading = "Rows of text"
 
@@ -197,7 +197,7 @@ class LanguageModelArguments:
 
 @dataclass
 class AdapterArguments:
-    """What is trained: an adapter, or all weights."""
+    """What to train: an adapter, or all weights."""
 
     heading = "Adapter"
 
@@ -261,7 +261,7 @@ class AdapterArguments:
     prefix_projection: bool = field(
         default=False, metadata={"help": "Prefix tuning: train the prefix through a two-layer MLP."}
     )
-    # Names of the flags that stood on the command line, also with their default values; set by `run.start`.
+    # Names of the flags on the command line, including those given their default value; set by `start`.
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
     @property
@@ -275,20 +275,20 @@ class AdapterArguments:
 
     @property
     def padded_because(self) -> str | None:
-        """Why rows cannot be packed with this method, or None."""
+        """The reason why rows cannot be packed with this method, or None."""
         if self.method not in VIRTUAL_TOKENS:
             return None
         return f"{self.method}: the virtual tokens stand before a row, not before each of its documents"
 
     def asks(self, name: str) -> bool:
-        """Whether a flag was given, or has a value that is not its default."""
+        """Whether a flag was given, or has a value other than its default."""
         default = next(f.default for f in dataclasses.fields(self) if f.name == name)
         return name in self.given or getattr(self, name) != default
 
 
 @dataclass
 class PredecessorArguments:
-    """What the model is before this stage changes it: the reference is that, too."""
+    """What happens to the model before this stage trains it, and to its reference as well."""
 
     heading = "What the model was before"
 
@@ -303,7 +303,7 @@ class PredecessorArguments:
 
 @dataclass
 class RunArguments:
-    """What every stage's run has beside transformers' TrainingArguments, and where its defaults differ from those."""
+    """Flags of every stage's run beside transformers' TrainingArguments, and defaults that differ from those."""
 
     heading = "The run"
 
@@ -345,7 +345,7 @@ class RunArguments:
     )
 
     def check(self) -> None:
-        """Raises ArgumentError for what no run can have."""
+        """Raises ArgumentError for values that no run can have."""
         if self.output_dir is None:
             raise ArgumentError("--output_dir: missing; give the folder that the run is written to")
         deepspeed = getattr(self, "deepspeed", None)
@@ -360,7 +360,7 @@ class RunArguments:
 VIRTUAL_TOKENS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 _LAYERS = ("target_modules", "lora_alpha", "lora_dropout", "modules_to_save")
 _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
-# Method -> the flags that say how it is done.
+# Method -> the flags that configure it.
 METHODS: dict[str, tuple[str, ...]] = {
     "full": (),
     "lora": (*_LAYERS, "lora_rank", "use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),

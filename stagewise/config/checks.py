@@ -1,4 +1,4 @@
-"""Flags with an impossible value, without effect or that do not fit together: refused before anything is loaded."""
+"""Checks of flags that are impossible, have no effect or do not fit together, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ROPE_SCALINGS = ("linear", "dynamic", "yarn", "longrope")
 
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ArgumentError that names the flag unless `value` is one of `choices`."""
+    """Raises an ArgumentError that names the flag unless `value` is one of `choices`."""
     if value not in choices:
         raise ArgumentError(f"--{flag}: expected one of {', '.join(choices)}, found {value!r}")
 
 
 def named_checkpoint(value: str | bool | None) -> Path | None:
-    """The folder that --resume_from_checkpoint names; None where its value is True, False or absent.
+    """The folder that --resume_from_checkpoint names; None if its value is True, False or absent.
 
     Raises:
         ArgumentError: the folder does not exist.
@@ -41,7 +41,7 @@ def named_checkpoint(value: str | bool | None) -> Path | None:
 
 
 def check_shared(*arguments: Any) -> None:
-    """Checks that join flags of the shared dataclasses, before anything is loaded.
+    """Checks that involve several flags of the shared dataclasses, before anything is loaded.
 
     Raises:
         ArgumentError: naming the flags that do not fit together and what to do.
@@ -68,7 +68,7 @@ def check_shared(*arguments: Any) -> None:
 
 
 def longest_row(parts: Sequence[Any]) -> tuple[str, int] | None:
-    """The flag that says how long a stage's rows get, and its tokens; None where no flag does."""
+    """The flag that sets the length of a stage's rows, and its tokens; None if no flag does."""
     for part in parts:
         for name in ("model_max_length", "block_size"):
             if hasattr(part, name):
@@ -149,17 +149,17 @@ def _check_adapter(adapter: AdapterArguments) -> None:
         raise ArgumentError(f"--lora_dropout: expected 0 to below 1, found {adapter.lora_dropout}")
     if adapter.loraplus_lr_ratio is not None and adapter.loraplus_lr_ratio < 1:
         raise ArgumentError(f"--loraplus_lr_ratio: expected at least 1, found {adapter.loraplus_lr_ratio}")
-    # PEFT's faster forms of PiSSA draw random numbers, which loading such an adapter would draw anew.
+    # PEFT's faster variants of PiSSA draw random numbers, and loading such an adapter would draw them again.
     check_choice("init_lora_weights", adapter.init_lora_weights, ("default", "gaussian", "pissa"))
-    if not adapter.peft_path:  # else the adapter says which method it is
+    if not adapter.peft_path:  # otherwise the adapter determines the method
         check_flags_of_method(adapter)
 
 
 def check_flags_of_method(adapter: AdapterArguments) -> None:
-    """Raises ArgumentError for a flag of another method than the one that is trained."""
+    """Raises ArgumentError for flags that belong to another method than the one in use."""
     method = adapter.method
     for name in sorted({name for names in METHODS.values() for name in names} - set(METHODS[method])):
-        # No dropout, no projection … is true of every method.
+        # No dropout, no projection … holds for every method.
         if not adapter.asks(name) or getattr(adapter, name) in (None, False, 0):
             continue
         if method == "full":

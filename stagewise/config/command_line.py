@@ -1,8 +1,8 @@
-"""How a command line is read, by every script alike: strictly.
+"""The strict command-line parser of every script.
 
-It may start with a `.yaml` or `.json` file of flags; flags after it override the file. Names that earlier pipelines
-used are taken as what they meant, with one line that says today's name. A flag that a script does not have ends the
-program with the nearest known name.
+A command line may start with a `.yaml` or `.json` file of flags; flags after it override the file. Names used by
+earlier pipelines are accepted, with one line that gives today's name. An unknown flag ends the program with the
+nearest known name.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from stagewise.config.paths import expanded
 from stagewise.errors import ArgumentError
 
 FALSE_WORDS = {"false", "no", "0", "none", "off"}
-Given = list[tuple[str, list[str]]]  # flags by today's names, each with the words behind it; the last of a name counts
+Given = list[tuple[str, list[str]]]  # flags by today's names, each with its words; the last one of a name counts
 
-# Flags of later versions: given with a value that asks for them, they are refused by name.
+# Flags of later versions: refused by name if their value asks for them.
 NOT_YET = {
     "cpm_quantization_target": "train with --qlora; tools.quantize_model writes the CPM form of a finished model",
 }
 
-# Names of earlier pipelines -> today's name; the value is taken over as it is.
+# Names of earlier pipelines -> today's name; the value is taken over unchanged.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
@@ -43,7 +43,7 @@ RENAMED = {
     "reward_model_checkpoint": "reward_model_name_or_path",
     "quantized_or_merged_output_dir": "output_dir",
     "max_length": "model_max_length",
-    "quantization": "load_in_4bit",  # these two by `_quantization`, which reads the value
+    "quantization": "load_in_4bit",  # these two are handled by `_quantization`, which reads the value
     "quantization_bit": "load_in_4bit",
     "adalora_init_r": "init_r",
     "adalora_tinit": "tinit",
@@ -60,7 +60,7 @@ RENAMED = {
     "validation_dir": "validation_file_dir",
 }
 
-# Names that transformers dropped because what they asked for is now always so.
+# Names that transformers removed because the behavior is now always on.
 ALWAYS_SO = {
     "use_fast_tokenizer": "transformers 5 has one kind of tokenizer, the fast one",
     "save_safetensors": "weights are always saved as safetensors",
@@ -83,8 +83,8 @@ def parse(
     Args:
         kinds: dataclasses; every field is a flag.
         argv: words after the script's name; default `sys.argv[1:]`.
-        before: is given the flags with their words before any dataclass is made from them; returns those to use.
-        description: what --help shows above the flags, as it is.
+        before: gets the flags with their words before any dataclass is made; returns those to use.
+        description: text that --help shows above the flags.
 
     Returns:
         one instance for each dataclass, in order.
@@ -116,15 +116,15 @@ def parse(
 
 
 def _print(text: str) -> None:
-    """Prints to a reader that may have seen enough, as `| head` has."""
+    """Prints, and tolerates a closed pipe, as after `| head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still writes while it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at exit
 
 
 def given_on(argv: list[str], flags: Mapping[str, Flag]) -> Given:
-    """The flags of a command line, with those of the file that it may start with before them.
+    """The flags of a command line, preceded by those of the file that it may start with.
 
     Raises:
         ArgumentError: for an unknown flag or a bad file.
@@ -132,7 +132,7 @@ def given_on(argv: list[str], flags: Mapping[str, Flag]) -> Given:
     known = known_names(flags)
     given: Given = []
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        # each for itself: what follows overrides the file also where the two say it with different names
+        # expanded separately: later flags override the file even if the two use different names
         given = _today(read_flags(Path(expanded(argv[0], argv[0])), flags), known)
         argv = argv[1:]
     given += _today(_split(argv), known)
@@ -143,12 +143,12 @@ def given_on(argv: list[str], flags: Mapping[str, Flag]) -> Given:
 
 
 def known_names(flags: Mapping[str, Flag]) -> set[str]:
-    """The names of flags; a yes-or-no flag that is usually True can also be given as its opposite, --no_name."""
+    """All flag names; a boolean flag that defaults to True can also be given as --no_name."""
     return {*flags, *(f"no_{flag.name}" for flag in flags.values() if flag.kind is bool and flag.default is True)}
 
 
 def _split(argv: list[str]) -> list[tuple[str | None, list[str]]]:
-    """Words grouped as (flag without dashes, its values); values before the first flag have flag None."""
+    """Groups words as (flag without dashes, its values); values before the first flag have flag None."""
     groups: list[tuple[str | None, list[str]]] = []
     for word in argv:
         if word == "-h":
@@ -165,7 +165,7 @@ def _split(argv: list[str]) -> list[tuple[str | None, list[str]]]:
 
 
 def _today(groups: list[tuple[str | None, list[str]]], known: set[str]) -> Given:
-    """Flags of earlier pipelines under today's names, each with one line that says so."""
+    """Renames flags of earlier pipelines, with one log line for each."""
     given: Given = []
     for name, values in groups:
         if name is None:
@@ -186,9 +186,9 @@ def _today(groups: list[tuple[str | None, list[str]]], known: set[str]) -> Given
 
 
 def _yields(name: str, values: list[str], others: list[str] | None) -> bool:
-    """Of --warmup_steps and --warmup_ratio, which are one flag today, steps counted where both were above zero.
+    """Resolves --warmup_steps and --warmup_ratio, which are one flag today; steps win if both are above zero.
 
-    Below 1 steps are today's word for a ratio, as the recipes have it: then the last one counts, as of any flag.
+    Values below 1 for steps are a ratio, as in the recipes: then the last flag counts, as for any other flag.
     """
     if others is None:
         return False
@@ -202,7 +202,7 @@ def _yields(name: str, values: list[str], others: list[str] | None) -> bool:
 def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | None, list[str]]:
     asked = not (values and values[0].lower() in FALSE_WORDS)
     if name in ALWAYS_SO:
-        logger.info(f"--{name} is no flag any more: {ALWAYS_SO[name]}")
+        logger.info(f"--{name} is no longer a flag: {ALWAYS_SO[name]}")
         return None, []
     if name == "group_by_length":
         logger.info(f"--group_by_length is --train_sampling_strategy {'group_by_length' if asked else 'random'} today")
@@ -220,7 +220,7 @@ def _rewritten(name: str, values: list[str], known: set[str]) -> tuple[str | Non
 
 
 def _quantization(name: str, values: list[str], asked: bool) -> tuple[str | None, list[str]]:
-    """`--quantization bnb --quantization_bit 4`, which earlier pipelines said for --load_in_4bit."""
+    """Reads `--quantization bnb --quantization_bit 4`, the former spelling of --load_in_4bit."""
     value = values[0] if values else ""
     if not asked or (name, value) == ("quantization", "bnb"):
         return None, []

@@ -9,7 +9,7 @@ import sys
 
 from stagewise.config.stages import STAGES
 
-# Command -> its module, and what it does. The stages come from their table.
+# Command -> its module and a description. The stages come from their table.
 COMMANDS = {stage.name: (stage.script, stage.title) for stage in STAGES.values()} | {
     "merge": ("merge_peft_adapter", "merge an adapter into its base model"),
     "infer": ("inference", "chat in the terminal, or answer a file of prompts"),
@@ -34,9 +34,9 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Runs the command that the first word names, with the words behind it as its flags.
+    """Runs the command named by the first word, with the remaining words as its flags.
 
-    Exits with status 2 for a word that is no command; else with the status of the command's script.
+    Exits with status 2 for an unknown command, else with the status of the command's script.
     """
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(usage())
@@ -52,6 +52,6 @@ def main() -> None:
         sys.argv[1:] = sys.argv[2:]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
-    script = importlib.util.find_spec(module).origin  # a path, so that --help names the script
+    script = importlib.util.find_spec(module).origin  # a path, so that --help shows the script's name
     sys.argv = [script, *sys.argv[2:]]
     runpy.run_path(script, run_name="__main__")

@@ -1,4 +1,4 @@
-"""A .yaml or .json file of flags, read as the same words on the command line."""
+"""A .yaml or .json file of flags, equivalent to the same words on the command line."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import yaml
 from stagewise.config.flags import Flag
 from stagewise.errors import ArgumentError
 
-# A number that YAML 1.1 takes for text, since it has no point: 1e-4.
+# A number that YAML 1.1 reads as text because it has no decimal point: 1e-4.
 EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 NULL, BOOL, INT, FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"))
 
 
 def read_flags(path: Path, known: Mapping[str, Flag]) -> list[tuple[str, list[str]]]:
-    """The flags of a file, each with the words that would stand behind it.
+    """The flags of a file, each with the words that would follow it on the command line.
 
-    A value is its text as it stands in the file. `null` leaves the flag at its default; nothing at all behind the
-    colon is the flag alone. A list is a word for each item where the flag takes several, else one word, joined by
-    commas. A mapping is a dictionary where the flag takes one.
+    A value keeps its spelling in the file. `null` leaves the flag at its default; an empty value is the flag alone. A
+    list becomes several words if the flag takes several, else one word joined by commas. A mapping is a dictionary if
+    the flag takes one.
 
     Raises:
-        ArgumentError: with the file and the line of what cannot be read.
+        ArgumentError: with the file and line of what cannot be read.
     """
     if not path.is_file():
         raise ArgumentError(f"{path}: no such file of flags")
@@ -57,12 +57,12 @@ def read_flags(path: Path, known: Mapping[str, Flag]) -> list[tuple[str, list[st
 
 
 def _name(key: str) -> str:
-    """A flag's name; dashes are taken for underscores, as on the command line."""
+    """A flag's name; dashes become underscores, as on the command line."""
     return key.lstrip("-").replace("-", "_")
 
 
 def _words(node: yaml.Node, flag: Flag | None, place: str) -> list[str] | None:
-    """The words behind a flag; None where it keeps its default."""
+    """The words after a flag; None if it keeps its default."""
     if isinstance(node, yaml.MappingNode):
         return _mapping(_plain(node, place), flag, place)
     if isinstance(node, yaml.SequenceNode):
@@ -81,13 +81,13 @@ def _mapping(value: dict[str, Any], flag: Flag | None, place: str) -> list[str]:
 
 
 def _list(words: list[str], flag: Flag | None) -> list[str] | None:
-    """A word for each item where the flag takes several, else one, joined by commas; an empty list says nothing."""
+    """A word for each item if the flag takes several, else one word joined by commas; an empty list gives none."""
     return (words if flag is not None and flag.several else [",".join(words)]) if words else None
 
 
 def _of_json(text: str, known: Mapping[str, Flag], path: str) -> list[tuple[str, list[str]]]:
     """The flags of a JSON file; see `read_flags`."""
-    # Numbers stay as they are spelled: a text flag takes 1.10 as the command line does, not as 1.1.
+    # Numbers keep their spelling: a text flag gets 1.10 as on the command line, not 1.1.
     top = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, path), parse_float=Spelled, parse_int=Spelled)
     if not isinstance(top, dict):
         raise ArgumentError(f"{path}: expected flags and their values, found {type(top).__name__}")
@@ -108,11 +108,11 @@ def _of_json(text: str, known: Mapping[str, Flag], path: str) -> list[tuple[str,
 
 
 class Spelled(str):
-    """A number of a JSON file as it is spelled there."""
+    """A number of a JSON file with its spelling."""
 
 
 def _numbers(value: Any) -> Any:
-    """A value with its numbers as numbers, for a flag that takes a dictionary."""
+    """Converts Spelled numbers to plain ones, for a flag that takes a dictionary."""
     if isinstance(value, dict):
         return {name: _numbers(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -121,7 +121,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:
-    """Names and their values. Raises ArgumentError for a name that stands there twice."""
+    """Pairs to a dictionary. Raises ArgumentError for a duplicate name."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -130,7 +130,7 @@ def _once(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:
 
 
 def _plain(node: yaml.Node, place: str) -> Any:
-    """A node's value as JSON has it."""
+    """A YAML node's value as JSON would have it."""
     if isinstance(node, yaml.MappingNode):
         return _once([(str(key.value), _plain(value, place)) for key, value in node.value], place)
     if isinstance(node, yaml.SequenceNode):

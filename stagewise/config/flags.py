@@ -1,4 +1,4 @@
-"""Dataclass fields as command-line flags: which words each one takes, and what they become."""
+"""Dataclass fields as command-line flags: the words each one accepts, and the value they become."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Flag:
 
     Attributes:
         kind: bool, int, float, str, dict (given as JSON), or an Enum.
-        choices: the words that it takes, where not all are taken.
-        several: takes one word or more, which become a list; any other flag takes exactly one, a bool also none.
-        or_text: what is not of this kind stays text ("str | bool", "dict | str").
+        choices: the accepted words, if limited.
+        several: takes one or more words, which become a list; any other flag takes exactly one, a bool also none.
+        or_text: a word that is not of this kind stays text ("str | bool", "dict | str").
         required: has no default.
         help: the field's help text.
         owner: the dataclass that the field belongs to.
@@ -43,7 +43,7 @@ class Flag:
     owner: type | None = None
 
     def value(self, words: Sequence[str]) -> Any:
-        """What the words behind the flag mean. Raises ArgumentError."""
+        """Converts the words after the flag to its value. Raises ArgumentError."""
         if self.kind is bool and not words:
             return True
         if not words:
@@ -62,12 +62,10 @@ class Flag:
         if self.name in PATHS:
             word = expanded(word, f"--{self.name}", several=PATHS[self.name])
         if self.or_text and self.kind is dict and not word.startswith("{"):
-            return word  # the name of a file that has the dictionary
+            return word  # the name of a file with the dictionary
         try:
             found = READERS.get(self.kind, str)(word)
-            return (
-                word if self.or_text and self.kind is dict else found
-            )  # transformers reads it once more, its own way
+            return word if self.or_text and self.kind is dict else found  # transformers parses it again in its own way
         except ValueError as error:
             if self.or_text and self.kind is not dict:
                 return word
@@ -97,7 +95,7 @@ EXPECTED = {
 
 
 def flags_of(kinds: Sequence[type]) -> dict[str, Flag]:
-    """Every flag of these dataclasses by its name, in their order."""
+    """Every flag of these dataclasses by name, in order."""
     found: dict[str, Flag] = {}
     for owner in kinds:
         hints = typing.get_type_hints(owner)
@@ -126,8 +124,8 @@ def flags_of(kinds: Sequence[type]) -> dict[str, Flag]:
 def _shape(hint: Any) -> tuple[type, bool, bool] | None:
     """(kind, several, or_text) of a field's type; None for a class that no word can name.
 
-    `X | str` reads X where the words are one, else text; of `str | list[str]` text alone is read, which what takes it
-    splits; `None` in a type only says what it is without the flag.
+    `X | str` reads X where the words are one, else text; `str | list[str]` is read as text, which its user splits;
+    `None` in a type only describes the value without the flag.
     """
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     parts = [part for part in (typing.get_args(hint) if union else (hint,)) if part is not type(None)]

@@ -1,4 +1,4 @@
-"""What --help prints: the script's words, then its flags under headings, each under one name."""
+"""The text of --help: the script's description, then its flags under headings, each with one name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stagewise.config.flags import Flag
 from stagewise.config.paths import PATHS
 from stagewise.config.transformers_flags import MOST_USED
 
-COLUMN = 34  # where help texts begin
+COLUMN = 34  # the column where help texts begin
 OWN = "Of this script alone"
 WORDS = {bool: "True|False", int: "N", float: "NUMBER", dict: "JSON"}
 RULES = """\
@@ -28,12 +28,12 @@ def help_text(flags: Mapping[str, Flag], about: str | None, everything: bool = F
 
     Args:
         flags: all flags of the script.
-        about: the script's docstring, shown as it is.
-        everything: also the flags of transformers that are rarely used, in its own words (--help all).
+        about: the script's docstring, shown unchanged.
+        everything: also the rarely used flags of transformers, in its own words (--help all).
     """
     width = min(shutil.get_terminal_size().columns, 119)
     main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)  # of python -m
+    spec = getattr(main, "__spec__", None)  # the program of `python -m`
     program = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     sections = _sections(flags, everything)
     parts = [f"usage: python {program} [flags.yaml] --flag value …", (about or "").strip(), RULES]
@@ -46,7 +46,7 @@ def help_text(flags: Mapping[str, Flag], about: str | None, everything: bool = F
 
 
 def _sections(flags: Mapping[str, Flag], everything: bool) -> dict[str, list[tuple[Flag, str]]]:
-    """Flags and their texts by heading: those that this script alone has come first, those of transformers last."""
+    """Flags and their texts by heading: the script's own first, those of transformers last."""
     own: dict[str, list[tuple[Flag, str]]] = {OWN: []}
     training: list[tuple[Flag, str]] = []
     rest: list[tuple[Flag, str]] = []
@@ -69,7 +69,7 @@ def _sections(flags: Mapping[str, Flag], everything: bool) -> dict[str, list[tup
 
 
 def _lines(flag: Flag, text: str, width: int, everything: bool) -> str:
-    """One flag: its name and what it takes, then its text in a column of its own."""
+    """One flag: its name and values, then its text in a second column."""
     takes = "PATH" if flag.name in PATHS else WORDS.get(flag.kind, "TEXT")
     if flag.choices:
         takes = "|".join(flag.choices) if len(flag.choices) <= 4 else "NAME"

@@ -1,4 +1,4 @@
-"""Paths as flags name them, everywhere alike: relative to the working directory, `~` and variables expanded."""
+"""Paths in flags, treated alike everywhere: relative to the working directory, with `~` and variables expanded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stagewise.errors import ArgumentError
 
-# Flags whose value is a path, or may be one in place of a hub name -> whether it may name several joined by commas.
+# Flags that take a path, or a path in place of a hub name -> whether they take several, joined by commas.
 PATHS = {
     "train_file_dir": True,
     "validation_file_dir": True,
@@ -29,17 +29,17 @@ VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 
 
 def expanded(path: str, where: str, several: bool = False) -> str:
-    """A path with `~` and `$NAME` or `${NAME}` replaced; one that is there as it is written stays so.
+    """A path with `~`, `$NAME` and `${NAME}` replaced; a path that exists as written stays as it is.
 
     Args:
-        where: what names it ("--output_dir"), for the error.
+        where: where it was given ("--output_dir"), for the error message.
         several: paths joined by commas, each of which may begin with `~`.
 
     Raises:
-        ArgumentError: for a variable that is not set, or a `~name` without such a user.
+        ArgumentError: a variable is not set, or `~name` is not a user.
     """
     if path.lstrip().startswith("{") or not re.search(r"[~$]", path) or os.path.exists(path):
-        return path  # the first is JSON in place of a file's name
+        return path  # the first may be JSON in place of a file's name
     if several and "," in path:
         return ",".join(expanded(part.strip(), where) for part in path.split(","))
 

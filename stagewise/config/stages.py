@@ -1,4 +1,4 @@
-"""The stages, and what the rest of the project needs to know about each: written down here and nowhere else."""
+"""The stages, and what the rest of the project needs to know about each; defined here and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ class Stage:
     """A stage of training.
 
     Args:
-        name: short name, in run.json, in output folders and on the command line: "sft".
+        name: short name in run.json, in output folders and on the command line: "sft".
         script: its script without ".py": "supervised_finetuning".
         title: for pages and model cards: "supervised finetuning".
-        record: what a record of its data is: text, conversation, pair or prompt.
-        capacity_flag: the flag for the tokens of a packed row; None where rows are not packed.
-        virtual_tokens: whether prompt tuning, P-tuning and prefix tuning fit. They stand before a text whose every
+        record: the kind of its data's records: text, conversation, pair or prompt.
+        capacity_flag: the flag for the tokens of a packed row; None if rows are not packed.
+        virtual_tokens: whether prompt tuning, P-tuning and prefix tuning are possible. They precede a text whose every
             position the stage reads; a reward is read at one position, and PPO samples answers and reads values.
         reference: whether the model is compared with itself without the adapter.
         chats: whether the merged model answers questions.
-        curve: the metric that its training curve shows.
+        curve: the metric of its training curve.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Stage:
 
     @property
     def task(self) -> str:
-        """PEFT's name of the task: SEQ_CLS for a reward model."""
+        """PEFT's name for the task: SEQ_CLS for a reward model."""
         return "SEQ_CLS" if self.name == "rm" else "CAUSAL_LM"
 
 

@@ -1,7 +1,7 @@
-"""The flags of transformers' TrainingArguments read from its source, without importing it.
+"""The flags of transformers' TrainingArguments, read from its source without importing it.
 
-The import takes seconds, since torch comes with it; names, types, defaults and help texts are wanted at once for
-`--help` and for a flag that is mistyped. A test compares them with the class itself.
+The import takes seconds because of torch, but `--help` and a mistyped flag should answer at once. A test compares
+names, types, defaults and help texts with the class itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 SOURCE = "training_args.py"
 
-# Those used most, with what they do in our words.
+# The most used ones, described in our words.
 MOST_USED: dict[str, str] = {
     "do_train": "Train. With neither this nor --do_eval: train, and evaluate if there are validation records.",
     "do_eval": "Evaluate. Alone, without --do_train: evaluate the model as it is, and stop.",
@@ -56,9 +56,9 @@ MOST_USED: dict[str, str] = {
 
 @cache
 def training_arguments(folder: Path | None = None) -> type | None:
-    """A dataclass with the fields of TrainingArguments; None where the source cannot be read like this.
+    """A dataclass with the fields of TrainingArguments; None if the source cannot be parsed this way.
 
-    `folder` is transformers' own; default: that of the installed one.
+    `folder` is transformers' package folder; default: that of the installed one.
     """
     if folder is None:
         spec = importlib.util.find_spec("transformers")
@@ -83,7 +83,7 @@ def _dataclass(body: list[ast.stmt], names: _Names) -> type:
         if isinstance(statement, ast.Assign):
             for target in statement.targets:
                 names[ast.unparse(target)] = _evaluated(statement.value, names)
-        elif isinstance(statement, ast.If):  # a default that depends on torch's version: the newer's
+        elif isinstance(statement, ast.If):  # a default that depends on the torch version: that of the newer one
             found = [n for n in ast.walk(statement) if isinstance(n, ast.Assign)]
             names.update({ast.unparse(n.targets[0]): _evaluated(n.value, names) for n in found})
         elif isinstance(statement, ast.AnnAssign):
@@ -94,10 +94,12 @@ def _dataclass(body: list[ast.stmt], names: _Names) -> type:
 def _field(statement: ast.AnnAssign, names: _Names) -> tuple[str, Any, dataclasses.Field]:
     options = {word.arg: word.value for word in statement.value.keywords}
     metadata = {}
-    if isinstance(found := options.get("metadata"), ast.Dict):  # each for itself: some are made while it is imported
+    if isinstance(
+        found := options.get("metadata"), ast.Dict
+    ):  # evaluated one by one: some are only known after an import
         pairs = zip(found.keys, found.values, strict=True)
         metadata = {_evaluated(key, names): _evaluated(value, names) for key, value in pairs}
-    if "default_factory" in options:  # a lambda or a class: a list, where there is one
+    if "default_factory" in options:  # a lambda or a class: a list, if there is one
         field = dataclasses.field(default_factory=list, metadata=metadata)
     else:
         default = _evaluated(options["default"], names) if "default" in options else None
@@ -114,7 +116,7 @@ def _evaluated(node: ast.expr, names: _Names) -> Any:
 
 
 class _Names(dict):
-    """What an expression of the source may name: built-in types, and enums that it imports or declares."""
+    """The names that an expression of the source may use: built-in types, and enums that it imports or declares."""
 
     def __init__(self, folder: Path, tree: ast.Module):
         super().__init__(Any=Any, Literal=Literal, **{t.__name__: t for t in (bool, int, float, str, list, dict)})

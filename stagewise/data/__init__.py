@@ -1,1 +1,1 @@
-"""Records to encoded examples, and examples to packed rows."""
+"""From records to encoded examples, and from examples to packed rows."""

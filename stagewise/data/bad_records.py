@@ -1,8 +1,8 @@
-"""Records that are left out: a malformed one ends the run, one that is only too long is counted.
+"""Records that are left out: a malformed one ends the run, an overlong one is counted.
 
-A malformed record (RecordError) is an error unless --on_bad_record skip is given. A sound record that does not fit the
-length limits (TooLongError) is never one: it is left out, counted by its reason, and named in one line, as long as at
-least half of the records are kept.
+A malformed record (RecordError) is an error unless --on_bad_record skip is given. A valid record that does not fit the
+length limits (TooLongError) is left out and counted by its reason, with one log line, as long as at least half of the
+records are kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,17 +12,17 @@ from typing import Any
 from stagewise.errors import ArgumentError, RecordError, TooLongError
 from stagewise.formats.messages import TOO_LONG
 
-LOOK_ON = 10_000  # records behind a bad one that are checked before the run ends: seconds, whatever the files' size
+LOOK_ON = 10_000  # records after a bad one that are checked before the run ends: seconds, for files of any size
 WAY_OUT = "--on_bad_record skip leaves such records out and counts them"
 
 
 def with_those_behind(error: RecordError, behind: Iterable[Any]) -> RecordError:
-    """The same error, saying how many of the records behind it are bad as well and which flag continues without them.
+    """The same error, with the number of bad records after it and the flag that continues without them.
 
     Args:
-        error: what is wrong with the first bad record.
-        behind: what became of each record behind it: a RecordError, or anything else for one that is sound. The first
-            LOOK_ON are taken.
+        error: the error of the first bad record.
+        behind: the outcome of each record after it: a RecordError, or anything else for a valid one. The first LOOK_ON
+            are taken.
     """
     looked_at = bad = alike = 0
     try:
@@ -30,7 +30,7 @@ def with_those_behind(error: RecordError, behind: Iterable[Any]) -> RecordError:
             looked_at += 1
             if isinstance(other, RecordError) and not isinstance(other, TooLongError):
                 bad, alike = bad + 1, alike + (other.reason == error.reason)
-    except RecordError as other:  # found while the next record was read
+    except RecordError as other:  # raised while the next record was read
         looked_at, bad, alike = looked_at + 1, bad + 1, alike + (other.reason == error.reason)
     if not looked_at:
         found = "it is the last record"
@@ -42,18 +42,18 @@ def with_those_behind(error: RecordError, behind: Iterable[Any]) -> RecordError:
 
 
 def too_long(left_out: Mapping[str, int]) -> dict[str, int]:
-    """Those of the reasons, with their counts, for which a record is only too long."""
+    """The reasons, with their counts, that only say a record is too long."""
     return {reason: count for reason, count in left_out.items() if reason in TOO_LONG}
 
 
 def check_share(left_out: Mapping[str, int], kept: int, example: RecordError | None, what: str) -> None:
-    """Raises ArgumentError where more records are too long than are kept.
+    """Raises ArgumentError if more records are too long than are kept.
 
     Args:
         left_out: reason → count.
         kept: how many records fit.
-        example: what was said of the first of those that do not.
-        what: which records they are, for the message.
+        example: the error of the first one that does not.
+        what: the kind of records, for the message.
     """
     long = too_long(left_out)
     if sum(long.values()) > kept:
@@ -65,13 +65,13 @@ def check_share(left_out: Mapping[str, int], kept: int, example: RecordError | N
 
 
 def remedy(left_out: Mapping[str, int]) -> str:
-    """What keeps the records that are too long, for the end of a sentence; nothing where there is none."""
+    """What would keep the overlong records, as the end of a sentence; empty if there are none."""
     long = too_long(left_out)
     return f"; {_remedies(long)} keeps those that are too long" if long else ""
 
 
 def too_long_line(left_out: Mapping[str, int], kept: int, limits: Mapping[str, int] | None = None) -> str | None:
-    """A line about the records that are too long, None where there is none; `limits` by the names of their flags."""
+    """A log line about the overlong records, None if there are none; `limits` by the names of their flags."""
     long = too_long(left_out)
     if not long:
         return None

@@ -1,4 +1,4 @@
-"""--max_train_samples and --max_eval_samples of pretraining: they count rows of --block_size tokens, not documents.
+"""--max_train_samples and --max_eval_samples in pretraining: they count rows of --block_size tokens, not documents.
 
 documents    aaaaaaaaaa bb c dd …           of any length: a .txt file is one
 blocks       aaaa aaaa aa bb c dd …         what they are cut into, here of 4 tokens
@@ -19,14 +19,14 @@ class BlockLimit:
 
     rows: int
     capacity: int | None
-    reason: str  # what records behind the limit are counted as
+    reason: str  # the reason under which records beyond the limit are counted
 
     def reached(self, blocks: int, tokens: int) -> bool:
-        """Whether so many blocks, of so many tokens in all, make `rows` rows however they are packed."""
+        """Whether this many blocks, with this many tokens in total, fill `rows` rows however they are packed."""
         return blocks >= self.rows if self.capacity is None else tokens >= self.rows * self.capacity
 
     def kept(self, lengths: Sequence[int]) -> int:
-        """How many blocks, from the first on and of `lengths` tokens each, are in the rows."""
+        """How many of the first blocks, with `lengths` tokens each, are in the rows."""
         if self.capacity is None or len(lengths) <= self.rows:
             return min(len(lengths), self.rows)
         least, most = self.rows, bisect_right(list(accumulate(lengths)), self.rows * self.capacity)

@@ -1,4 +1,4 @@
-"""Encoded records on disk, named by everything they were made from: a second start maps them and parses nothing.
+"""Encoded records on disk, named by everything they depend on: a second run maps them into memory and parses nothing.
 
 cache_dir/encoded-5f0c…/about.json          the accounts, written last
                         rejected.jsonl      what was left out, if anything was
@@ -24,8 +24,8 @@ from stagewise.data.examples import Examples, read_examples
 from stagewise.errors import ArgumentError
 
 LIBRARIES = ("tokenizers", "transformers")
-ENCODING_FOLDERS = ("chat", "data", "formats", "tokenizer")  # of the package: their code decides what is encoded
-VERSION = b"1"  # raised when an entry's format changes for a reason outside of these folders
+ENCODING_FOLDERS = ("chat", "data", "formats", "tokenizer")  # of the package: their code decides the encoding
+VERSION = b"1"  # to be raised if the format of an entry changes for a reason outside these folders
 REJECTED = "rejected.jsonl"
 
 
@@ -34,8 +34,8 @@ def cache_path(
 ) -> Path:
     """The cache entry for the records of `files` under `settings`: tokenizer=…, template=…, each limit by its name.
 
-    Its name is a hash of the files' names and bytes, of everything the tokenizer does, of the other settings as they
-    print, and of the source code that decides the encoding: ENCODING_FOLDERS and the modules of the functions `code`.
+    Its name is a hash of the files' names and bytes, the tokenizer's behavior, the other settings as printed, and the
+    source code that decides the encoding: ENCODING_FOLDERS and the modules of the functions `code`.
     """
     digest = hashlib.blake2b(digest_size=16)
     package = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def cache_path(
 
 
 def read_cache(path: Path, since: float | None = None) -> tuple[dict[str, Examples], dict[str, Any]] | None:
-    """What write_cache left at `path`, if it was written after the time `since`; None where there is nothing whole.
+    """The entry that write_cache left at `path`, if it was written after the time `since`; None if none is complete.
 
     Returns:
         the examples of each split, mapped from their files, and the accounts as they were given.
@@ -80,7 +80,7 @@ def read_cache(path: Path, since: float | None = None) -> tuple[dict[str, Exampl
 
 
 def copy_rejected(path: Path, rejected: Path | None) -> None:
-    """Copies the rejected.jsonl of the entry, or of one in the making, to `rejected`, if it has one."""
+    """Copies the rejected.jsonl of a finished or unfinished entry to `rejected`, if it has one."""
     if rejected and (path / REJECTED).is_file():
         rejected.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path / REJECTED, rejected)
@@ -88,19 +88,19 @@ def copy_rejected(path: Path, rejected: Path | None) -> None:
 
 @contextmanager
 def write_cache(path: Path, alone: bool = False) -> Iterator["CacheWriter"]:
-    """A new entry that appears at `path` when the block ends without an error, whole or not at all.
+    """A new entry that appears at `path` when the block ends without an error, completely or not at all.
 
     Args:
-        path: where.
-        alone: whether no other process of this machine makes it: then what killed ones left is taken away.
+        path: the entry.
+        alone: whether no other process of this machine makes it: then leftovers of killed ones are removed.
 
-    Raises ArgumentError where the folder can't be written to.
+    Raises ArgumentError if the folder can't be written to.
     """
     host = socket.gethostname()
     if alone:
         for left in (*path.parent.glob(f"{path.name}.{host}-*.part"), *path.parent.glob(f"{path.name}.{host}-*.old")):
             shutil.rmtree(left, ignore_errors=True)
-    # Machines that share the folder may give two processes one number.
+    # Processes on machines that share the folder may have the same id.
     part, old = (path.with_name(f"{path.name}.{host}-{os.getpid()}.{kind}") for kind in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -111,7 +111,7 @@ def write_cache(path: Path, alone: bool = False) -> Iterator["CacheWriter"]:
         ) from error
     try:
         yield CacheWriter(part, alone)
-        # Another run may put the same entry there at the same time: then that one, which says the same, stays.
+        # Another run may have written the same entry in the meantime: then that one stays; it has the same content.
         with suppress(FileNotFoundError):
             path.rename(old)  # made again, or damaged
         try:
@@ -125,7 +125,7 @@ def write_cache(path: Path, alone: bool = False) -> Iterator["CacheWriter"]:
 
 
 class CacheWriter:
-    """An entry in the making: each split is written into its `folder` while it is encoded, refusals to `rejected`."""
+    """An unfinished entry: each split is encoded into its `folder`, rejected records go to `rejected`."""
 
     def __init__(self, path: Path, alone: bool):
         self.path, self.alone, self.rejected = path, alone, path / REJECTED
@@ -136,18 +136,18 @@ class CacheWriter:
         return folder
 
     def finish(self, splits: dict[str, Examples], accounts: dict[str, Any]) -> None:
-        """Notes the accounts."""
+        """Writes the accounts."""
         about = {"kinds": {name: examples.kind for name, examples in splits.items()}, "accounts": accounts}
         (self.path / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def _plain(function: Callable[..., Any]) -> Any:
-    """What has a source file: a function, or the class of an object that is called."""
+    """The function or class with a source file: the class of a callable object."""
     return function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
 
 
 def _content(part: Any) -> bytes:
-    """What tells a part from others of its kind: never an address in memory, which changes with every start."""
+    """A representation of a setting that identifies it: never a memory address, which changes with every run."""
     if hasattr(part, "special_tokens_map"):
         backend = getattr(part, "backend_tokenizer", None)
         rules = backend.to_str() if backend is not None else repr(sorted(part.get_vocab().items()))

@@ -1,7 +1,7 @@
-"""Records that hold the text of a control token: what a person wrote as `<|im_end|>` is read as the end of a turn.
+"""Records whose text contains a control token: `<|im_end|>` written by a person is read as the end of a turn.
 
-The text is encoded as the token that it names, as every server reads it that tokenizes a rendered chat template. That
-cannot be undone for one record alone, so it is counted and said.
+Such text is encoded as the token it names, as by every server that tokenizes a rendered chat template. This cannot be
+changed for single records, so they are counted and reported.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from stagewise.formats.parsers import Conversation, Preference
 
 
 class Watched:
-    """Records as they are, while those with the text of a control token are counted in `account`.
+    """Passes records through, counting those with the text of a control token in `account`.
 
     Args:
         records: conversations, preferences, or documents (text, where).
-        account: `control` counts them, `first_control` says where the first one is and what it holds.
-        tokenizer: its special tokens are what is looked for.
+        account: `control` counts them, `first_control` names the first one and its token.
+        tokenizer: its special tokens are searched for.
     """
 
     def __init__(self, records: Iterable[Any], account: Account, tokenizer: Any):
@@ -44,7 +44,7 @@ class Watched:
 
 
 class WatchedSequence(Watched):
-    """The same of records whose number is known beforehand."""
+    """The same for records of a known number."""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -55,9 +55,10 @@ def watched(records: Iterable[Any], account: Account, tokenizer: Any) -> Watched
 
 
 def any_of(names: Iterable[str]) -> str:
-    """A pattern of the names, the longest that fits: `<(?:/s>|s>|unused(?:0>|1>))`.
+    """A pattern that matches the longest of the names: `<(?:/s>|s>|unused(?:0>|1>))`.
 
-    A tokenizer may have thousands that begin alike: tried one by one at every `<` they take longer than encoding.
+    A tokenizer may have thousands with a common prefix: trying them one by one at every `<` would take longer than
+    encoding.
     """
     branches, ends = [], False
     for letter, group in groupby(sorted(set(names)), key=lambda name: name[:1]):
@@ -70,7 +71,7 @@ def any_of(names: Iterable[str]) -> str:
 
 
 def texts_of(record: Conversation | Preference | tuple[str, str]) -> Iterable[str]:
-    """What people wrote in a record."""
+    """The texts that people wrote in a record."""
     if isinstance(record, tuple):
         return [record[0]]
     conversation, answers = record, ()
@@ -81,7 +82,7 @@ def texts_of(record: Conversation | Preference | tuple[str, str]) -> Iterable[st
 
 
 def control_line(account: Account) -> str | None:
-    """A line for a person, None where no record holds such a text."""
+    """A log line, None if no record contains such a text."""
     if not account.control:
         return None
     told = "1 record holds" if account.control == 1 else f"{account.control:,} records hold"

@@ -1,4 +1,4 @@
-"""Records → examples: many records at a time, on all cores, with an account of those that are left out."""
+"""Records → examples: in chunks, on all cores, with an account of those that are left out."""
 
 import itertools
 import os
@@ -22,34 +22,34 @@ from stagewise.data.examples import Encoded, Examples, ExampleWriter
 from stagewise.data.records import Account, check_on_bad_record, write_rejected
 from stagewise.errors import ArgumentError, RecordError, TooLongError
 
-CHUNK = 128  # records that are encoded together: enough for the tokenizer to work outside of Python for long
-LETTERS = 1 << 21  # of which a chunk has hardly more: a document may be as long as a chunk of others
-AT_ONCE = 4  # chunks; more threads would wait for each other, more processes for the one that reads
+CHUNK = 128  # records encoded together: enough to keep the tokenizer outside of Python for long
+LETTERS = 1 << 21  # characters of a chunk, roughly at most: one document may be as long as a chunk of others
+AT_ONCE = 4  # chunks; more threads would wait for each other, more processes for the reader
 
 
 class Encoder(Protocol):
-    """Makes examples of records, many at a time: see stagewise/chat/encoding.py."""
+    """Makes examples of chunks of records: see stagewise/chat/encoding.py."""
 
     def many(self, records: Sequence[Any]) -> list[Encoded | RecordError]:
-        """What each record gave; a RecordError stands in the place of one that gave nothing."""
+        """The result of each record, or its RecordError."""
 
     def letters(self, record: Any) -> int:
-        """How long a record is."""
+        """The length of a record in characters."""
 
     def in_thread(self) -> None:
-        """Called first in each thread that encodes."""
+        """Called first in each encoding thread."""
 
 
 class Limit(Protocol):
-    """How many of the blocks of texts are kept: see stagewise/data/block_limit.py."""
+    """A limit on the number of blocks: see stagewise/data/block_limit.py."""
 
     reason: str
 
     def reached(self, blocks: int, tokens: int) -> bool:
-        """Whether so many blocks, of so many tokens in all, are enough."""
+        """Whether this many blocks, with this many tokens in total, are enough."""
 
     def kept(self, lengths: Sequence[int]) -> int:
-        """How many of the first blocks, of so many tokens each, are kept."""
+        """How many of the first blocks, with this many tokens each, are kept."""
 
 
 def encode_all(
@@ -67,25 +67,25 @@ def encode_all(
     quiet: bool = False,
     limit: Limit | None = None,
 ) -> Examples:
-    """The examples of all records, in order, with a progress bar on the main process's terminal.
+    """Encodes all records, in order, with a progress bar on the main process's terminal.
 
-    `records` may be an iterator: a few hundred records are held at a time. The examples stay in memory while they are
-    few, else in files (ExampleWriter), in `folder` where one is given.
+    `records` may be an iterator: a few hundred records are held at a time. Few examples stay in memory, more go to
+    files (ExampleWriter), in `folder` if one is given.
 
     Args:
         encode: makes the examples, all of one kind.
-        account: records that give a RecordError leave `account.kept`, as in load_records.
+        account: records with a RecordError are taken off `account.kept`, as in load_records.
         on_bad_record: "error" raises the first RecordError, "skip" counts it and writes it to `rejected_path`; a
             TooLongError is counted and written in either case.
-        num_workers: processes that encode; 1 is this one, with threads on its cores; None is one a core, at most
-            four, for more than a few hundred records on Linux.
-        alone: whether the run's other processes on this machine wait, so that all cores are this one's.
-        raw: where → the record as it was read, for `rejected_path`.
-        quiet: no bar.
-        limit: how many blocks of texts are kept; records are read a little ahead of that, and no further.
+        num_workers: encoding processes; 1 is this one, with threads on its cores; None is one per core, at most four,
+            for more than a few hundred records on Linux.
+        alone: whether the run's other processes on this machine wait, so that this one may use all cores.
+        raw: where → the source text of a record, for `rejected_path`.
+        quiet: no progress bar.
+        limit: how many blocks of texts are kept; records are read only slightly further than that.
 
     Raises:
-        RecordError, and ArgumentError where no record is left, or more are too long than fit and none may be skipped.
+        RecordError; ArgumentError if no record is left, or more are too long than fit and none may be skipped.
     """
     check_on_bad_record(on_bad_record)
     writer, seen, found = ExampleWriter(folder), 0, Account()
@@ -117,7 +117,7 @@ def encode_all(
                 if limit.reached(len(lengths), tokens):
                     break
         outcomes.close()
-    if hasattr(source, "close"):  # a generator, whose account is settled then
+    if hasattr(source, "close"):  # a generator settles its account when it is closed
         source.close()
     account.cut += found.cut
     account.kept -= sum(found.left_out.values())
@@ -125,7 +125,7 @@ def encode_all(
     if limit is not None:
         blocks = limit.kept(lengths)
         writer.truncate(blocks)
-        kept = bisect_left(ends, blocks) + 1 if blocks else 0  # records with a block among them
+        kept = bisect_left(ends, blocks) + 1 if blocks else 0  # records with at least one kept block
         account.leave_out(limit.reason, account.kept - kept)
         account.kept, account.blocks_beyond = kept, len(lengths) - blocks
     if on_bad_record == "error":
@@ -143,10 +143,10 @@ def encode_all(
 def _outcomes(
     records: Iterator[Any], encode: Encoder, num_workers: int | None, cores: int
 ) -> Iterator[tuple[Any, Encoded | RecordError]]:
-    """Every record with its outcome, in order; a few chunks are under way at a time."""
+    """Every record with its outcome, in order; a few chunks are in progress at a time."""
     chunks = _chunks(records, encode.letters)
     first = list(itertools.islice(chunks, AT_ONCE))
-    # Forked workers start at once and take any `encode`; for few records not even they are worth it.
+    # Forked workers start at once and take any `encode`; for few records even they are not worth it.
     forks = len(first) == AT_ONCE and sys.platform == "linux"
     workers = num_workers or (cores if forks else 1)
     work = _encode_in_worker if workers > 1 else encode.many
@@ -183,8 +183,8 @@ def _results(chunk: list[Any], future: Future) -> Iterator[tuple[Any, Encoded | 
 
 
 def _pool(workers: int, cores: int, encode: Encoder) -> Executor:
-    # Each thread or process calls the tokenizer; its own threads would only be in the way, and complain when this
-    # process is forked, here or by a data loader.
+    # The tokenizer's own threads would compete with these threads or processes, and warn when this process is
+    # forked, here or by a data loader.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if workers == 1:
         return ThreadPoolExecutor(cores, initializer=encode.in_thread)
@@ -193,14 +193,14 @@ def _pool(workers: int, cores: int, encode: Encoder) -> Executor:
 
 
 def _cores(alone: bool) -> int:
-    """The cores that are this process's share, or all where the run's others wait; at most AT_ONCE."""
-    # How many cores this process may use is told on Linux only.
+    """This process's share of the cores, or all of them if the run's other processes wait; at most AT_ONCE."""
+    # the cores that a process may use are known on Linux only
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sharing = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(AT_ONCE, cores // sharing))
 
 
-_WORKER_ENCODE: list[Encoder] = []  # set once in each worker: a tokenizer is large to send each time
+_WORKER_ENCODE: list[Encoder] = []  # set once per worker: a tokenizer is large to send with each chunk
 
 
 def _start_worker(encode: Encoder) -> None:
@@ -210,9 +210,9 @@ def _start_worker(encode: Encoder) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the process that started it was killed: it would wait for work, and keep a lock, for good.
+    """Exits this worker when its parent was killed; otherwise it would wait for work, and hold a lock, forever.
 
-    Of several forked workers the last one sees it first; the one before it when that has ended.
+    Of several forked workers the last one notices it first, the one before it when that one has exited.
     """
     wait([parent_process().sentinel])
     os._exit(1)

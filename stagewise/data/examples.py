@@ -1,7 +1,7 @@
-"""Examples, and many of them as flat arrays of numbers: in memory while they are few, else in files that are mapped.
+"""Examples, and many of them as flat arrays: in memory while they are few, otherwise in memory-mapped files.
 
-ids       5 6 7 8 9 | 4 5 6 | …        4 bytes a token, row behind row
-spans     2 5       | 1 3   | …        which tokens of a row are learned, from – to
+ids       5 6 7 8 9 | 4 5 6 | …        4 bytes per token, row after row
+spans     2 5       | 1 3   | …        which tokens of a row have labels, from – to
 """
 
 import os
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 IGNORE_INDEX = -100
-IN_MEMORY = 1 << 25  # bytes of a column that stay in memory before they go to a file
+IN_MEMORY = 1 << 25  # bytes of a column that stay in memory before it moves to a file
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and labels of one length; a label is the token's own id, or −100 where nothing is learned."""
+    """Token ids and labels of equal length; a label is the token's own id, or −100 for no label."""
 
     input_ids: list[int]
     labels: list[int]
@@ -30,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """Two examples that begin with the same prompt tokens; the answers' tokens are labeled."""
+    """Two examples with the same prompt tokens; the answers' tokens have labels."""
 
     chosen: Example
     rejected: Example
@@ -38,7 +38,7 @@ class PreferenceExample:
 
 
 class Row(NamedTuple):
-    """An example as numbers: its ids, and the spans that are learned as from, to, from, to …"""
+    """An example in compact form: its ids, and the spans with labels as from, to, from, to …"""
 
     ids: array
     spans: array
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What one record gave: the rows of each of its items (see ExampleWriter.add), and whether it was cut."""
+    """The result of one record: the rows of each of its items (see ExampleWriter.add), and whether it was cut."""
 
     kind: str
     items: list[tuple[Row, ...]]
@@ -57,7 +57,7 @@ class Encoded(NamedTuple):
 
 
 def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
-    """The ids inside the spans, −100 elsewhere."""
+    """The ids within the spans, −100 elsewhere."""
     labels = [IGNORE_INDEX] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end].tolist()
@@ -65,7 +65,7 @@ def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
 
 
 class Examples(Sequence):
-    """Examples or preference examples (`kind`), made from flat arrays when they are asked for."""
+    """Examples or preference examples (`kind`), made from flat arrays on access."""
 
     def __init__(self, kind: str, columns: dict[str, np.ndarray]):
         self.kind, self._columns = kind, columns
@@ -93,22 +93,22 @@ class Examples(Sequence):
 
     @property
     def tokens(self) -> np.ndarray:
-        """(N, 1), or (N, 2) of pairs: tokens of every row."""
+        """(N, 1), or (N, 2) of pairs: tokens of each row."""
         return np.diff(self._ends, prepend=0).reshape(-1, self._rows)
 
     @property
     def learned(self) -> np.ndarray:
-        """Like `tokens`: learned tokens of every row, but for its first, which nothing predicts."""
+        """Like `tokens`: tokens with labels in each row, without the first one, which nothing predicts."""
         starts, ends = self._spans[::2], self._spans[1::2]
         counted = np.concatenate([[0], np.cumsum(ends - np.maximum(starts, 1), dtype=np.int64)])
         return np.diff(counted[self._span_ends // 2], prepend=0).reshape(-1, self._rows)
 
     def columns_of_tokens(self) -> list[np.ndarray]:
-        """All numbers that training reads: everything but where the records stand in their files."""
+        """All arrays that training reads: everything but the records' locations."""
         return [array for name, array in sorted(self._columns.items()) if not name.startswith("wheres")]
 
     def first(self, count: int) -> "Examples":
-        """The first `count` of them."""
+        """The first `count` items."""
         rows, columns = count * self._rows, {}
         for name in COLUMNS:
             ends = self._columns[f"{name}_ends"][:rows]
@@ -116,7 +116,7 @@ class Examples(Sequence):
         return Examples(self.kind, columns)
 
     def where(self, index: int) -> str:
-        """Where the record behind an item stands in its file."""
+        """The location of an item's record."""
         return self._where(self._rows * index)
 
     def _part(self, name: str, row: int) -> np.ndarray:
@@ -136,10 +136,10 @@ TYPES = {"ids": "i", "spans": "i", "wheres": "B", **{f"{name}_ends": "q" for nam
 
 
 class ExampleWriter:
-    """Takes rows one by one and gives them back as Examples.
+    """Takes rows one by one and returns them as Examples.
 
-    With a folder the columns are written there as .npy files; otherwise only what grows beyond IN_MEMORY is kept in
-    files, which are gone when the examples are.
+    With a folder the columns are written there as .npy files; otherwise columns larger than IN_MEMORY go to temporary
+    files, which are removed with the examples.
     """
 
     def __init__(self, folder: str | Path | None = None):
@@ -148,7 +148,7 @@ class ExampleWriter:
         self.kind: str | None = None
 
     def add(self, kind: str, rows: Sequence[Row]) -> None:
-        """`rows` of one item: two for a pair, one otherwise. Raises ValueError where kinds are mixed."""
+        """Adds an item of one row, or of two for a pair. Raises ValueError for mixed kinds."""
         if self.kind not in (None, kind):
             raise ValueError(f"examples of one set must be of one kind, found {self.kind} and {kind}")
         self.kind = kind
@@ -159,7 +159,7 @@ class ExampleWriter:
                 self._columns[f"{name}_ends"].append(self._columns[name].size)
 
     def truncate(self, rows: int) -> None:
-        """Takes back all rows but the first `rows`."""
+        """Removes all rows but the first `rows`."""
         for name in COLUMNS:
             ends = self._columns[f"{name}_ends"]
             self._columns[name].truncate(ends.at(rows - 1) if rows else 0)
@@ -170,7 +170,9 @@ class ExampleWriter:
 
 
 def read_examples(folder: str | Path, kind: str) -> Examples:
-    """What an ExampleWriter left in `folder`, mapped. Raises OSError or ValueError where files miss or are damaged."""
+    """Maps the files that an ExampleWriter left in `folder`. Raises OSError or ValueError if files are missing or
+    damaged.
+    """
     columns = {}
     for name, letter in TYPES.items():
         columns[name] = np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -184,7 +186,7 @@ def read_examples(folder: str | Path, kind: str) -> Examples:
 
 
 class _Column:
-    """One flat array that grows: in memory, then in a file."""
+    """One flat array that grows: first in memory, then in a file."""
 
     def __init__(self, name: str, folder: Path | None):
         self._name, self._folder, self._buffer = name, folder, array(TYPES[name])
@@ -214,7 +216,7 @@ class _Column:
         return int.from_bytes(os.pread(self._file.fileno(), size, HEADER + index * size), sys.byteorder, signed=True)
 
     def truncate(self, size: int) -> None:
-        """Takes back all numbers but the first `size`."""
+        """Removes all numbers but the first `size`."""
         del self._buffer[max(0, size - self._written) :]
         if size < self._written:
             self._file.seek(HEADER + size * self._buffer.itemsize)
@@ -245,7 +247,7 @@ class _Column:
         del self._buffer[:]
 
     def _header(self) -> None:
-        """The .npy header in the place that was left for it: its size is only known now."""
+        """Writes the .npy header in the space reserved for it: the size is only known now."""
         text = repr({"descr": np.dtype(self._buffer.typecode).str, "fortran_order": False, "shape": (self._written,)})
         self._file.seek(0)
         self._file.write(b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little"))
@@ -253,4 +255,4 @@ class _Column:
         self._file.flush()
 
 
-HEADER = 128  # bytes in front of the numbers of a .npy file
+HEADER = 128  # bytes before the numbers of a .npy file

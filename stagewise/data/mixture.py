@@ -1,4 +1,4 @@
-"""Several sources of records: what --train_file_dir and --data_weights name, and the mixture drawn from them."""
+"""Several sources of records: those named by --train_file_dir and --data_weights, and the mixture drawn from them."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ KEYS = ("path", "weight", "name", "max_samples")
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one source. `weight` is its share of the mixture, None where all records of all are taken."""
+    """The files of one source. `weight` is its share of the mixture, None if all records of all sources are used."""
 
     name: str
     path: str
@@ -31,10 +31,10 @@ class Source:
 
 
 def find_sources(given: str, weights: str | None, suffixes: Sequence[str], flag: str) -> list[Source]:
-    """The sources that a flag names: a file, a folder, several joined by commas, or a .yaml list of them.
+    """The sources that a flag names: a file, a folder, several joined by commas, or a .yaml list.
 
-    A name with commas that is there as it stands is one path. The weights of the result sum to 1, or all are None.
-    Raises ArgumentError, naming the flag.
+    A name with commas that exists is one path. The weights of the result sum to 1, or all are None. Raises an
+    ArgumentError that names the flag.
     """
     listed = Path(given).suffix.lower() in (".yaml", ".yml") and Path(given).is_file()
     if listed:
@@ -65,9 +65,9 @@ def find_sources(given: str, weights: str | None, suffixes: Sequence[str], flag:
 
 
 class InOrder(Generic[T]):
-    """All records of several sources, one source after the other, at most `limit` of them (−1: all).
+    """All records of several sources, source after source, at most `limit` of them (−1: all).
 
-    Going through them for the first time fills `account`. Raises ArgumentError where there is none.
+    The first iteration fills `account`. Raises ArgumentError if there is no record.
     """
 
     def __init__(self, parts: Sequence[Records[T]], account: Account, limit: int = -1):
@@ -81,13 +81,13 @@ class InOrder(Generic[T]):
                 part.max_samples = min(left, default=part.max_samples)
                 yield from part
                 taken += len(part.places)
-        finally:  # also where no more records are wanted
+        finally:  # also if no more records are needed
             _settle(self.account, self.parts)
         if not taken:
             raise nothing_left(self.account)
 
     def counted(self) -> "Drawn[T]":
-        """The same, once they have been counted."""
+        """The same, after one iteration has counted them."""
         for _ in self:
             pass
         return Drawn(
@@ -96,7 +96,7 @@ class InOrder(Generic[T]):
 
 
 class Drawn(Generic[T]):
-    """Records of several sources in the order of `pairs`, (source, record); read again each time."""
+    """Records of several sources in the order of `pairs`, (source, record); read again on each iteration."""
 
     def __init__(self, parts: Sequence[Records[T]], pairs: Sequence[tuple[int, int]]):
         self.parts, self.pairs = parts, pairs
@@ -112,7 +112,7 @@ class Drawn(Generic[T]):
         return (next(picked[source]) for source, _ in self.pairs)
 
     def only(self, chosen: Iterable[int]) -> "Drawn[T]":
-        """Those of these numbers."""
+        """The records with these numbers."""
         return Drawn(self.parts, [self.pairs[number] for number in chosen])
 
     def counted(self) -> "Drawn[T]":
@@ -126,15 +126,15 @@ def load_sources(
     seed: int,
     **options: Any,
 ) -> tuple[InOrder[T] | Drawn[T], Account]:
-    """The records of one source, of all of them in order, or the mixture that their weights ask for.
+    """The records of one source, of all sources in order, or of the mixture with their weights.
 
     Args:
-        limit: records that are kept at most, −1 takes all; of a mixture in the same proportions.
+        limit: the maximum of kept records, −1 for all; a mixture keeps its proportions.
         seed: of the mixture's draw.
         options: on_bad_record, rejected_path and seen of Records.
 
     Returns:
-        the records, and their account: whole when they have been gone through.
+        the records, and their account, which is complete after one iteration.
     """
     names = iter(file_names([path for source in sources for path in source.files]))
     parts = []
@@ -163,9 +163,9 @@ def load_sources(
 
 
 def count_shares(entries: Sequence[dict[str, Any]], examples: Any) -> None:
-    """Notes what each of several sources gave: records `used`, their `share`, their `tokens`, their `token_share`.
+    """Records what each of several sources contributed: records `used`, their `share`, `tokens` and `token_share`.
 
-    `entries` are Account.sources, `examples` what was encoded of them (stagewise.data.examples.Examples).
+    `entries` are Account.sources, `examples` the encoded records (stagewise.data.examples.Examples).
     """
     owners = {name: entry for entry in entries for name in entry["files"]}
     used: dict[str, set[str]] = {entry["name"]: set() for entry in entries}
@@ -186,14 +186,14 @@ def count_shares(entries: Sequence[dict[str, Any]], examples: Any) -> None:
 
 
 def mixture(counts: Sequence[int], weights: Sequence[float], seed: int) -> list[tuple[int, int]]:
-    """The largest mixture in the proportions `weights` that repeats no record, as (source, record) pairs.
+    """The largest mixture with the proportions `weights` that repeats no record, as (source, record) pairs.
 
-    The scarcest source is used up, of the others a share is drawn by `seed`. They are laid out evenly, so that every
-    beginning of the mixture has the same proportions, and each source's records stay in order:
+    All records of the scarcest source are used; from the others a share is drawn by `seed`. They are interleaved
+    evenly, so every prefix of the mixture has the same proportions, and each source's records stay in order:
 
         counts 6, 9, weights 0.75, 0.25  →  6 of the first and 2 of the second:  A A B A A A B A
 
-    Raises ArgumentError where a source would give no record.
+    Raises ArgumentError if a source would contribute no record.
     """
     total = min(count / weight for count, weight in zip(counts, weights, strict=True))
     taken = [min(count, math.floor(total * weight + 1e-9)) for count, weight in zip(counts, weights, strict=True)]
@@ -219,7 +219,7 @@ def mixture(counts: Sequence[int], weights: Sequence[float], seed: int) -> list[
 
 
 def _settle(total: Account, parts: Sequence[Records[Any]]) -> None:
-    """Sums the accounts of several sources up in `total`."""
+    """Adds up the accounts of several sources in `total`."""
     for account in (part.account for part in parts if part.account is not total):
         total.read, total.kept = total.read + account.read, total.kept + account.kept
         total.sources += [{**about, "read": account.read, "kept": account.kept} for about in account.sources]
@@ -280,7 +280,7 @@ def _shares(weights: list[float | None], place: str) -> list[float | None]:
 
 
 def _names(entries: list[dict[str, Any]]) -> list[str]:
-    """Each source's own name, else its last folder's or file's name where that tells it from others, else its path."""
+    """Each source's own name, else its last folder's or file's name if that is unique, else its path."""
     short = [entry.get("name") or Path(entry["path"]).name or entry["path"] for entry in entries]
     long = [entry.get("name") or entry["path"] for entry in entries]
     return short if len(set(short)) == len(short) else long

@@ -27,7 +27,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         if not 1 <= length <= capacity:
             raise ValueError(f"example {index} has {length} tokens; a packed row holds 1 to {capacity}")
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room left → rows that have it
+    with_room: dict[int, list[int]] = {}  # room left → rows with that room
     rooms: list[int] = []  # its keys, sorted
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
@@ -56,7 +56,7 @@ class PackedRows(Dataset):
     def __init__(self, examples: Sequence[Example], capacity: int):
         self.examples, self.capacity = examples, capacity
         sizes = token_counts(examples)
-        self.rows = pack(sizes, capacity)  # of indices: an example is made when its row is asked for
+        self.rows = pack(sizes, capacity)  # of indices: an example is made when its row is accessed
         self.lengths = [sum(sizes[index] for index in row) for row in self.rows]
 
     def __len__(self) -> int:
@@ -76,8 +76,8 @@ def token_counts(examples: Sequence[Example]) -> list[int]:
 def collate_packed(rows: Sequence[Sequence[Example]]) -> Batch:
     """Rows of examples → one row without padding: input_ids, labels, position_ids of shape (1, T).
 
-    There is no attention_mask on purpose: transformers builds the block mask from the restarting positions only
-    where none is passed.
+    There is no attention_mask on purpose: only without one does transformers build the block mask from the restarting
+    positions.
     """
     examples = [example for row in rows for example in row]
     ids = [token for example in examples for token in example.input_ids]

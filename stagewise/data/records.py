@@ -1,4 +1,4 @@
-"""Files or `datasets` sets → parsed records, plus an account of every record that was left out."""
+"""Files or `datasets` datasets → parsed records, with an account of every record that was left out."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ UNREAD = (".bz2", ".xz", ".zip", ".tar", ".7z", ".arrow", ".xlsx", ".xls")
 
 @dataclass
 class Account:
-    """What became of the records: `read` = `kept` + the sum of `left_out` (reason → count).
+    """The account of the records: `read` = `kept` + the sum of `left_out` (reason → count).
 
-    `cut` counts kept records that were shortened to a length limit. `sources` says the same of each of several
-    sources. `control` counts records with the text of a control token. `again` gives the text of a record by its
-    place, as it was read. `blocks_beyond` counts the blocks of encoded texts that lie beyond a limit.
+    `cut` counts kept records that were shortened to a length limit. `sources` has the same numbers per source.
+    `control` counts records with the text of a control token. `again` returns the source text of a record by its
+    location. `blocks_beyond` counts the blocks of encoded texts beyond a limit.
     """
 
     read: int = 0
@@ -50,36 +50,36 @@ class Account:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
 
     def leave_out_as(self, other: "Account") -> None:
-        """Counts what another account left out as left out here, too."""
+        """Adds the left-out records of another account."""
         for reason, count in other.left_out.items():
             self.leave_out(reason, count)
 
     def reasons(self) -> str:
-        """What was left out, in words: "2 broken JSON, 1 empty turn"."""
+        """What was left out, for a person: "2 broken JSON, 1 empty turn"."""
         return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """For run.json; `Account(**…)` makes it again."""
+        """For run.json; `Account(**…)` restores it."""
         optional = ("sources", "control", "first_control", "blocks_beyond")
         unsaid = {"again", *(name for name in optional if not getattr(self, name))}
         return {name: value for name, value in vars(self).items() if name not in unsaid}
 
 
 class Again:
-    """Reads files or a set a second time, for the text of records that were refused after they were parsed.
+    """Reads files or a dataset a second time, for the source text of records refused after parsing.
 
     Args:
-        lines: what a file or set is called in messages → a function that gives its lines from the start. Asked in the
-            order of the records, each is read once.
+        lines: the name of a file or dataset in messages → a function that returns its lines from the start. If records
+            are asked for in order, each file is read once.
     """
 
     def __init__(self, lines: Mapping[str, Callable[[], Iterator[Line]]]):
         self.lines, self._open = lines, {}
 
     def __call__(self, where: str) -> str:
-        """The record's text, as it was read. Raises KeyError where there is none of that name."""
+        """The record's source text. Raises KeyError if there is no such record."""
         name = file_of(where, self.lines)
-        for _ in range(2):  # the second time from the start
+        for _ in range(2):  # from the start again
             for line in self._open.setdefault(name, self.lines[name]()):
                 if line.where == where:
                     return line.as_read()
@@ -88,7 +88,7 @@ class Again:
 
 
 def file_of(where: str, names: Container[str]) -> str:
-    """The one of `names`, as files are called in messages, that the place `where` is in. Raises KeyError for none."""
+    """The file, by its name in messages, that the location `where` is in. Raises KeyError if there is none."""
     name = where
     while name not in names:
         name, colon, _ = name.rpartition(":")
@@ -98,10 +98,11 @@ def file_of(where: str, names: Container[str]) -> str:
 
 
 def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[Path]:
-    """Every file under `folder` (nested, sorted) in a form of `suffixes`, packed or not; a single file is taken too.
+    """Every file below `folder`, sorted, with a suffix of `suffixes`, compressed or not; a single file is accepted,
+    too.
 
-    Raises ArgumentError, naming `flag`, where nothing is found, a data file is in a form that is not read, or a file
-    can't be read: a broken link, a pipe, a file without permission.
+    Raises an ArgumentError that names `flag` if nothing is found, a data file has an unsupported format, or a file
+    can't be read: a broken link, a pipe, missing permissions.
     """
     top = Path(folder)
     wanted = ", ".join(suffixes)
@@ -115,7 +116,7 @@ def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[P
     files, others = [], []
     for path in _walk(top, flag):
         suffix, packed = suffixes_of(path)
-        if suffix in suffixes or path.is_symlink():  # what a broken link should be is not known: a folder, perhaps
+        if suffix in suffixes or path.is_symlink():  # a broken link may have been meant to be a folder
             check_file(path, flag)
         if suffix in suffixes:
             files.append(path)
@@ -135,17 +136,17 @@ def find_files(folder: str | Path, suffixes: Sequence[str], flag: str) -> list[P
 
 
 def dataset_splits(name: str, config: str | None = None, **options: Any) -> list[str]:
-    """The names of the splits of a `datasets` set; see read_dataset."""
+    """The names of a dataset's splits; see read_dataset."""
     return list(_load_dataset(name, config, options))
 
 
 def dataset_fingerprints(name: str, config: str | None = None, **options: Any) -> dict[str, str]:
-    """What tells the contents of each split of a `datasets` set from others; see read_dataset."""
+    """A fingerprint of each split of a dataset; see read_dataset."""
     return {split: rows._fingerprint for split, rows in _load_dataset(name, config, options).items()}
 
 
 def read_dataset(name: str, config: str | None = None, split: str = "train", **options: Any) -> "DatasetLines":
-    """The records of a `datasets` set: a Hub name, a local folder, or one that save_to_disk wrote.
+    """The records of a dataset: a Hub name, a local folder, or one written by save_to_disk.
 
     `options` (cache_dir, token, revision) go to `datasets.load_dataset`. Raises ValueError for an unknown split.
     """
@@ -157,7 +158,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", **o
 
 @dataclass
 class DatasetLines:
-    """The rows of a set as records; may be gone through more than once."""
+    """The rows of a dataset as records; can be iterated over several times."""
 
     rows: Iterable[dict[str, Any]]
     name: str
@@ -168,18 +169,18 @@ class DatasetLines:
 
 
 class Records(Generic[T]):
-    """The parsed records of files or a set, made while they are gone through, so that none has to stay in memory.
+    """The parsed records of files or a dataset, made on iteration, so that none has to stay in memory.
 
-    Going through them fills `account`; `pick` reads some of them a second time.
+    An iteration fills `account`; `pick` reads some of them a second time.
 
     Args:
-        source: a list of files, or a set as read_dataset gives it.
+        source: a list of files, or a dataset from read_dataset.
         parse: record, where → parsed record; raises RecordError.
-        on_bad_record: "error" raises the first RecordError, which says how many follow; "skip" counts it and appends
-            {"where", "reason", "message", "raw"} to `rejected_path`.
-        max_samples: counts kept records; −1 takes all.
-        names: what the files are called in messages; default: file_names.
-        seen: what was read before (see content_key): records that are in it are left out as "duplicate", others added.
+        on_bad_record: "error" raises the first RecordError, with the number of bad ones after it; "skip" counts it and
+            appends {"where", "reason", "message", "raw"} to `rejected_path`.
+        max_samples: limit on kept records; −1 for all.
+        names: the names of the files in messages; default: file_names.
+        seen: keys of earlier records (see content_key): records in it are left out as "duplicate", others are added.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class Records(Generic[T]):
         check_on_bad_record(on_bad_record)
         self.parse, self.skip, self.rejected_path = parse, on_bad_record == "skip", rejected_path
         self.max_samples, self.seen = max_samples, seen
-        self.places = array("q")  # of the kept records among all that are read
+        self.places = array("q")  # of the kept records among all records read
         self.account = Account()
         if isinstance(source, DatasetLines):
             self._lines = {source.name: source.__iter__}
@@ -231,14 +232,14 @@ class Records(Generic[T]):
                 self.places.append(place)
                 kept += 1
                 yield record
-        finally:  # also where no more records are wanted
+        finally:  # also if no more records are needed
             account.kept += kept
         if account.left_out:
             left_out = sum(account.left_out.values())
             logger.info(f"{left_out} of {account.read} records left out: {account.reasons()}")
 
     def pick(self, chosen: Iterable[int]) -> Iterator[T]:
-        """The kept records of these numbers, which must rise, read again."""
+        """The kept records with these ascending numbers, read again."""
         lines, at = self.lines(), 0
         for number in chosen:
             place = self.places[number]
@@ -254,9 +255,9 @@ class Records(Generic[T]):
 def load_records(
     source: Sequence[Path] | DatasetLines, parse: Callable[[dict[str, Any], str], T], **options: Any
 ) -> tuple[list[T], Account]:
-    """Every record of `source` at once, and the account of them; `options` are those of Records.
+    """All records of `source` at once, and their account; `options` are those of Records.
 
-    Raises RecordError, and ArgumentError where no record is left.
+    Raises RecordError; ArgumentError if no record is left.
     """
     records = Records(source, parse, **options)
     kept = list(records)
@@ -272,7 +273,7 @@ def nothing_left(account: Account) -> ArgumentError:
 
 
 def content_key(record: Any) -> bytes:
-    """What is alike for two parsed records that differ only in their places: a hash of every text in them."""
+    """A hash of every text in a parsed record: equal for records that differ only in their locations."""
     digest = hashlib.blake2b(digest_size=16)
     # A pretraining record is (text, where).
     for part in _texts(record[0] if isinstance(record, tuple) else record):
@@ -287,14 +288,14 @@ def check_on_bad_record(value: str) -> None:
 
 
 def write_rejected(path: str | Path | None, error: RecordError, raw: str) -> None:
-    """Append a left-out record to the file `path`, which this process alone writes; nothing where it is None."""
+    """Appends a left-out record to the file `path`, which only this process writes; does nothing if it is None."""
     if path is None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {"where": error.where, "reason": error.reason, "message": error.message, "raw": raw}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")  # ASCII: a broken character must not break this file as well
+        file.write(json.dumps(entry) + "\n")  # ASCII: a broken character must not break this file, too
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def _walk(top: Path, flag: str) -> Iterator[Path]:
     seen = set()
     for folder, folders, names in os.walk(top, followlinks=True, onerror=stop):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back up
+        if real in seen:  # a link to a parent folder
             folders.clear()
             continue
         seen.add(real)
@@ -316,7 +317,7 @@ def _walk(top: Path, flag: str) -> Iterator[Path]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text of a parsed record, with the shape of what holds it; places aside."""
+    """Every text of a parsed record, with the structure that holds it, without locations."""
     value = vars(value) if is_dataclass(value) else value
     if isinstance(value, dict):
         for name, part in value.items():
@@ -332,7 +333,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _load_dataset(name: str, config: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    import datasets  # seconds to import, needed only here
+    import datasets  # takes seconds to import and is needed only here
 
     folder = Path(name)
     try:

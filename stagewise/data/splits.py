@@ -20,7 +20,7 @@ from stagewise.data.statistics import Summary, measure, summarize
 
 @dataclass
 class Splits:
-    """Encoded examples of both splits and the account of their records; a split that is not needed stays empty."""
+    """Encoded examples of both splits and the accounts of their records; a split that is not needed stays empty."""
 
     train: list[Any] = field(default_factory=list)
     validation: list[Any] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What encoded records are: how many, how long, how much of them is learned, and what a step of training holds.
+"""Statistics of encoded records: how many, how long, the share with labels, and the contents of a training step.
 
 lengths        3 3 4 9        tokens of four records
 packed, 10     3 3 4 | 9      two rows: 19 of 20 tokens are filled, nothing is padding
@@ -25,21 +25,21 @@ UNITS = {"records": ("record", "records"), "pairs": ("pair", "pairs"), "prompts"
 
 @dataclass(frozen=True)
 class Measures:
-    """Numbers of tokens and of learned tokens of N examples, (N, 1), or of N pairs' two rows, (N, 2)."""
+    """Tokens, and tokens with labels, of N examples, (N, 1), or of the two rows of N pairs, (N, 2)."""
 
     tokens: np.ndarray
     learned: np.ndarray
 
     @property
     def kind(self) -> str:
-        """ "pairs", "prompts" (nothing in them is learned: answers follow), or "records"."""
+        """ "pairs", "prompts" (no labels: answers follow), or "records"."""
         if self.tokens.shape[1] == 2:
             return "pairs"
         return "records" if self.learned.any() else "prompts"
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,): what each needs in a batch; of a pair, the longer row."""
+        """(N,): what each needs in a batch; for a pair, the longer row."""
         return self.tokens.max(axis=1)
 
 
@@ -55,23 +55,23 @@ def measure(items: Sequence[Example | PreferenceExample]) -> Measures:
 
 
 def learned_tokens(labels: Sequence[int] | np.ndarray) -> int:
-    """How many labels are learned: those that are not −100, but for the first, which nothing predicts."""
+    """The number of labels that are not −100, without the first, which nothing predicts."""
     if isinstance(labels, np.ndarray):
         return int(np.count_nonzero(labels[1:] != IGNORE_INDEX))
     return len(labels) - labels.count(IGNORE_INDEX) - (labels[0] != IGNORE_INDEX)
 
 
 def quantiles(lengths: np.ndarray) -> dict[str, int]:
-    """min, median, p90, p99 and max of (N,), N at least 1: p90 is the smallest that 90% are not longer than."""
+    """min, median, p90, p99 and max of (N,), N at least 1: p90 is the smallest value that 90% do not exceed."""
     middle = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
     named = dict(zip(QUANTILES, map(int, middle), strict=True))
     return {"min": int(lengths.min()), **named, "max": int(lengths.max())}
 
 
 def bins(lengths: np.ndarray, most: int = 16) -> list[tuple[int, int, int]]:
-    """A histogram of (N,): (shortest, longest, how many) of at most `most` bins, whose width is a power of two.
+    """A histogram of (N,): (shortest, longest, count) of at most `most` bins, whose width is a power of two.
 
-    The limits that people set are such powers or sums of few, so what was cut at one stands in the last bin.
+    The limits that people set are usually such powers or sums of a few, so records cut at one are in the last bin.
     """
     width = 1
     while (lengths.max() - 1) // width - (lengths.min() - 1) // width >= most:
@@ -83,7 +83,7 @@ def bins(lengths: np.ndarray, most: int = 16) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """One split: `records` were kept, and make `examples` (more than records where texts are cut into blocks)."""
+    """One split: `records` were kept, and make `examples` (more than records if texts are cut into blocks)."""
 
     kind: str
     records: int
@@ -93,14 +93,14 @@ class Summary:
     cut: int
     lengths: dict[str, int]
     limits: dict[str, int] = field(default_factory=dict)
-    streamed: bool = False  # these are the first records of a stream, and stand for it
+    streamed: bool = False  # these are the first records of a stream and stand for all of it
 
     def as_dict(self) -> dict[str, Any]:
         learned_share, cut_share = round(self.learned / self.tokens, 4), round(self.cut / self.records, 4)
         return {**asdict(self), "learned_share": learned_share, "cut_share": cut_share}
 
     def lines(self) -> list[str]:
-        """A few lines for a person; what may be a mistake is said as the fact that it is."""
+        """A few lines for a person; possible mistakes are stated as facts."""
         (one, many), n = UNITS[self.kind], self.lengths
         blocks = f" in {counted(self.examples, 'block', 'blocks')}" if self.examples != self.records else ""
         part = {
@@ -123,14 +123,14 @@ class Summary:
 def summarize(
     measures: Measures, records: int, cut: int = 0, limits: Mapping[str, int] | None = None, streamed: bool = False
 ) -> Summary:
-    """The summary of a split that is not empty.
+    """The summary of a non-empty split.
 
     Args:
         measures: of its examples.
-        records: how many records they were made from.
+        records: the number of records they were made from.
         cut: how many of the records were shortened.
-        limits: the limits to which they were, by the names of their flags.
-        streamed: whether they are the first of a stream.
+        limits: the limits they were shortened to, by the names of their flags.
+        streamed: whether they are the first records of a stream.
     """
     return Summary(
         kind=measures.kind,
@@ -150,15 +150,15 @@ def summarize(
 
 @dataclass(frozen=True)
 class StepSize:
-    """How many rows make a step.
+    """The settings that determine the rows of a step.
 
     Args:
-        batch: rows of a forward pass, a process (pairs, where the records are pairs).
-        accumulation: forward passes of a step.
-        processes: how many there are.
-        drop_last: whether an incomplete last batch is left out (--dataloader_drop_last).
-        grouped: whether rows of like lengths stand together (--train_sampling_strategy group_by_length).
-        epochs, max_steps: how long the run is; max_steps counts where it is above 0.
+        batch: rows per forward pass and process (pairs, if the records are pairs).
+        accumulation: forward passes per step.
+        processes: the number of processes.
+        drop_last: whether an incomplete last batch is dropped (--dataloader_drop_last).
+        grouped: whether rows of similar lengths are grouped (--train_sampling_strategy group_by_length).
+        epochs, max_steps: the length of the run; max_steps counts if it is above 0.
     """
 
     batch: int
@@ -187,7 +187,7 @@ class StepSize:
         return self.batch * self.accumulation * self.processes
 
     def steps_per_epoch(self, rows: int) -> int:
-        """As transformers and accelerate deal rows out: whole batches to each process, the last of them shared."""
+        """As transformers and accelerate distribute rows: whole batches to each process, the last of them shared."""
         batches = rows // self.batch if self.drop_last else math.ceil(rows / self.batch)
         a_process = batches // self.processes if self.drop_last else math.ceil(batches / self.processes)
         return max(1, math.ceil(a_process / self.accumulation))
@@ -198,10 +198,10 @@ class StepSize:
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step (of PPO: a rollout) holds over all processes; means, where steps differ.
+    """The contents of an optimizer step (for PPO, a rollout) over all processes; means if steps differ.
 
-    `rows` counts pairs where the records are pairs; `tokens` are without `padding`; `filled` is the share of the
-    room of packed rows that is filled, None of padded ones. A stream has no `steps_per_epoch`.
+    `rows` counts pairs if the records are pairs; `tokens` are without `padding`; `filled` is the filled share of
+    packed rows, None for padded ones. A stream has no `steps_per_epoch`.
     """
 
     kind: str
@@ -237,7 +237,7 @@ class Step:
 
 
 def packed_step(measures: Measures, rows: int, capacity: int, size: StepSize) -> Step:
-    """What a step holds where the examples are packed into `rows` rows of at most `capacity` tokens."""
+    """The contents of a step whose examples are packed into `rows` rows of at most `capacity` tokens."""
     held, tokens = min(size.rows, rows), int(measures.tokens.sum())
     return Step(
         kind=measures.kind,
@@ -253,7 +253,7 @@ def packed_step(measures: Measures, rows: int, capacity: int, size: StepSize) ->
 
 
 def padded_step(measures: Measures, size: StepSize) -> Step:
-    """What a step holds where every example, or pair, is a row (two rows) of a batch padded to its longest."""
+    """The contents of a step in which every example is a row (every pair two) of a batch padded to its longest."""
     count, sides = measures.tokens.shape
     held, batch = min(size.rows, count), min(size.batch, count)
     longest = grouped_longest(measures.lengths, batch, size) if size.grouped else longest_of(measures.lengths, batch)
@@ -271,7 +271,7 @@ def padded_step(measures: Measures, size: StepSize) -> Step:
 
 
 def longest_of(lengths: np.ndarray, batch: int) -> float:
-    """The mean, over all batches that can be drawn from (N,), of the longest length; 1 <= batch <= N.
+    """The mean longest length over all batches that can be drawn from (N,); 1 <= batch <= N.
 
     Of the i shortest come C(i, batch) of the C(N, batch) batches, which is the product of (i - j) / (N - j).
     """
@@ -284,9 +284,9 @@ def longest_of(lengths: np.ndarray, batch: int) -> float:
 
 
 def grouped_longest(lengths: np.ndarray, batch: int, size: StepSize) -> float:
-    """The mean longest length where like lengths stand together: the rows of up to 50 steps are sorted at a time.
+    """The mean longest length if similar lengths are grouped: the rows of up to 50 steps are sorted at a time.
 
-    transformers' get_length_grouped_indices does so (its first batch apart); one order of chance stands for all.
+    transformers' get_length_grouped_indices does this (except for its first batch); one random order stands for all.
     """
     count = len(lengths)
     steps = max(1, min(count // (size.rows * 4), 50))
@@ -298,7 +298,7 @@ def grouped_longest(lengths: np.ndarray, batch: int, size: StepSize) -> float:
 
 
 def rollout_contents(measures: Measures, batch: int, processes: int, rollouts: int) -> Step:
-    """What a rollout of PPO holds: `batch` prompts a process, padded to the longest; a run has `rollouts` of them."""
+    """The contents of a PPO rollout: `batch` prompts per process, padded to the longest; a run has `rollouts` of them."""
     return padded_step(measures, StepSize(batch, processes=processes, max_steps=rollouts))
 
 
@@ -307,7 +307,7 @@ def counted(number: int, one: str, many: str) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share in words: "7.5%"; never 0% of something, nor 100% of less than all."""
+    """A share as text: "7.5%"; never 0% of something, nor 100% of less than all."""
     share = 100 * part / whole
     if 0 < share < 0.1:
         return "less than 0.1%"

@@ -1,4 +1,4 @@
-"""Data loader workers live on when a signal reaches every process of a run."""
+"""Data loader workers survive signals that are sent to every process of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR
 
 
 def outlive_termination(worker: int, before: Callable[[int], None] | None = None) -> None:
-    """Lets a worker live on when a signal is sent to all: the process that trains still ends its step and saves."""
+    """Lets a worker survive such a signal: the training process finishes its step and saves a checkpoint."""
     if before is not None:
         before(worker)
     for number in SIGNALS:

@@ -1,1 +1,1 @@
-"""Files of any form to records, and records to messages. Imports no torch."""
+"""From files of any format to records, and from records to messages. Imports no torch."""

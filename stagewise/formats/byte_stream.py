@@ -1,4 +1,4 @@
-"""The bytes of plain, gzip and zstd files, block by block and line by line: files of any size in constant memory."""
+"""The bytes of plain, gzip and zstd files, as blocks and as lines, in constant memory."""
 
 import gzip
 import zlib
@@ -10,21 +10,21 @@ from stagewise.errors import FileError
 from stagewise.formats.data_files import open_file
 
 BLOCK = 1 << 20
-MAX_RECORD = 64 << 20  # bytes; a record is held in memory several times over while it is read
-MAX_KEPT = 100_000  # bytes of a line beyond MAX_RECORD, or of what can't be read, that rejected.jsonl shows
+MAX_RECORD = 64 << 20  # bytes; reading a record holds several copies of it in memory
+MAX_KEPT = 100_000  # bytes of a line beyond MAX_RECORD, or of unreadable data, that rejected.jsonl shows
 COMPRESSED = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"
-WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16 and UTF-32
+WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks of UTF-16 and UTF-32
 
 
 class BrokenStream(Exception):
-    """Packed data that ends or breaks in the middle; nothing behind that place can be read."""
+    """Compressed data that is truncated or damaged; nothing after that point can be read."""
 
 
 class RawLine(NamedTuple):
-    """A line without its end mark: its number from 1, its bytes, whether an end mark stood there.
+    """A line without its line end: its number from 1, its bytes, and whether it had a line end.
 
-    `problem` says why the line isn't whole: "long" (only its beginning is given), or what broke in a packed file.
+    `problem` is why the line is incomplete: "long" (only its beginning is given), or the damage of a compressed file.
     """
 
     number: int
@@ -34,7 +34,7 @@ class RawLine(NamedTuple):
 
 
 def suffixes_of(path: Path) -> tuple[str, str]:
-    """The suffixes of a file's form and of its packing: (".jsonl", ".gz") of "a.jsonl.gz", (".csv", "") of "a.csv"."""
+    """The suffixes of a file's format and compression: (".jsonl", ".gz") of "a.jsonl.gz", (".csv", "") of "a.csv"."""
     packed = path.suffix.lower()
     if packed in COMPRESSED:
         return Path(path.stem).suffix.lower(), packed
@@ -42,20 +42,21 @@ def suffixes_of(path: Path) -> tuple[str, str]:
 
 
 def read_blocks(path: Path, progress: Callable[[int], None] | None = None) -> Iterator[bytes]:
-    """The unpacked bytes of a file. `progress` is told how many bytes of the file itself have been read since.
+    """The uncompressed bytes of a file. `progress` is called with the bytes of the file itself read since the last
+    call.
 
-    Raises BrokenStream where a packed file is cut short or damaged, after all that stands before, and FileError for
-    what can't be read.
+    Raises BrokenStream if a compressed file is truncated or damaged, after everything before that point was given, and
+    FileError if the file can't be read.
     """
     packed = suffixes_of(path)[1]
     with open_file(path) as raw:
         read: Callable[[int], bytes] = raw.read
         errors: tuple[type[Exception], ...] = (OSError,)
         if packed == ".gz":
-            # read1 gives what is unpacked so far; read would lose it when the end turns out to be missing.
+            # read1 returns what is unpacked so far; read would lose it if the end turns out to be missing
             read, errors = gzip.GzipFile(fileobj=raw).read1, (EOFError, OSError, zlib.error)
         elif packed == ".zst":
-            import pyarrow  # a tenth of a second to import, needed only here
+            import pyarrow  # takes a tenth of a second to import and is needed only here
 
             read, errors = pyarrow.CompressedInputStream(raw, "zstd").read, (OSError, pyarrow.ArrowException)
         before = done = 0
@@ -78,9 +79,9 @@ def read_blocks(path: Path, progress: Callable[[int], None] | None = None) -> It
 
 
 def split_lines(blocks: Iterable[bytes]) -> Iterator[RawLine]:
-    """The lines of `blocks`, ended by a newline, or by CR where that is all there is; without a byte-order mark.
+    """The lines of `blocks`, ended by a newline, or by CR if there are no newlines; without a byte-order mark.
 
-    Of a line longer than MAX_RECORD only the beginning is held and given.
+    Only the beginning of a line longer than MAX_RECORD is held and given.
     """
     number, pending, size, problem = 0, [], 0, None
     try:
@@ -106,7 +107,7 @@ def split_lines(blocks: Iterable[bytes]) -> Iterator[RawLine]:
 
 
 def _before_the_break(path: Path, done: int) -> Iterator[bytes]:
-    """What a broken zstd file gives behind its first `done` bytes: a read that fails loses what it had unpacked."""
+    """The output of a damaged zstd file after its first `done` bytes: a read that fails loses what it had unpacked."""
     import pyarrow
 
     with pyarrow.CompressedInputStream(str(path), "zstd") as file:
@@ -129,12 +130,12 @@ def _line(number: int, parts: list[bytes], size: int, ended: bool, problem: str 
 
 
 def ends_with_cr(start: bytes) -> bool:
-    """Whether the lines of a file that begins like this end in CR alone, as on Macs before 2001."""
-    return b"\n" not in start and b"\r" in start.rstrip(b"\r")  # one at the end may be half of a CRLF
+    """Whether the lines of a file with this beginning end in CR only, as on Macs before 2001."""
+    return b"\n" not in start and b"\r" in start.rstrip(b"\r")  # a CR at the end may be half of a CRLF
 
 
 def with_newlines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """`blocks`, in which CR becomes a newline where the lines end in CR alone."""
+    """`blocks` with CR replaced by a newline if the lines end in CR only."""
     translated = None
     for block in blocks:
         if translated is None:
@@ -143,7 +144,7 @@ def with_newlines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def is_wide(start: bytes) -> bool:
-    """Whether a file that begins like this is UTF-16 or UTF-32, or no text at all."""
+    """Whether a file with this beginning is UTF-16 or UTF-32, or not text at all."""
     return start.startswith(WIDE_BOMS) or start[:64].count(0) * 4 >= max(len(start[:64]), 1)
 
 

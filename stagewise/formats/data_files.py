@@ -1,6 +1,6 @@
-"""Files that records are read from: what else may stand in a folder is named, and never opened.
+"""Files to read records from: anything else in a folder is named and never opened.
 
-Opening a pipe waits until somebody writes into it, which would be forever.
+Opening a pipe would wait forever for a writer.
 """
 
 import errno
@@ -21,7 +21,7 @@ KINDS = (
 
 
 def trouble_with(path: Path) -> str | None:
-    """Why a path can't be read as a file, None where it can."""
+    """The reason why a path can't be read as a file, None if it can."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -36,13 +36,13 @@ def trouble_with(path: Path) -> str | None:
 
 
 def check_file(path: Path, flag: str) -> None:
-    """Raises FileError, naming the flag and the path, for what can't be read as a file."""
+    """Raises FileError, naming the flag and the path, if the path can't be read as a file."""
     if trouble := trouble_with(path):
         raise FileError(f"{flag}: {path}: {trouble}")
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file opened for reading. Raises FileError, also for what a folder's listing did not show yet."""
+    """Opens a file for reading. Raises FileError, also for problems that listing the folder did not show."""
     if trouble := trouble_with(path):
         raise FileError(f"{path}: {trouble}")
     try:

@@ -1,4 +1,4 @@
-"""The records of a .json file of any size, one by one: a list of them, one, or several behind each other."""
+"""The records of a .json file of any size, one by one: a list, a single one, or several after each other."""
 
 import codecs
 import json
@@ -13,16 +13,16 @@ from stagewise.formats.strict_json import TOO_DEEP, Noting, end_of, is_deep
 
 T = TypeVar("T")
 SPACE = re.compile(r"[ \t\r\n]*")
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are not UTF-8
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as "surrogateescape" decodes them
 CUT_NUMBER = re.compile(r"\.|[eE][+-]?")
 CONSTANTS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 MIB = MAX_RECORD >> 20
 
 
 class Line(NamedTuple):
-    """One record as it was read: `value` is the record, or the RecordError that says why there is none.
+    """One record: `value` is the record, or the RecordError that explains why there is none.
 
-    `raw` is the text that it was read from; "" where there is none, as in parquet files: as_read makes one up.
+    `raw` is its source text; "" if there is none, as in parquet files, where as_read makes a substitute.
     """
 
     where: str
@@ -30,20 +30,20 @@ class Line(NamedTuple):
     value: dict[str, Any] | RecordError
 
     def parsed(self, parse: Callable[[dict[str, Any], str], T]) -> T:
-        """`parse(record, where)`. Raises the RecordError of a line that holds none, or that of `parse`."""
+        """`parse(record, where)`. Raises the line's RecordError if it has one, or that of `parse`."""
         if isinstance(self.value, RecordError):
             raise self.value
         return parse(self.value, self.where)
 
     def as_read(self) -> str:
-        """The record's own text, for rejected.jsonl."""
+        """The record's source text, for rejected.jsonl."""
         if self.raw or isinstance(self.value, RecordError):
             return self.raw
         return json.dumps(self.value, ensure_ascii=False, default=str)
 
 
 def parsed(lines: Iterable[Line], parse: Callable[[dict[str, Any], str], T]) -> Iterator[T | RecordError]:
-    """Each line's record as `parse` makes it, or the RecordError that says why there is none."""
+    """Each line's record parsed by `parse`, or its RecordError."""
     for line in lines:
         try:
             yield line.parsed(parse)
@@ -52,9 +52,9 @@ def parsed(lines: Iterable[Line], parse: Callable[[dict[str, Any], str], T]) -> 
 
 
 def read_values(path: Path, name: str, progress: Callable[[int], None] | None = None) -> Iterator[Line]:
-    """The values of a .json file: "name:12#3" is the third, it begins in line 12; "name:1" is the only one.
+    """The values of a .json file: "name:12#3" is the third and begins in line 12; "name:1" is the only one.
 
-    What can't be parsed ends the file with one error; everything before it is given.
+    A syntax error ends the file with one error; everything before it is given.
     """
     text = _Text(read_blocks(path, progress))
     listed = text.next() == "["
@@ -98,11 +98,11 @@ def too_long(where: str) -> RecordError:
 
 
 def was_cut(error: json.JSONDecodeError) -> bool:
-    """Whether the text that could not be parsed was cut off at its end, rather than broken before."""
+    """Whether the text failed to parse because its end is missing, rather than because of an error in it."""
     rest = error.doc[error.pos :].strip()
     if not rest or error.msg.startswith("Unterminated string"):
         return True
-    # A constant or an escape that is cut is reported where it begins, a number where its whole part ends.
+    # A truncated constant or escape is reported where it begins, a number where its integer part ends.
     escape = error.msg.startswith("Invalid \\u") and len(rest) <= len("\\uffff")
     return escape or any(word.startswith(rest) for word in CONSTANTS) or bool(CUT_NUMBER.fullmatch(rest))
 
@@ -117,12 +117,12 @@ def escaped_byte(where: str, raw: str) -> RecordError | None:
 
 
 def readable(raw: str) -> str:
-    """Text read with "surrogateescape", its bytes that are not UTF-8 written as \\xe9."""
+    """Text decoded with "surrogateescape", its invalid bytes written as \xe9."""
     return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class _Text:
-    """The decoded text of a file, of which only what is not used yet is held; `at` is how far it is used."""
+    """The decoded text of a file; only the unused part is held, `at` is the position in it."""
 
     def __init__(self, blocks: Iterable[bytes]):
         self.blocks, self.decoder = iter(without_mark(blocks)), codecs.getincrementaldecoder("utf-8")()
@@ -142,7 +142,7 @@ class _Text:
         self.at = to
 
     def grow(self) -> bool:
-        """Reads on, at least as much as is held; False where there is nothing more."""
+        """Reads at least as much as is held; False at the end of the file."""
         parts = [self.text[self.at :]]
         wanted = max(len(parts[0]), 1)
         while not self.ended and wanted > 0:
@@ -161,11 +161,11 @@ class _Text:
         try:
             return self.decoder.decode(block, self.ended)
         except UnicodeDecodeError:
-            self.decoder.errors = "surrogateescape"  # the records that hold such bytes are refused one by one
+            self.decoder.errors = "surrogateescape"  # records with such bytes are refused one by one
             return self.decoder.decode(block, self.ended)
 
     def stop(self, where: str, why: str) -> Line:
-        """The error behind which nothing is read."""
+        """The error after which nothing is read."""
         self.broken = True
         message = f"not JSON: {why}; nothing behind it in this file can be read"
         return Line(where, readable(self.text[self.at : self.at + 1000]), RecordError(where, "broken JSON", message))
@@ -178,7 +178,7 @@ class _Text:
 
 
 def _value(text: _Text, where: str) -> Line:
-    """The next value; sets text.broken where it can't be parsed."""
+    """The next value; sets text.broken if it can't be parsed."""
     decoder = Noting()
     while True:
         try:

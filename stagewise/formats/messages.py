@@ -1,6 +1,6 @@
 """Message, Conversation and Preference, and how a list of turns becomes messages.
 
-Nothing is repaired here: turns are either taken as they stand or refused with a RecordError that names file and line.
+Nothing is repaired here: turns are used as they are, or refused with a RecordError that names file and line.
 """
 
 import json
@@ -19,9 +19,9 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call", "function-call", "tool-call"), "tool_call"),
     **dict.fromkeys(("observation", "tool", "function", "function_response", "tool_response"), "observation"),
 }
-ANSWERS = ("assistant", "tool_call")  # what the model says
-QUESTIONS = ("user", "observation")  # what it is told
-# The roles that may stand before each role; None is the start of the conversation.
+ANSWERS = ("assistant", "tool_call")  # roles that the model generates
+QUESTIONS = ("user", "observation")  # roles that it reads
+# The roles that may precede each role; None is the start of the conversation.
 BEFORE = {
     "user": (None, "assistant"),
     "assistant": ("user", "observation"),
@@ -30,7 +30,7 @@ BEFORE = {
 }
 
 
-# The reason of a record that is only too long → what keeps it.
+# The reason of a record that is only too long → the flag that keeps it.
 TOO_LONG = {
     "no room for an answer": "a larger --model_max_length",
     "prompt too long": "a larger --max_source_length",
@@ -43,7 +43,7 @@ TOO_LONG = {
 class Message:
     """One turn; `role` is user, assistant, tool_call or observation. A tool_call's content is a JSON object.
 
-    One with `learn` False is context only, whatever else is learned.
+    One with `learn` False is context only, without labels.
     """
 
     role: str
@@ -63,9 +63,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt, which ends with what the model is told, and two answers to it.
+    """A prompt that ends with a turn for the model to answer, and two answers to it.
 
-    An answer begins and ends with what the model says; it may be several turns.
+    An answer begins and ends with an assistant message; it may have several turns.
     """
 
     prompt: Conversation
@@ -77,9 +77,9 @@ class Preference:
 def read_turns(turns: Any, key: str, where: str) -> tuple[list[Message], str | None]:
     """The messages of a list of turns (from/value or role/content), and the system turn's text if there is one.
 
-    The order of the roles is not looked at: see check_order. Raises RecordError.
+    The order of the roles is not checked here: see check_order. Raises RecordError.
     """
-    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a cell of a table
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a table cell
         turns = json_value(turns, f'"{key}"', where, "broken JSON")
     if not isinstance(turns, list) or not turns:
         raise RecordError(where, "no turns", f'"{key}" must be a list of turns, found {found(turns)}')
@@ -120,7 +120,7 @@ def _role(name: Any) -> str | None:
 
 
 def check_order(messages: Sequence[Message], where: str) -> None:
-    """Raises RecordError unless a question comes first and each turn may stand behind the one before."""
+    """Raises RecordError unless the conversation starts with a question and each turn may follow the one before."""
     if not messages:
         raise RecordError(where, "no turns", "the conversation holds no turn besides the system prompt")
     before = None
@@ -135,7 +135,7 @@ def check_order(messages: Sequence[Message], where: str) -> None:
 
 
 def tools_of(record: dict[str, Any], where: str) -> str | None:
-    """The record's `tools` (or `functions`) as the text of a JSON list, None where there are none."""
+    """The record's `tools` (or `functions`) as the text of a JSON list, None if there are none."""
     tools = one_of(record, ("tools", "functions"), "two lists of tools", "the record", where)
     if not tools or (isinstance(tools, str) and not tools.strip()):
         return None
@@ -151,17 +151,17 @@ def tools_of(record: dict[str, Any], where: str) -> str | None:
 
 
 def text(value: Any, name: str, where: str) -> str:
-    """`value` if it is text that can be encoded; otherwise RecordError, which calls it `name`."""
+    """`value` if it is text that can be encoded; otherwise raises a RecordError that calls it `name`."""
     if not isinstance(value, str):
         if isinstance(value, float) and math.isnan(value):
             raise RecordError(where, "NaN", f"{name} must be text, found NaN, which tables write for a missing value; "
                               "leave the cell empty")  # fmt: skip
         raise RecordError(where, "not text", f"{name} must be text, found {found(value)}")
-    if value.isascii():  # known without looking
+    if value.isascii():  # a common case, checked first
         return value
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of an escaped emoji, which no tokenizer takes
+    except UnicodeEncodeError as error:  # half of an escaped emoji, which no tokenizer accepts
         raise RecordError(where, "broken character", f"{name} holds half of a surrogate pair at character "
                           f"{error.start}: {value[error.start]!r}") from error  # fmt: skip
     return value

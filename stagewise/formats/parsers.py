@@ -1,7 +1,7 @@
-"""Records → Conversation, Preference or text: one parser a stage, for every accepted form, told apart by its keys.
+"""Records → Conversation, Preference or text: one parser per stage for every accepted form, detected from the keys.
 
-Nothing is repaired here: a record is either taken as it stands or refused with a RecordError that names file and line,
-what was found and, where the record is of another stage's form, which stage reads it.
+Nothing is repaired here: a record is used as it is, or refused with a RecordError that names file and line, what was
+found and, for another stage's form, the stage that reads it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,7 @@ from stagewise.formats.messages import (
 
 __all__ = ["ANSWERS", "QUESTIONS", "ROLES", "Conversation", "Message", "Preference", "RecordError", "TooLongError"]
 
-# form of record → (what it is called, the scripts that read it)
+# form of record → (its name, the scripts that read it)
 FORMS = {
     "preference": ("a preference", "reward_modeling.py and dpo_training.py read it, and ppo_training.py its prompt"),
     "conversation": ("a conversation", "supervised_finetuning.py and ppo_training.py read it"),
@@ -43,7 +43,7 @@ PREFERENCES = "conversations/chosen/rejected, question/response_chosen/response_
 
 
 def form_of(record: dict[str, Any]) -> str | None:
-    """Which form a record has, by its keys: a key of FORMS, or None."""
+    """The form of a record by its keys: a key of FORMS, or None."""
     if any(_has(record, key) for key in ("chosen", "rejected", "response_chosen", "response_rejected")):
         return "preference"
     if _has(record, "conversations") or _has(record, "messages"):
@@ -58,19 +58,19 @@ def form_of(record: dict[str, Any]) -> str | None:
 def parse_conversation(record: dict[str, Any], where: str) -> Conversation:
     """ShareGPT `conversations`, OpenAI `messages`, instruction/input/output/history or question/answer.
 
-    Each with `system` and `tools` if wanted. Raises RecordError for anything else: unknown roles, empty turns, two
-    questions in a row, text that isn't text, no answer at all.
+    Each may have `system` and `tools`. Raises RecordError for anything else: unknown roles, empty turns, two questions
+    in a row, values that aren't text, no answer at all.
     """
     conversation = _conversation(record, where)
     roles = [message.role for message in conversation.messages]
-    # What an instruction or a question asks is answered in the record itself, whatever its history holds.
+    # The answer to an instruction or question is in the record itself, whatever its history holds.
     if not any(role in ANSWERS for role in (roles if form_of(record) == "conversation" else roles[-1:])):
         raise RecordError(where, "no answer", 'no turn is from the assistant, there is no "output" or "answer"')
     return conversation
 
 
 def parse_prompt(record: dict[str, Any], where: str) -> Conversation:
-    """What the assistant is to answer: a conversation without its last answer, or the prompt of a preference."""
+    """What the assistant should answer: a conversation without its last answer, or the prompt of a preference."""
     if form_of(record) == "preference":
         return parse_preference(record, where).prompt
     return prompt_of(_conversation(record, where))
@@ -79,10 +79,10 @@ def parse_prompt(record: dict[str, Any], where: str) -> Conversation:
 def parse_preference(record: dict[str, Any], where: str) -> Preference:
     """conversations/chosen/rejected, question/response_chosen/response_rejected or instruction/output=[…, …].
 
-    The last two with `system` and `history` if wanted. An answer is a text, a message, or a list of messages that
-    begins with the assistant; two whole conversations are split where they stop being alike. Raises RecordError.
+    The last two may have `system` and `history`. An answer is a text, a message, or a list of messages that begins
+    with the assistant; two full conversations are split where they start to differ. Raises RecordError.
     """
-    cell = record.get("output")  # of a table: the two answers as JSON text
+    cell = record.get("output")  # from a table: the two answers as JSON text
     if form_of(record) != "preference" and not (isinstance(cell, str) and cell.lstrip().startswith("[")):
         raise _unfit(record, where, "no preference", PREFERENCES)
     context, system, answers = _asked(record, where)
@@ -112,7 +112,7 @@ def parse_preference(record: dict[str, Any], where: str) -> Preference:
 
 
 def parse_text(record: dict[str, Any], where: str) -> str:
-    """The text of a pretraining record {"text": …}, whitespace kept. Raises RecordError where there is none."""
+    """The text of a pretraining record {"text": …}, whitespace kept. Raises RecordError if there is none."""
     if not _has(record, "text"):
         raise _unfit(record, where, "no text", '{"text": …}')
     value = text(record["text"], "text", where)
@@ -130,10 +130,10 @@ def prompt_of(conversation: Conversation) -> Conversation:
 
 
 def parse_history(history: Any, where: str) -> tuple[Message, ...]:
-    """Earlier exchanges, as [[question, answer], …] or flat [question, answer, …], or the same as JSON text."""
+    """Earlier exchanges: [[question, answer], …], a flat [question, answer, …], or either one as JSON text."""
     if history is None or history == "":
         return ()
-    if isinstance(history, str):  # a cell of a table
+    if isinstance(history, str):  # a table cell
         history = json_value(history, '"history"', where, "broken history")
     if isinstance(history, (str, dict)) or not isinstance(history, Iterable):
         raise RecordError(where, "broken history", f'"history" must be a list, found {found(history)}')
@@ -150,7 +150,7 @@ def parse_history(history: Any, where: str) -> tuple[Message, ...]:
 
 
 def _conversation(record: dict[str, Any], where: str) -> Conversation:
-    """A conversation in any form; it may hold no answer."""
+    """A conversation in any form, with or without an answer."""
     form = form_of(record)
     if form not in PARTS:
         raise _unfit(record, where, "no conversation", CONVERSATIONS)
@@ -187,7 +187,7 @@ PARTS: dict[str, Callable[[dict[str, Any], str], tuple[list[Message], str | None
 
 
 def _exchange(record: dict[str, Any], question: Any, answer: str | None, where: str) -> list[Message]:
-    """The history, the question, and the answer where the record has that key."""
+    """The history, the question, and the answer if the record has that key."""
     messages = [*parse_history(record.get("history"), where), Message("user", text(question, "question", where))]
     if answer is not None and record.get(answer) not in (None, ""):
         messages.append(Message("assistant", text(record[answer], answer, where)))
@@ -198,7 +198,7 @@ def _exchange(record: dict[str, Any], question: Any, answer: str | None, where: 
 
 
 def _asked(record: dict[str, Any], where: str) -> tuple[list[Message], str | None, list[Any]]:
-    """What stands before the answers of a preference (nothing, where they are whole conversations), and they."""
+    """The prompt of a preference (empty if the answers are full conversations), and its answers."""
     system = optional_text(record.get("system"), "system", where)
     if _has(record, "conversations") or _has(record, "messages"):
         answers = [record.get("chosen"), record.get("rejected")]
@@ -212,7 +212,7 @@ def _asked(record: dict[str, Any], where: str) -> tuple[list[Message], str | Non
         if not _has(record, "output"):
             return messages, system, [record.get("chosen"), record.get("rejected")]
         answers = record["output"]
-        if isinstance(answers, str) and answers.lstrip().startswith("["):  # a cell of a table
+        if isinstance(answers, str) and answers.lstrip().startswith("["):  # a table cell
             answers = json_value(answers, '"output"', where, "no pair of answers")
         if not isinstance(answers, (list, tuple)) or len(answers) != 2:
             raise RecordError(where, "no pair of answers", '"output" must be a list [chosen, rejected] in a '
@@ -237,7 +237,7 @@ def _before_answers(
 
 
 def _answer(answer: Any, side: str, where: str) -> tuple[list[Message], str | None]:
-    """One side as messages, and its system turn: an answer, or a whole conversation, which starts with a question."""
+    """One side as messages, and its system turn: an answer, or a full conversation, which starts with a question."""
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
         answer = answer[0]
     if isinstance(answer, (list, dict)):
@@ -255,7 +255,7 @@ def _answer(answer: Any, side: str, where: str) -> tuple[list[Message], str | No
 def _split(
     context: list[Message], sides: list[list[Message]], whole: list[bool], where: str
 ) -> tuple[list[Message], list[list[Message]]]:
-    """The common beginning of two whole conversations, up to its last question, and what each says behind it."""
+    """The common prefix of two full conversations, up to its last question, and the rest of each."""
     if not all(whole):
         raise RecordError(where, "broken answer", "one answer is a whole conversation, the other is not")
     shared = 0
@@ -293,7 +293,7 @@ def _keys(record: dict[str, Any]) -> str:
 
 
 def _unfit(record: dict[str, Any], where: str, reason: str, wanted: str) -> RecordError:
-    """The error for a record of another stage's form, or of none."""
+    """The error for a record of another stage's form, or of no known form."""
     form = form_of(record)
     if form is not None:
         name, readers = FORMS[form]

@@ -1,7 +1,7 @@
-"""Files → one Line a record: .jsonl, .json, .csv, .tsv, .parquet and .txt, each also packed as .gz or .zst.
+"""Files → one Line per record: .jsonl, .json, .csv, .tsv, .parquet and .txt, each also compressed as .gz or .zst.
 
-Everything is read in pieces, so that a file of any size takes little memory. A record that can't be read is given as a
-Line with its RecordError, so that the caller may count it and continue.
+Files are read in pieces, so a file of any size takes little memory. A record that can't be read is a Line with its
+RecordError, so the caller may count it and continue.
 """
 
 import json
@@ -22,19 +22,19 @@ from stagewise.formats.json_stream import Line, not_an_object, read_values, too_
 from stagewise.formats.strict_json import parse_json
 from stagewise.formats.tables import read_csv, read_parquet, read_tsv
 
-MAX_DOCUMENT = 16 << 20  # bytes; a .txt file beyond that is read in parts that end with a line
+MAX_DOCUMENT = 16 << 20  # bytes; a larger .txt file is read in parts that end with a line
 Progress = Callable[[int], None] | None
 
 
 def file_names(files: Sequence[Path]) -> list[str]:
-    """What each file is called in messages: its path below the folder that all have in common."""
+    """The name of each file in messages: its path below the folder that all files share."""
     paths = [Path(os.path.abspath(path)) for path in files]  # a link keeps its own name
     top = os.path.commonpath([path.parent for path in paths]) if files else ""
     return [str(path.relative_to(top)) for path in paths]
 
 
 def read_file(path: Path, name: str, progress: Progress = None, kind: str | None = None) -> Iterator[Line]:
-    """The records of one file, as its name says or as `kind` does (".jsonl" …)."""
+    """The records of one file, in the format of its name or of `kind` (".jsonl" …)."""
     kind = kind or suffixes_of(path)[0]
     if kind != ".parquet" and is_wide(start_of(path)):
         why = "the file is UTF-16, or no text (it holds NUL bytes); save it as UTF-8"
@@ -44,7 +44,7 @@ def read_file(path: Path, name: str, progress: Progress = None, kind: str | None
 
 
 def read_lines(path: Path, name: str, progress: Progress = None) -> Iterator[Line]:
-    """One JSON object a line; blank lines are skipped."""
+    """One JSON object per line; blank lines are skipped."""
     for line in split_lines(read_blocks(path, progress)):
         if line.data.strip() or line.problem:
             yield parse_line(f"{name}:{line.number}", line)
@@ -57,7 +57,7 @@ def parse_line(where: str, line: RawLine) -> Line:
         error: RecordError = too_long(where) if line.problem == "long" else CutError(where, line.problem, len(data))
         return Line(where, data.decode("utf-8", "backslashreplace"), error)
     try:
-        # Files with a byte-order mark that were joined have one in the middle.
+        # Concatenated files with byte-order marks have one in the middle.
         raw = data.decode("utf-8").strip("\r\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         cut = not line.ended and error.reason == "unexpected end of data"
@@ -79,9 +79,9 @@ def read_json(path: Path, name: str, progress: Progress = None) -> Iterator[Line
     """A .json file: a list of records, one record, or one a line."""
     start = start_of(path).lstrip()
     try:
-        # A broken record of many lines is one error, not one a line: lines count only where the first is a record.
+        # A broken multi-line record is one error, not one per line: lines count only if the first is a record.
         in_lines = start[:1] == b"{" and isinstance(parse_json(start.partition(b"\n")[0].decode("utf-8")), dict)
-    except RefusedJSON:  # whole, whatever is wrong with it
+    except RefusedJSON:  # complete, even if malformed
         in_lines = True
     except ValueError:
         in_lines = False
@@ -89,7 +89,7 @@ def read_json(path: Path, name: str, progress: Progress = None) -> Iterator[Line
 
 
 def read_document(path: Path, name: str, progress: Progress = None) -> Iterator[Line]:
-    """A .txt file is one document {"text": …}; one beyond MAX_DOCUMENT is given in parts, "name:1", "name:5201" …"""
+    """A .txt file is one document {"text": …}; one above MAX_DOCUMENT is given in parts: "name:1", "name:5201" …"""
     part, size, first = [], 0, 1
     for line in split_lines(read_blocks(path, progress)):
         where = f"{name}:{line.number}"
@@ -113,15 +113,15 @@ def read_document(path: Path, name: str, progress: Progress = None) -> Iterator[
 
 
 def plain_newlines(text: str) -> str:
-    """CRLF, and CR alone, as newlines."""
+    """Converts CRLF and CR to newlines."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def start_of(path: Path) -> bytes:
-    """The first unpacked bytes of a file without a UTF-8 byte-order mark; none of one that can't be unpacked."""
+    """The first uncompressed bytes of a file without a UTF-8 byte-order mark; empty if it can't be unpacked."""
     try:
         return next(read_blocks(path), b"").removeprefix(b"\xef\xbb\xbf")
-    except BrokenStream:  # said when the file is read
+    except BrokenStream:  # reported when the file is read
         return b""
 
 
@@ -130,7 +130,7 @@ def _cut_line(where: str, data: bytes, why: str) -> CutError:
 
 
 def _lone_cr(raw: str) -> str:
-    """What to add to the error of a line that holds a carriage return, which ends a line for some programs."""
+    """A hint for the error of a line with a carriage return, which some programs take for a line end."""
     found = "; a CR stands inside this line: the file mixes line ends, save it with LF or CRLF alone"
     return found if "\r" in raw else ""
 

@@ -1,4 +1,4 @@
-"""JSON as records may hold it: what Python's json reads although it is no JSON, or loses a part of, is refused.
+"""Strict JSON for records: refuses what Python's json accepts although it is invalid or loses data.
 
 NaN, Infinity             no JSON values
 {"a": 1, "a": 2}          Python keeps the last one and loses the first
@@ -18,7 +18,7 @@ TOO_DEEP = ("nested too deep", f"lists or objects stand in each other more than 
 
 
 def parse_json(text: str) -> Any:
-    """The one value of a text. Raises RefusedJSON, or another ValueError where the text is no JSON."""
+    """The single value of a text. Raises RefusedJSON, or another ValueError if the text is not JSON."""
     try:
         value = _DECODER.decode(text)
     except RecursionError:
@@ -29,7 +29,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_deep(text: str, value: Any) -> bool:
-    """Whether lists and objects of a value, which was read from `text`, stand in each other beyond MAX_DEPTH."""
+    """Whether lists and objects of a value, read from `text`, are nested deeper than MAX_DEPTH."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
     level = [value] if isinstance(value, (dict, list)) else []
@@ -42,7 +42,7 @@ def is_deep(text: str, value: Any) -> bool:
 
 
 def end_of(text: str, start: int) -> int | None:
-    """Where the list or object that begins at `start` ends; None where its end is not in the text."""
+    """The end of the list or object that begins at `start`; None if it is not in the text."""
     depth = 0
     for found in BRACKETS.finditer(text, start):
         if found[0] in "[{":
@@ -55,7 +55,7 @@ def end_of(text: str, start: int) -> int | None:
 
 
 class Noting:
-    """A decoder that notes what is refused in `problems` and reads on, so that the value's end is known."""
+    """A decoder that collects refused values in `problems` and continues, so that the value's end is known."""
 
     def __init__(self) -> None:
         self.problems: list[RefusedJSON] = []
@@ -64,7 +64,7 @@ class Noting:
         )
 
     def raw_decode(self, text: str, start: int) -> tuple[Any, int]:
-        """(value, its end), as json's. Raises JSONDecodeError, RecursionError."""
+        """(value, its end), like json's. Raises JSONDecodeError, RecursionError."""
         self.problems.clear()
         return self._decoder.raw_decode(text, start)
 

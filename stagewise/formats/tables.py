@@ -1,4 +1,4 @@
-"""Tables → one Line a row: .csv and .tsv with a header line, and .parquet."""
+"""Tables → one Line per row: .csv and .tsv with a header line, and .parquet."""
 
 import csv
 import tempfile
@@ -18,16 +18,16 @@ from stagewise.formats.byte_stream import (
 )
 from stagewise.formats.json_stream import Line, escaped_byte, readable, too_long, wrong_encoding
 
-ROWS_AT_ONCE = 64  # of a parquet file; each is made of Python objects
+ROWS_AT_ONCE = 64  # rows of a parquet file that are converted to Python objects at a time
 Progress = Callable[[int], None] | None
 
 
 def read_csv(path: Path, name: str, progress: Progress = None, delimiter: str = ",") -> Iterator[Line]:
     """The rows of a table with a header line; "name:7" is the line on which the row begins.
 
-    An empty cell is a missing key, a cell NaN a number that is none.
+    An empty cell is a missing key, a cell NaN a missing number.
     """
-    csv.field_size_limit(MAX_RECORD)  # texts are longer than csv's 128 KB
+    csv.field_size_limit(MAX_RECORD)  # texts exceed csv's limit of 128 KB
     rows = _Rows(split_lines(read_blocks(path, progress)))
     reader = csv.reader(rows, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -70,13 +70,13 @@ def read_csv(path: Path, name: str, progress: Progress = None, delimiter: str = 
 
 
 def read_tsv(path: Path, name: str, progress: Progress = None) -> Iterator[Line]:
-    """As read_csv, with tabs between the cells."""
+    """Like read_csv, with tab-separated cells."""
     return read_csv(path, name, progress, "\t")
 
 
 def read_parquet(path: Path, name: str, progress: Progress = None) -> Iterator[Line]:
-    """The rows of a parquet file, "name:7" is the seventh; null and what is null within a row are missing keys."""
-    import pyarrow.parquet  # a tenth of a second to import, needed only here
+    """The rows of a parquet file, "name:7" is the seventh; null, also within a row, is a missing key."""
+    import pyarrow.parquet  # takes a tenth of a second to import and is needed only here
 
     number = 0
     with tempfile.TemporaryFile() as unpacked:
@@ -100,7 +100,7 @@ def read_parquet(path: Path, name: str, progress: Progress = None) -> Iterator[L
 
 
 def present(value: Any) -> Any:
-    """A row of a table without the nulls that stand for missing keys: a column has every key that any row has."""
+    """A row without the nulls of missing keys: in a column every row has every key that any row has."""
     if isinstance(value, dict):
         return {key: present(part) for key, part in value.items() if part is not None}
     return [present(part) for part in value] if isinstance(value, list) else value
@@ -114,7 +114,7 @@ def _cell(cell: str) -> str | float:
 
 
 class _Rows:
-    """The lines of a table for csv.reader, which remembers those of the row that is being read."""
+    """The lines of a table for csv.reader; remembers those of the current row."""
 
     def __init__(self, lines: Iterable[RawLine]):
         self.source, self.number, self.problem, self.unused = iter(lines), 0, None, b""
@@ -141,7 +141,7 @@ class _Rows:
         return self.lines[-1]
 
     def stop(self, name: str, why: str) -> Line:
-        """The error behind which nothing is read."""
+        """The error after which nothing is read."""
         where, raw = f"{name}:{self.first}", "".join(self.lines)
         lost = len(raw.encode("utf-8", "surrogateescape")) + len(self.unused)
         if self.problem == "long" or "field larger" in why:
@@ -158,7 +158,7 @@ class _Rows:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of a batch of a parquet file; in place of one with text that is none, the error."""
+    """The rows of a batch of a parquet file; an error in place of one whose text is not UTF-8."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -170,7 +170,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
 
 
 def _seekable(path: Path, unpacked: IO[bytes]) -> Path | IO[bytes]:
-    """A packed file, unpacked into a file that can be searched: a parquet file's index stands at its end."""
+    """A compressed file, unpacked into a seekable file: a parquet file's index is at its end."""
     if not suffixes_of(path)[1]:
         return path
     for block in read_blocks(path):

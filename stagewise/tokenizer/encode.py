@@ -1,4 +1,4 @@
-"""Texts → token ids, many at once, each as the middle of a longer text."""
+"""Texts → token ids, many at once, each encoded as the middle of a longer text."""
 
 import copy
 import functools
@@ -13,14 +13,15 @@ from tokenizers import decoders
 
 from stagewise.tokenizer.word_cache import Words, keeps_spaces, word_pattern
 
-# What a tokenizer may treat in its own way behind a special token, and where its two doors might differ.
+# Texts that a tokenizer may treat specially after a special token, and on which its two interfaces might differ.
 PROBES = ("a", " a", "  a", "\na", "\n\n a", "\n", " ", "1", ".", "é", "É a", "中", "🍯", "<", "_a")
-# A token of a byte-level vocabulary with white space between two words; these letters stand for tab, newline … space.
+# A token of a byte-level vocabulary with white space between two words; these characters stand for tab, newline …
+# space.
 TWO_WORDS = re.compile("[^ĉĊċČčĠ][ĉĊċČčĠ]+[^ĉĊċČčĠ]")
 
 
 class Piece(NamedTuple):
-    """A text and what stands before it: None at the start of a conversation."""
+    """A text and what precedes it: None at the start of a conversation."""
 
     text: str
     before: str | None
@@ -32,12 +33,12 @@ def pieces_of(texts: Sequence[str]) -> list[Piece]:
 
 
 class PieceEncoder:
-    """The token ids of pieces of text, nothing added, each encoded alone, but as the middle of a text.
+    """Encodes pieces of text without added tokens, each separately, but as the middle of a text.
 
-    Tokenizers treat the start of a text in their own ways (SentencePiece puts a space before it), and some special
-    tokens swallow the white space behind them. So a piece but the first is given with something in front that is
-    taken off again: the special token that the piece before ends with, or, where a start is treated, a newline. Where
-    the tokenizer shows that it makes no difference, nothing is put in front.
+    Tokenizers treat the start of a text specially (SentencePiece puts a space before it), and some special tokens
+    swallow the white space after them. So every piece but the first is encoded with a prefix that is removed again:
+    the special token that the piece before ends with, or, if only the start is treated specially, a newline. If the
+    tokenizer turns out to need no prefix, none is used.
     """
 
     def __init__(self, tokenizer: Any):
@@ -55,7 +56,7 @@ class PieceEncoder:
         self._fronts: dict[str, tuple[str, array]] = {}
 
     def __call__(self, pieces: Sequence[Piece]) -> list[array]:
-        """The ids of every piece; call it with many, so that the tokenizer works outside of Python for long."""
+        """The ids of every piece; call it with many, so the tokenizer works outside of Python for long."""
         fronts = [self._front(piece.before) for piece in pieces]
         texts = [front + piece.text for piece, (front, _) in zip(pieces, fronts, strict=True)]
         encoded = self.encode(texts)
@@ -76,37 +77,37 @@ class PieceEncoder:
             return []
         if self._backend is None:
             return [array("i", ids) for ids in self._by_tokenizer(texts)]
-        # Threads get on together only outside of Python: there the tokenizer does all of it.
+        # Threads run in parallel only outside of Python: the tokenizer does all the work there.
         return self._by_backend(texts) if hasattr(self._own, "backend") else self._by_words(texts)
 
     def at_least(self, text: str) -> int:
-        """A number of tokens that the text surely has; 0 where the tokenizer allows no such bound."""
+        """A lower bound for the number of tokens of a text; 0 if the tokenizer allows none."""
         return len(text.encode().split()) if self._words_count else 0
 
     @functools.cached_property
     def _words_count(self) -> bool:
-        """Whether each word between white space has a token of its own: bytes are kept, no token joins two words."""
+        """Whether each word between white space has at least one token: bytes are kept, no token spans two words."""
         backend = self._backend
         if backend is None or not isinstance(backend.decoder, decoders.ByteLevel) or not keeps_spaces(backend):
             return False
         return not any(map(TWO_WORDS.search, backend.get_vocab(with_added_tokens=False)))
 
     def in_thread(self) -> None:
-        """Gives the calling thread a copy of the tokenizer's Rust side: threads that share one wait for its cache."""
+        """Gives the calling thread a copy of the tokenizer's Rust object: threads that share one wait for its cache."""
         if self._backend is not None:
             self._own.backend = copy.deepcopy(self._backend)
 
     def _by_backend(self, texts: Sequence[str]) -> list[array]:
         backend = getattr(self._own, "backend", self._backend)
         if backend.padding is not None or backend.truncation is not None:
-            self._by_tokenizer([""])  # a call to pad or cut a batch leaves that set; this one takes it back
+            self._by_tokenizer([""])  # a call that padded or truncated a batch leaves that set; reset it
         return [array("i", found.ids) for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _by_tokenizer(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def _find_backend(self) -> Any:
-        """The tokenizer's Rust side, where calling it at once gives what the tokenizer gives."""
+        """The tokenizer's Rust object, if calling it directly gives the same ids."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if not hasattr(backend, "encode_batch_fast"):
             return None
@@ -123,7 +124,7 @@ class PieceEncoder:
         return self._middle
 
     def _front_of(self, special: str) -> tuple[str, array]:
-        """The special token and its ids, or nothing where no text is encoded in another way behind it."""
+        """The special token to use as a prefix and its ids, or nothing if no text is encoded differently after it."""
         if special not in self._fronts:
             alone, *texts = self.encode([special, *PROBES])
             behind = self.encode([special + probe for probe in PROBES])
@@ -133,9 +134,9 @@ class PieceEncoder:
 
 
 def piece_encoder(tokenizer: Any) -> PieceEncoder:
-    """The PieceEncoder of a tokenizer as it is now: what it found out stays known until the tokenizer gets new tokens.
+    """The PieceEncoder of a tokenizer in its current state, cached until tokens are added to it.
 
-    The tokenizer must outlive what is returned.
+    The tokenizer must outlive the result.
     """
     size = len(tokenizer.get_added_vocab())
     known = _KNOWN.get(tokenizer)

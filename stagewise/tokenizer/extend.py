@@ -1,13 +1,13 @@
-"""New pieces behind a tokenizer's own, so that encoding uses them and everything else stays as it is.
+"""New pieces added after a tokenizer's own, so that encoding uses them and everything else stays the same.
 
-A tokenizer is its tokenizer.json, as a dict. Old ids are never touched; new ones follow the highest that is taken.
+A tokenizer is its tokenizer.json, as a dict. Old ids never change; new ones follow the highest id in use.
 
-    byte-level BPE       a piece is reached by merges behind the old ones, over old pieces and new parts
-    SentencePiece BPE    the same; a letter that it had to spell in bytes becomes a piece of its own first
-    unigram              a piece gets a score just above the best way to say it with the pieces that are there
+byte-level BPE       a piece is built by merges after the old ones, from old pieces and new parts
+    SentencePiece BPE    the same; a character that was spelled in bytes first becomes a piece of its own
+    unigram              a piece gets a score just above the best segmentation into existing pieces
 
-Merges run in the order of their rank, so the old ones do their whole work first, and a new merge only ever makes a new
-piece. A text that holds no new piece is therefore encoded as before; with scores the same holds, since a piece that
+Merges run in the order of their rank, so the old ones are applied completely first, and a new merge only ever makes a
+new piece. A text without a new piece is therefore encoded as before; with scores the same holds, since a piece that
 does not occur is on no path.
 """
 
@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from stagewise.errors import VocabularyError
 from stagewise.tokenizer.vocabulary_files import BYTES, Writing
 
-MARGIN = 0.01  # by how much a unigram piece beats the pieces it replaces
-UNKNOWN_PENALTY = 10.0  # of an unknown letter below the lowest score, in SentencePiece and `tokenizers`
+MARGIN = 0.01  # margin by which a unigram piece beats the pieces it replaces
+UNKNOWN_PENALTY = 10.0  # score of an unknown character below the lowest score, in SentencePiece and `tokenizers`
 HERE, CUT, ADDED, UNREACHED = (
     "is one piece already",
     "is cut by the tokenizer before pieces are looked up",
@@ -43,8 +43,8 @@ HERE, CUT, ADDED, UNREACHED = (
 class Extension:
     """A tokenizer with new pieces.
 
-    `new` and `parts` map pieces, as the vocabulary writes them, to ids; parts are what merges to a new piece pass
-    through. `replaced[id]` are the old ids that the piece was encoded as before.
+    `new` and `parts` map pieces, in the vocabulary's spelling, to ids; parts are intermediate results of merges to a
+    new piece. `replaced[id]` are the old ids that the piece was encoded as before.
     """
 
     data: dict[str, Any]
@@ -55,7 +55,7 @@ class Extension:
 
 
 class Merges:
-    """BPE: vocabulary and merges, growing."""
+    """BPE: vocabulary and merges, which grow."""
 
     def __init__(self, model: dict[str, Any], first_id: int, byte_level: bool):
         self.vocab: dict[str, int] = model["vocab"]
@@ -65,7 +65,7 @@ class Merges:
         self.next_id, self.byte_level = first_id, byte_level
 
     def split(self, piece: str) -> list[str]:
-        """The pieces that merging makes of one word: the lowest rank first, then the leftmost."""
+        """The pieces that merging makes of one word: lowest rank first, then leftmost."""
         symbols = list(piece)
         while len(symbols) > 1:
             ranks = [self.ranks.get(pair, math.inf) for pair in pairwise(symbols)]
@@ -76,7 +76,7 @@ class Merges:
         return symbols
 
     def add(self, piece: str) -> bool:
-        """Names the piece and what it is merged from; False, and nothing changed, if only old pieces could be made."""
+        """Adds the piece and its merges; False, with nothing changed, if only old pieces could be made."""
         names, pairs = len(self.made), len(self.merges)
         for letter in dict.fromkeys(piece):
             self._name(letter)
@@ -102,11 +102,11 @@ class Merges:
         return piece in self.vocab and piece not in self.made
 
     def _preference(self, piece: str, symbols: Sequence[str], at: int) -> int:
-        """Pieces that are there before new ones; then letters are put together before words are."""
+        """Existing pieces before new ones; then characters are combined before words."""
         if symbols[at] + symbols[at + 1] in self.made:
             return 0
         border = piece[sum(map(len, symbols[: at + 1]))]
-        inside = self.byte_level and BYTES[border] & 0xC0 == 0x80  # a byte that continues with a letter
+        inside = self.byte_level and BYTES[border] & 0xC0 == 0x80  # a byte that continues a character
         return 1 if inside else 2
 
     def _name(self, piece: str) -> None:
@@ -120,7 +120,7 @@ class Merges:
             self.merges.append((left, right))
 
     def finish(self) -> dict[str, Any]:
-        """Also joins every other pair that makes a new piece: what stands around a word decides how it is met."""
+        """Adds every other merge that makes a new piece: a word's context decides how it is merged."""
         for piece in self.made:
             for cut in range(1, len(piece)):
                 if piece[:cut] in self.vocab and piece[cut:] in self.vocab:
@@ -129,18 +129,18 @@ class Merges:
 
 
 class Scores:
-    """Unigram: pieces with log-probabilities, growing; a piece's id is its place."""
+    """Unigram: pieces with log-probabilities, which grow; a piece's id is its index."""
 
     def __init__(self, model: dict[str, Any], first_id: int, byte_level: bool):
         self.listed: list[tuple[str, float]] = [(piece, score) for piece, score in model["vocab"]]
         self.scores = dict(self.listed)
-        # An unknown letter's score hangs on the lowest one, which therefore has to stay.
+        # An unknown character's score depends on the lowest one, which therefore has to stay.
         self.lowest = min(self.scores.values())
         self.longest = max(map(len, self.scores))
         self.made: dict[str, int] = {}
 
     def best(self, piece: str) -> float:
-        """The score of the best way to say a piece with the pieces that are there."""
+        """The score of the best segmentation into existing pieces."""
         sums = [0.0] + [-math.inf] * len(piece)
         for end in range(1, len(piece) + 1):
             sums[end] = sums[end - 1] + self.lowest - UNKNOWN_PENALTY
@@ -172,8 +172,8 @@ def extend(data: dict[str, Any], texts: Iterable[str], limit: int | None = None)
 
     Args:
         data: a tokenizer.json; it is not changed.
-        texts: a text with a leading space is the piece for a word behind a space.
-        limit: stop when this many pieces have been added, parts not counted.
+        texts: a text with a leading space is the piece for a word after a space.
+        limit: stop after this many new pieces, parts not counted.
 
     Raises:
         VocabularyError: for a kind of tokenizer that cannot be extended.
@@ -192,7 +192,7 @@ def extend(data: dict[str, Any], texts: Iterable[str], limit: int | None = None)
         words = writing.words(text)
         reason = ADDED if any(token in text for token in added) else CUT if len(words) != 1 else None
         if reason is None and words[0] in new:
-            continue  # another text that the normalizer makes the same
+            continue  # another text with the same normalized form
         if reason is None and words[0] not in grown.made and _known(grown, words[0]):
             reason = HERE
         if reason is None and not grown.add(words[0]):
@@ -216,10 +216,10 @@ def _known(grown: Merges | Scores, piece: str) -> bool:
 
 
 def _fill(data: dict[str, Any]) -> int:
-    """Writes the added tokens into the vocabulary at their own ids, and returns the first id that is free.
+    """Writes the added tokens into the vocabulary at their own ids; returns the first free id.
 
-    An added token that the vocabulary does not have is numbered behind it when the file is read: with a longer
-    vocabulary it would get another id.
+    An added token that is missing from the vocabulary is numbered after it on reading: with a longer vocabulary it
+    would get another id.
 
     Raises:
         VocabularyError: for a kind of tokenizer that cannot be extended.
@@ -242,6 +242,6 @@ def _fill(data: dict[str, Any]) -> int:
 
 
 def _bare(data: dict[str, Any]) -> Tokenizer:
-    """The model alone: it takes a word as the vocabulary writes it."""
+    """The model alone, which takes a word in the vocabulary's spelling."""
     around = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
     return Tokenizer.from_str(json.dumps({**data, **dict.fromkeys(around), "added_tokens": []}))

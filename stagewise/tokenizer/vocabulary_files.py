@@ -1,4 +1,4 @@
-"""A tokenizer's pieces and the texts that they stand for: read from files, and written as a tokenizer writes them."""
+"""A tokenizer's pieces as texts: read from files, and written in the tokenizer's spelling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def read_texts(path: str | Path, flag: str) -> list[str]:
-    """The documents of .txt files (one each) and of .jsonl lines {"text": …}; folders with their subfolders.
+    """The documents of .txt files (one each) and of .jsonl lines {"text": …}; folders are searched recursively.
 
     Raises:
         ArgumentError: naming the flag, or the file and line.
@@ -57,10 +57,10 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 def read_words(path: str | Path) -> list[str]:
-    """The words of a list, one a line, in order, each once.
+    """The words of a list, one per line, in order, without duplicates.
 
     Raises:
-        VocabularyError: for a file that is not there or has no words.
+        VocabularyError: for a file that is missing or has no words.
     """
     file = Path(path)
     if not file.is_file():
@@ -76,10 +76,10 @@ def read_words(path: str | Path) -> list[str]:
 
 
 def read_pieces(path: str | Path) -> list[str]:
-    """The pieces of a tokenizer as texts, in the order in which they are best added; a space leads where it did.
+    """The pieces of a tokenizer as texts, in the best order for adding them, with leading spaces.
 
-    Takes a directory with tokenizer.json or tokenizer.model, or such a file. Left out: bytes, parts of a letter,
-    special tokens. Single letters come first; after them a BPE's pieces by rank, other vocabularies' by length.
+    Takes a directory with tokenizer.json or tokenizer.model, or such a file. Left out: bytes, parts of a character,
+    special tokens. Single characters come first; after them a BPE's pieces by rank, other vocabularies' by length.
 
     Raises:
         VocabularyError: for a path without a tokenizer, or a kind whose pieces cannot be read.
@@ -118,7 +118,7 @@ def _from_model(file: Path) -> tuple[list[str], bool]:
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's DecodeError has no public home that all its versions share
+    except Exception as error:  # protobuf's DecodeError has no public name that all its versions share
         raise VocabularyError(f"--vocabulary {file}: not a SentencePiece model: {error}") from error
     normal = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == p.NORMAL]
     return normal, proto.trainer_spec.model_type == proto.trainer_spec.BPE
@@ -128,7 +128,7 @@ def _from_model(file: Path) -> tuple[list[str], bool]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others are counted up from 256."""
+    """GPT-2's characters for bytes: printable ones stand for themselves, the others are counted up from 256."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -138,7 +138,7 @@ BYTES = _byte_letters()
 
 
 def bytes_to_text(piece: str) -> str | None:
-    """The text of a byte-level piece, None where it is no whole text: half a letter, or no byte-level piece."""
+    """The text of a byte-level piece, None if it is not valid text: half a character, or not a byte-level piece."""
     if any(letter not in BYTES for letter in piece):
         return None
     try:
@@ -148,12 +148,12 @@ def bytes_to_text(piece: str) -> str | None:
 
 
 def is_byte_level(data: dict[str, Any]) -> bool:
-    """Whether the vocabulary is written in letters for bytes."""
+    """Whether the vocabulary is written in characters for bytes."""
     return any('"ByteLevel"' in json.dumps(data.get(part)) for part in ("pre_tokenizer", "normalizer"))
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer without what it puts in front of a text or strips from it."""
+    """A normalizer or pre-tokenizer without what it adds to or strips from the start of a text."""
     if part is None or part["type"] in ("Prepend", "Strip", "WhitespaceSplit"):
         return None
     if part["type"] == "Sequence":
@@ -164,7 +164,7 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class Writing:
-    """How a tokenizer writes a text inside its vocabulary: `Ġword` or `▁word`, letters for bytes."""
+    """How a tokenizer writes a text in its vocabulary: `Ġword` or `▁word`, characters for bytes."""
 
     def __init__(self, data: dict[str, Any]):
         self.byte_level = is_byte_level(data)
@@ -173,7 +173,7 @@ class Writing:
         self._rules = Tokenizer.from_str(json.dumps({**empty, **parts, "post_processor": None, "decoder": None}))
 
     def words(self, text: str) -> list[str]:
-        """The parts into which the tokenizer cuts a text before it looks for pieces; a piece lies within one."""
+        """The parts into which the tokenizer splits a text before it looks for pieces; no piece spans two of them."""
         rules = self._rules
         if rules.normalizer is not None:
             text = rules.normalizer.normalize_str(text)

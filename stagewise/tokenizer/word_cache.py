@@ -1,18 +1,18 @@
-"""Each word encoded once: texts are cut where the tokenizer cuts them anyway, and what stands between is remembered.
+"""Encodes each word once: texts are split where the tokenizer splits them anyway, and the ids of the words are cached.
 
     "It rained.\\nIt rained hard."  →  "It" " rained" "." "\\nIt" " rained" " hard" "."      " rained" is encoded once
 
-Byte-level tokenizers cut a text with a regular expression before they look for tokens in it, which takes most of their
-time. The expressions known here find a cut at each of these places, whatever stands around it, and what they find
-before it and behind it is what they find in the two texts alone:
+Byte-level tokenizers split a text with a regular expression before they look for tokens, which takes most of their
+time. The expressions known here always split at each of these places, in any context, and the text before and after it
+is split as it would be alone:
 
-- before white space that begins with a space and stands behind something else: a space is only ever taken together
+- before white space that begins with a space and follows something else: a space is only ever matched together
   with what follows it
-- before a mark or a digit of ASCII that stands behind a letter of ASCII: letters are taken together with letters, and
-  with at most one other character, in front of them
-- before white space that begins with a newline, for GPT-2's expression: others take a newline with marks before it
+- before an ASCII punctuation mark or digit that follows an ASCII letter: letters are matched together with letters,
+  and with at most one other character before them
+- before white space that begins with a newline, for GPT-2's expression: others match a newline with marks before it
 
-White space stays together with what follows, which decides how it is cut.
+White space stays together with what follows, which decides how it is split.
 """
 
 import json
@@ -27,23 +27,23 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 MARKS = string.punctuation + string.digits
 LETTERS = re.compile("[A-Za-z]")
-# What Llama 3 and Qwen 2 cut with; GPT-2's is built into the ByteLevel of `tokenizers`.
+# The expressions of Llama 3 and Qwen 2; GPT-2's is built into the ByteLevel of `tokenizers`.
 KNOWN = tuple(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 )
-MOST_WORDS, MOST_LETTERS = 1 << 18, 1 << 22  # that are remembered: some 50 MB
-PART = 1 << 14  # letters whose words are held at once; of more the processor's own memory holds too little
+MOST_WORDS, MOST_LETTERS = 1 << 18, 1 << 22  # cached words: some 50 MB
+PART = 1 << 14  # characters whose words are processed at a time; more would not fit the processor's cache
 
 Encode = Callable[[Sequence[str]], list[array]]
 
 
 class Words:
-    """The token ids of texts, by way of their words.
+    """Maps texts to token ids through a cache of their words.
 
     Args:
-        cut: a pattern of one word, which every text consists of: see word_pattern.
+        cut: a pattern of one word; every text is a sequence of words: see word_pattern.
         encode: texts → the ids of each, by the tokenizer.
     """
 
@@ -66,18 +66,18 @@ class Words:
         return found
 
     def _words(self, text: str) -> Iterator[list[str]]:
-        """The words of the text, and empty ones; those of a long text part by part."""
+        """The words of the text, and empty ones; a long text is processed in parts."""
         start = 0
         while len(text) - start > PART:
-            # The last word may continue behind the part; an empty one is found behind it.
+            # The last word may continue after the part; an empty one follows it.
             words = self._cut.findall(text, start, start + PART)[:-2] or [self._cut.match(text, start)[0]]
             yield words
             start += sum(map(len, words))
         yield self._cut.findall(text, start)
 
     def _add(self, held: Sequence[tuple[array, list[str]]]) -> None:
-        """Adds the ids of words to each array."""
-        known = self._known  # stays whole where another thread begins a new one
+        """Appends the ids of words to each array."""
+        known = self._known  # stays valid when another thread starts a new one
         new: set[str] = set()
         for _, words in held:
             new.update(filterfalse(known.__contains__, words))
@@ -92,21 +92,23 @@ class Words:
 
 
 def keeps_spaces(backend: Any) -> bool:
-    """Whether white space stays what it is: only NFC may come before, and no added token holds any."""
+    """Whether white space is kept: the only normalizer is NFC, and no added token contains white space."""
     if not isinstance(backend.normalizer, (type(None), normalizers.NFC)):
         return False
     return not any(re.search(r"\s", token.content) for token in backend.get_added_tokens_decoder().values())
 
 
 def word_pattern(backend: Any) -> re.Pattern[str] | None:
-    """The pattern of a word of the tokenizer's; None where it is not known to be encoded alike wherever it stands."""
+    """The pattern of one of the tokenizer's words; None if it is not known that a word is encoded alike in any
+    context.
+    """
     if not isinstance(backend.model, models.BPE) or backend.model.dropout or not keeps_spaces(backend):
         return None
     spaces = _spaces(backend.pre_tokenizer)
     added = list(backend.get_added_tokens_decoder().values())
     if spaces is None or any(token.lstrip or token.rstrip or token.single_word for token in added):
         return None
-    # Added tokens are found first: no cut goes through one.
+    # added tokens are matched first: no split may go through one
     within = {mark for token in added for mark in _behind_letters(token.content)}
     marks = re.escape("".join(mark for mark in MARKS if mark not in within))
     word = r"[^\sA-Za-z]*[A-Za-z]*"
@@ -117,12 +119,12 @@ def word_pattern(backend: Any) -> re.Pattern[str] | None:
 
 
 def _spaces(pre_tokenizer: Any) -> str | None:
-    """The white space that a word may begin with, in a pattern; None for a pre-tokenizer that is not known."""
+    """The white space that a word may begin with, as a pattern; None for an unknown pre-tokenizer."""
     if not isinstance(pre_tokenizer, (pre_tokenizers.ByteLevel, pre_tokenizers.Sequence)):
         return None
     state = json.loads(pre_tokenizer.__getstate__())
     steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    steps = [step for step in steps if step["type"] != "Digits"]  # cuts around digits, and nowhere else
+    steps = [step for step in steps if step["type"] != "Digits"]  # splits around digits, and nowhere else
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return None
     *before, last = steps
@@ -143,5 +145,5 @@ def _is_known(step: dict[str, Any]) -> bool:
 
 
 def _behind_letters(token: str) -> set[str]:
-    """The marks that stand behind a letter in an added token."""
+    """The marks that follow a letter in an added token."""
     return {mark for letter, mark in pairwise(token) if LETTERS.match(letter)}

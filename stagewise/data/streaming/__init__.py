@@ -1,1 +1,1 @@
-"""Encoding and packing while training, for data that is never read as a whole."""
+"""Encoding and packing during training, for data that is never read as a whole."""

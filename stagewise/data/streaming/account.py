@@ -1,4 +1,4 @@
-"""What a stream read, for run.json."""
+"""The account of a stream, for run.json."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stagewise.data.streaming.shards import LaneState
 
 
 class StreamAccount:
-    """What was read, kept and left out, as run.json shows it; known when training ends."""
+    """Records read, kept and left out, as in run.json; complete when training ends."""
 
     def __init__(self, sources: Sequence[Source], files: Sequence[Files]):
         self.entry: dict[str, Any] = {"streamed": True}
         self.sources, self.files = sources, [list(map(str, one.paths)) for one in files]
 
     def settle(self, states: Sequence[LaneState]) -> None:
-        """Sums up all lanes. `passes` is how often a source was begun by the lane that is furthest in it."""
+        """Adds up all lanes. `passes` is how often a source was started by the lane that is furthest in it."""
         totals = [sum_accounts([state.accounts[number] for state in states]) for number in range(len(self.files))]
         passes = [1 + max((state.taken[n].passes for state in states), default=-1) for n in range(len(self.files))]
         whole = sum_accounts(totals)

@@ -1,14 +1,14 @@
-"""--streaming: training rows from files that are read while training runs, in memory that does not grow with them.
+"""--streaming: training rows from files that are read during training, in constant memory.
 
-The rows of a run are numbered: micro-batch k of N processes with B rows each holds rows k·N·B … (k + 1)·N·B − 1, row
-g comes from lane g mod L (lanes.py), and L is the number of rows of an optimizer step. So two processes with one row
-each train on what one process with two does, and no record is read twice or left out:
+The rows of a run are numbered: micro-batch k of N processes with B rows each holds rows k·N·B … (k + 1)·N·B − 1, row g
+comes from lane g mod L (shards.py), and L is the number of rows per optimizer step. So two processes with one row each
+train on the same rows as one process with two, and no record is read twice or skipped:
 
     N = 2, B = 1, two accumulated      k = 0: lanes 0 | 1      k = 1: lanes 2 | 3      k = 2: lanes 0 | 1      …
 
-A worker of the DataLoader makes whole batches, every W-th of its process; L is then a multiple of W batches, so that a
-lane has one worker. Each batch says how far its lanes are. What a checkpoint keeps is what the last batch that was
-trained on said, whatever the workers have made ahead.
+A worker of the DataLoader makes whole batches, every W-th of its process; L is then a multiple of W batches, so each
+lane has one worker. Each batch carries the positions of its lanes. A checkpoint keeps the positions of the last batch
+that was trained on, however far ahead the workers are.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ Batch = dict[str, torch.Tensor]
 
 
 class Failure(NamedTuple):
-    """An error of a worker, on its way to the process that trains."""
+    """A worker's error, on its way to the training process."""
 
     error: Exception
 
 
 class StreamedBatch(NamedTuple):
-    """A batch, how far the lanes of its rows are then, and the records that were left out on the way."""
+    """A batch, the positions of its lanes after it, and the records left out on the way."""
 
     batch: Batch
     states: dict[int, LaneState]
@@ -62,14 +62,14 @@ class StreamedBatch(NamedTuple):
 
 
 class RecordStream(IterableDataset):
-    """The training rows of one process, without end.
+    """The endless training rows of one process.
 
     Args:
-        sources: the sources, of which those without a weight are in one list of files.
-        files: the files of each.
+        sources: the sources; those without a weight form one list of files.
+        files: the files of each source.
         parse, encode: as in `Encoding`.
-        buffer: records that are shuffled among.
-        skip: leave malformed records out, and write them beside `rejected` (--on_bad_record skip).
+        buffer: records that are shuffled among each other.
+        skip: leave out malformed records, and write them beside `rejected` (--on_bad_record skip).
         rejected: rejected.jsonl of the run; None: nothing is written.
     """
 
@@ -89,21 +89,21 @@ class RecordStream(IterableDataset):
         self.account = StreamAccount(sources, files)
         self.folder = rejected and rejected.parent
         self.states: dict[int, LaneState] = {}
-        self.rows_taken = 0  # by all processes together
+        self.rows_taken = 0  # by all processes
         self.resume: Path | None = None
-        self.measures: Measures | None = None  # of its first records
+        self.measures: Measures | None = None  # of the first records
 
     def __getitem__(self, index: int) -> Example:
-        """The example that is first in the files, to be shown before training."""
+        """The first example of the files, to be shown before training."""
         if index != 0:
             raise IndexError("a stream shows its first example only")
         recipe = replace(self.recipe, buffer=1, lanes=1, weights=None, sources=self.recipe.sources[:1])
         return next(iter(Lane(recipe, 0))).examples[0]
 
     def first(self, count: int, tokens: int | None = None) -> tuple[Examples, Account, list[RecordError]]:
-        """The first `count` records in the order of the files: examples, what became of them, what was wrong.
+        """The first `count` records in file order: examples, their account, and the errors of those left out.
 
-        Fewer where they have `tokens` already.
+        Fewer, if they have `tokens` in total.
         """
         window = Lane(replace(self.recipe, buffer=1, lanes=1), 0).first(count, tokens)
         writer = ExampleWriter()
@@ -114,7 +114,7 @@ class RecordStream(IterableDataset):
         return writer.finish(), account, [refusal.error for refusal in window.refused]
 
     def end_behind(self, limit: BlockLimit) -> None:
-        """Every pass ends behind as much text as makes so many rows; to find that place the text is encoded once."""
+        """Limits every pass to the text that makes this many rows; to find its end the text is encoded once."""
         (files,) = self.recipe.sources
         lane, lengths, ends, places = Lane(replace(self.recipe, buffer=1, lanes=1), 0), [], [], []
         record = tokens = 0
@@ -136,14 +136,16 @@ class RecordStream(IterableDataset):
             )
 
     def pack_to(self, capacity: int | None) -> None:
-        """Rows hold several examples, up to `capacity` tokens; None: one each."""
+        """Packs several examples into a row, up to `capacity` tokens; None: one example per row."""
         self.recipe = replace(self.recipe, capacity=capacity)
 
     def loader(self, collate: Callable[[Sequence[Any]], Batch], args: TrainingArguments, batch: int) -> StreamLoader:
-        """Batches of `batch` rows for this process; continues from `self.resume`, a checkpoint, where that is set."""
+        """Batches of `batch` rows for this process; continues from the checkpoint `self.resume` if it is set."""
         workers = args.dataloader_num_workers
         self.world, self.rank, self.batch = args.world_size, args.process_index, batch
-        self.cycle = math.lcm(args.gradient_accumulation_steps, max(1, workers))  # micro-batches until lanes repeat
+        self.cycle = math.lcm(
+            args.gradient_accumulation_steps, max(1, workers)
+        )  # micro-batches until the lanes repeat
         seed = args.seed if args.data_seed is None else args.data_seed
         self.recipe = replace(self.recipe, seed=seed, lanes=self.world * batch * self.cycle)
         self.states, self.rows_taken = {}, 0
@@ -158,7 +160,7 @@ class RecordStream(IterableDataset):
         info = get_worker_info()
         number, step = (info.id, info.num_workers) if info else (0, 1)
         if info:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a tokenizer's threads do not survive the fork
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a tokenizer's threads do not survive a fork
         lanes: dict[int, Iterator[LaneRow]] = {}
         first = self.rows_taken + (number * self.world + self.rank) * self.batch
         try:
@@ -169,11 +171,11 @@ class RecordStream(IterableDataset):
                         lanes[lane] = iter(Lane(self.recipe, lane, self.states.get(lane)))
                     yield next(lanes[lane])
                 first += step * self.world * self.batch
-        except (ValueError, OSError) as error:  # said by the process that trains, in its own words
+        except (ValueError, OSError) as error:  # the training process raises it with its own message
             yield Failure(error)
 
     def collate(self, collate: Callable[[Sequence[Any]], Batch], rows: list[LaneRow | Failure]):
-        """What a worker hands over: a StreamedBatch, or the Failure that ends it."""
+        """What a worker returns: a StreamedBatch, or the Failure that stops it."""
         if isinstance(rows[-1], Failure):
             return rows[-1]
         items = [row.examples if self.recipe.capacity else row.examples[0] for row in rows]
@@ -181,7 +183,7 @@ class RecordStream(IterableDataset):
         return StreamedBatch(collate(items), {row.lane: row.state for row in rows}, refused)
 
     def taken(self, batch: StreamedBatch) -> None:
-        """Notes that a batch is about to be trained on."""
+        """Records that a batch is about to be trained on."""
         self.states.update(batch.states)
         self.rows_taken += self.world * self.batch
         for _, error, raw in batch.refused if self.folder else ():
@@ -190,7 +192,7 @@ class RecordStream(IterableDataset):
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def settle(self, finished: bool) -> None:
-        """Brings together what all processes read; they all have to call it."""
+        """Combines the accounts of all processes; all of them have to call it."""
         states = list(self.states.values())
         if dist.is_initialized() and self.world > 1:
             others: list[Any] = [None] * self.world
@@ -208,18 +210,18 @@ class RecordStream(IterableDataset):
 
     @property
     def rejected_path(self) -> Path:
-        """Each process writes what it left out to a file of its own; at the end they become rejected.jsonl."""
+        """The file of this process's rejected records; at the end they are joined to rejected.jsonl."""
         return self.folder / f"rejected-{self.rank}.jsonl"
 
     def _rejected_files(self) -> list[tuple[str, Path]]:
-        """(N, rejected-N.jsonl) of this process; the first one has those of processes that are no more as well."""
+        """(N, rejected-N.jsonl) of this process; for the first one, also those of processes that no longer exist."""
         found = self.folder.glob("rejected-[0-9]*.jsonl") if self.folder else ()
         named = [(path.stem.removeprefix("rejected-"), path) for path in found]
         gone = {number for number, _ in named if number.isdigit() and int(number) >= self.world and not self.rank}
         return [(number, path) for number, path in named if number == str(self.rank) or number in gone]
 
     def settings(self) -> dict[str, Any]:
-        """What the places in the files depend on, in words for an error."""
+        """The settings that the positions in the files depend on, described for an error message."""
         recipe = self.recipe
         return {
             "the files of --train_file_dir, with their sizes,": [source.fingerprint() for source in recipe.sources],
@@ -232,7 +234,7 @@ class RecordStream(IterableDataset):
         }
 
     def save(self, folder: Path) -> None:
-        """Writes stream-<rank>.json: how far this process's lanes are."""
+        """Writes stream-<rank>.json: the positions of this process's lanes."""
         size = self.rejected_path.stat().st_size if self.rejected_path.is_file() else 0
         state = {
             "settings": self.settings(),
@@ -245,7 +247,7 @@ class RecordStream(IterableDataset):
         (folder / f"stream-{self.rank}.json").write_text(json.dumps(state), encoding="utf-8")
 
     def _restore(self, folder: Path) -> None:
-        """Takes up the lanes that any process of the stopped run left in `folder`. Raises ArgumentError."""
+        """Restores the lanes that the processes of the stopped run saved in `folder`. Raises ArgumentError."""
         flag = f"--resume_from_checkpoint {folder}"
         saved = {path.name: json.loads(path.read_text()) for path in folder.glob("stream-*.json")}
         if not saved:
@@ -273,7 +275,7 @@ class RecordStream(IterableDataset):
                                 "stream-N.json there: the folder has to be one that all machines share")  # fmt: skip
         self.states = {lane: states[lane] for lane in mine if lane in states}
         for number, path in self._rejected_files():
-            with path.open("r+b") as file:  # what comes again is written again
+            with path.open("r+b") as file:  # what is read again is written again
                 file.truncate(saved.get(f"stream-{number}.json", {"rejected_bytes": 0})["rejected_bytes"])
         logger.info(f"--streaming continues where {folder.name} stopped: after {self.rows_taken} rows")
 
@@ -286,11 +288,11 @@ def stream_of(
     blocks: BlockLimit | None = None,
     **options: Any,
 ) -> RecordStream:
-    """A stream of weighted sources, or of all sources' files in order, of which `limit` records are read (−1: all).
+    """A stream of weighted sources, or of all files in order; `limit` records are read (−1: all).
 
-    With `blocks` so many rows of text are read, and `limit` says no more than whether there is a limit.
+    With `blocks` that many rows of text are read, and `limit` only says whether there is a limit.
 
-    Raises ArgumentError for limits that a stream does not keep.
+    Raises ArgumentError for limits that a stream does not support.
     """
     names = iter(file_names([path for source in sources for path in source.files]))
     if sources[0].weight is not None:
@@ -312,14 +314,14 @@ def stream_of(
 
 
 class StreamLoader:
-    """What the Trainer iterates over. It stays out of accelerate's hands, which would deal the rows out once more."""
+    """What the Trainer iterates over; hidden from accelerate, which would shard the rows again."""
 
     def __init__(self, stream: RecordStream, collate: Callable[[Sequence[Any]], Batch], args: TrainingArguments):
         workers = args.dataloader_num_workers
         options = {
             "prefetch_factor": args.dataloader_prefetch_factor,
             "worker_init_fn": outlive_termination,
-            # Forked workers start at once and take any `encode`; elsewhere it must be picklable.
+            # Forked workers start at once and take any `encode`; with other start methods it must be picklable.
             "multiprocessing_context": args.dataloader_multiprocessing_context
             or ("fork" if hasattr(os, "fork") else None),
         }
@@ -330,7 +332,7 @@ class StreamLoader:
             collate_fn=partial(stream.collate, collate),
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
-            # Its own: drawn from the global one, the workers' seed would shift every dropout of a resumed run.
+            # Its own generator: drawing worker seeds from the global one would shift all dropout of a resumed run.
             generator=torch.Generator(),
             **(options if workers else {}),
         )

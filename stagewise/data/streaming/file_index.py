@@ -1,8 +1,8 @@
-"""Where the records of files stand: files are walked from any place in them, and a record is read when it is wanted.
+"""The locations of records in files: files are traversed from any position, and a record is read when it is needed.
 
-a.jsonl   {…}⏎{…}⏎{…}⏎        records at bytes 0, 4 and 8: nothing is parsed, and only numbers are kept
+a.jsonl   {…}⏎{…}⏎{…}⏎        records at bytes 0, 4 and 8: nothing is parsed, only numbers are kept
 b.txt     once upon a …       pieces of at most PIECE bytes, cut at a paragraph; joined they are the file
-c.csv     a,b⏎1,2⏎            records are counted, and what was read is kept; packed files likewise
+c.csv     a,b⏎1,2⏎            records are counted and kept as read; the same for compressed files
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from stagewise.formats.data_files import open_file
 from stagewise.formats.json_stream import wrong_encoding
 from stagewise.formats.readers import file_names, parse_line, plain_newlines, read_file, start_of
 
-PIECE = 1 << 16  # bytes of a .txt file that are one document at most
+PIECE = 1 << 16  # bytes of a .txt file in one document, at most
 SPACE = b" \t\r\n"
 OPEN_FILES = 16
 
 
 class Position(NamedTuple):
-    """Where walking continues: what stands before the next record, which is number `record` of all files.
+    """Where traversal continues: the position of the next record, which is number `record` over all files.
 
-    `offset` is in bytes of a plain .jsonl and of any .txt file, in lines of a packed .jsonl, else in records; `line`
-    counts from 1.
+    `offset` is in bytes for an uncompressed .jsonl and any .txt file, in lines for a compressed .jsonl, else in
+    records; `line` counts from 1.
     """
 
     file: int = 0
@@ -51,7 +51,7 @@ class Position(NamedTuple):
 
 
 class Place(NamedTuple):
-    """One record: where it begins, and, of a file that can't be read from any place, what was read."""
+    """One record: where it begins, and, for a file without random access, its value."""
 
     start: Position
     length: int
@@ -65,12 +65,12 @@ class Place(NamedTuple):
 
 
 class Files:
-    """The records of a list of files, in order, by their places.
+    """The records of a list of files, in order, by location.
 
     Args:
         paths: files that `readers` can read.
-        limit: only so many records are there; −1 for all.
-        names: what the files are called in messages; default: file_names.
+        limit: the number of records to use; −1 for all.
+        names: the names of the files in messages; default: file_names.
     """
 
     def __init__(self, paths: Sequence[Path], limit: int = -1, names: Sequence[str] | None = None):
@@ -79,19 +79,19 @@ class Files:
         self._open: OrderedDict[tuple[int, int], BinaryIO] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # a handle stays in its own process
+        return {**self.__dict__, "_open": OrderedDict()}  # a file handle belongs to one process
 
     @property
     def seekable(self) -> bool:
-        """Whether every record is read again by its place, so that a place is a few numbers only."""
+        """Whether every record can be read again by its location, so a location is only a few numbers."""
         return all(suffixes_of(path) in ((".jsonl", ""), (".txt", "")) for path in self.paths)
 
     def fingerprint(self) -> list[list]:
-        """Names and sizes: in other files the places are others."""
+        """Names and sizes of the files, which the locations depend on."""
         return [[name, path.stat().st_size] for name, path in zip(self.names, self.paths, strict=True)]
 
     def places(self, start: Position, wanted: Callable[[int], bool] = lambda record: True) -> Iterator[Place]:
-        """The records from `start` on whose number is `wanted`, to the end of the last file; blank lines are none."""
+        """The records from `start` on whose number is `wanted`, to the end of the last file, without blank lines."""
         record = start.record
         for file in range(start.file, len(self.paths)):
             at = start if file == start.file else Position(file)
@@ -104,7 +104,7 @@ class Files:
                 record += 1
 
     def read(self, place: Place) -> Line:
-        """The record at a place; what can't be read is a Line with its RecordError."""
+        """The record at a location; an unreadable one is a Line with its RecordError."""
         file, offset, line, _ = place.start
         held, name = place.held, self.names[file]
         if isinstance(held, Line):
@@ -124,7 +124,7 @@ class Files:
         path = self.paths[position.file]
         kind, packed = suffixes_of(path)
         start = start_of(path) if kind in (".jsonl", ".txt") else b""
-        # Lines that end in CR alone are counted, as the rows of a table are.
+        # lines that end in CR only are counted, like the rows of a table
         if kind not in (".jsonl", ".txt") or is_wide(start) or (kind == ".jsonl" and ends_with_cr(start)):
             return records(path, self.names[position.file], position)
         if kind == ".txt":
@@ -132,7 +132,7 @@ class Files:
         return packed_lines(path, position) if packed else lines(path, position)
 
     def _bytes(self, file: int, offset: int, length: int) -> bytes:
-        key = os.getpid(), file  # a forked worker that shared a handle would move it under the others' hands
+        key = os.getpid(), file  # a forked worker that shared a handle would move it for the others
         if key not in self._open:
             self._open[key] = open_file(self.paths[file])
             if len(self._open) > OPEN_FILES:
@@ -149,7 +149,7 @@ class Files:
 
 
 def lines(path: Path, position: Position) -> Iterator[Place]:
-    """The lines of a plain file that are not blank."""
+    """The non-blank lines of an uncompressed file."""
     file, offset, line, record = position
     with open_file(path) as stream:
         stream.seek(offset)
@@ -164,7 +164,7 @@ def lines(path: Path, position: Position) -> Iterator[Place]:
 
 
 def packed_lines(path: Path, position: Position) -> Iterator[Place]:
-    """The same of a packed file, unpacked up to the position, where nothing is parsed."""
+    """The same for a compressed file, which is unpacked, but not parsed, up to the position."""
     file, offset, _, record = position
     for number, raw in enumerate(split_lines(read_blocks(path))):
         if number >= offset and (raw.data.strip() or raw.problem):
@@ -173,7 +173,7 @@ def packed_lines(path: Path, position: Position) -> Iterator[Place]:
 
 
 def records(path: Path, name: str, position: Position) -> Iterator[Place]:
-    """The records of a list, a table, or whatever else `readers` reads."""
+    """The records of a list, a table, or any other format of `readers`."""
     file, offset, line, record = position
     for number, read in enumerate(read_file(path, name)):
         if number >= offset:
@@ -181,7 +181,7 @@ def records(path: Path, name: str, position: Position) -> Iterator[Place]:
 
 
 def pieces(path: Path, name: str, position: Position) -> Iterator[Place]:
-    """A text in pieces, of which none is longer than 2 · PIECE."""
+    """A text in pieces of at most 2 · PIECE."""
     file, offset, line, record = position
     packed = suffixes_of(path)[1]
     blocks, rest, done = blocks_from(path, offset), b"", False
@@ -206,7 +206,7 @@ def pieces(path: Path, name: str, position: Position) -> Iterator[Place]:
 
 
 def blocks_from(path: Path, offset: int) -> Iterator[bytes]:
-    """The unpacked bytes from `offset` on."""
+    """The uncompressed bytes from `offset` on."""
     if suffixes_of(path)[1]:
         for block in read_blocks(path):
             if len(block) > offset:
@@ -220,10 +220,10 @@ def blocks_from(path: Path, offset: int) -> Iterator[bytes]:
 
 
 def piece_size(data: bytes) -> int:
-    """How many of the bytes are the next piece of a text: all up to PIECE, else up to a paragraph's or a line's end.
+    """The size of a text's next piece: all up to PIECE bytes, otherwise up to the end of a paragraph or line.
 
-    The cut falls into the second half of PIECE: behind the last paragraph there, or line, or word, or character. White
-    space behind it stays with the piece, so that no piece is blank.
+    The cut is in the second half of PIECE: after the last paragraph there, or else line, word or character. White
+    space after it belongs to the piece, so no piece is blank.
     """
     if len(data) <= PIECE:
         return len(data)
@@ -234,7 +234,7 @@ def piece_size(data: bytes) -> int:
             break
     else:
         size = PIECE
-        while size > PIECE - 4 and data[size] & 0b1100_0000 == 0b1000_0000:  # inside a character of several bytes
+        while size > PIECE - 4 and data[size] & 0b1100_0000 == 0b1000_0000:  # within a multi-byte character
             size -= 1
     while size < len(data) and data[size] in SPACE:
         size += 1

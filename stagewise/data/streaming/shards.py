@@ -1,14 +1,14 @@
-"""Records of files, dealt to lanes, and each lane's own endless sequence of rows.
+"""Records of files, distributed over lanes, and each lane's own endless sequence of rows.
 
-A step takes one row of every lane, so that lanes, not processes, decide what a step holds:
+A step takes one row of every lane, so lanes, not processes, determine the contents of a step:
 
     records of the files   0 1 2 3 4 5 6 7 8 …         four lanes: in each group of four, one record goes to each
     lane 2                 2 7 8 …                     read in blocks and shuffled: all lanes' are --shuffle_buffer
                            [7 2 8] [13 …]              encoded, collected to a window and packed
                            row row row | row …
 
-A lane continues from a handful of numbers: where its block began, how much of it was taken, and how many
-rows of the window were. The order comes from the seed and these numbers alone.
+A lane resumes from a few numbers: where its block began, how much of it was taken, and how many rows of the window.
+The order depends only on the seed and these numbers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from stagewise.data.records import Account
 from stagewise.data.streaming.file_index import Files, Place, Position
 from stagewise.errors import ArgumentError, RecordError, TooLongError
 
-WINDOW_ROWS = 32  # rows whose examples are packed together: 64 fill one row in a hundred more, for twice the wait
-HOPELESS = 10_000  # records left out in one window: nothing is learned from such files
-HOPELESS_PASS = 100  # the same where a pass ends and none was kept
+WINDOW_ROWS = 32  # rows packed together: 64 rows save one in a hundred more, for twice the wait
+HOPELESS = 10_000  # records left out in one window after which the run gives up
+HOPELESS_PASS = 100  # the same, if a pass ends without a kept record
 
 
 @lru_cache(maxsize=256)
 def draw(*key: Any) -> int:
-    """A number below 2**64 that looks drawn and follows from the key alone."""
+    """A pseudo-random number below 2**64 that depends only on the key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
@@ -50,14 +50,14 @@ class Refusal(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A record that rows are made of: its source, and whether it was cut."""
+    """A record that was kept: its source, and whether it was cut."""
 
     source: int
     cut: bool
 
 
 class Taken(NamedTuple):
-    """How far a lane is in one source: passes done, where its block of records began, records taken from it."""
+    """A lane's position in one source: completed passes, start of its block of records, records taken from it."""
 
     passes: int = 0
     block: Position = Position()
@@ -66,9 +66,9 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class LaneState:
-    """All that it takes to continue: the sources and the number of draws as the window began, rows taken of it.
+    """The state to resume from: sources and number of draws at the start of the window, rows taken from it.
 
-    `accounts` are the sources': a record counts once a row of it is taken.
+    `accounts` belong to the sources: a record counts once a row of it is taken.
     """
 
     taken: tuple[Taken, ...]
@@ -89,7 +89,7 @@ class LaneState:
 
 
 class LaneRow(NamedTuple):
-    """A row, the lane's state behind it, and the records that were left out on the way to it."""
+    """A row, the lane's state after it, and the records left out on the way to it."""
 
     examples: list[Example]
     lane: int
@@ -99,19 +99,19 @@ class LaneRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all lanes share.
+    """Settings that all lanes share.
 
     Attributes:
         sources: the files of each source.
-        weights: the share of records that each source gets; None where there is one source.
+        weights: each source's share of records; None if there is one source.
         parse: record, where → what `encode` takes; raises RecordError.
-        encode: makes examples of them.
-        skip: leave malformed records out (--on_bad_record skip).
-        buffer: records that are shuffled among, over all lanes.
+        encode: makes examples.
+        skip: leave out malformed records (--on_bad_record skip).
+        buffer: records that are shuffled among each other, over all lanes.
         capacity: tokens of a packed row; None: every example is a row.
-        lanes: how many there are.
+        lanes: the number of lanes.
         seed: of all orders.
-        last: (number of the last record of a pass, how many of its blocks are used); None: all of all records.
+        last: (number of the last record of a pass, number of its blocks in use); None: all records.
     """
 
     sources: tuple[Files, ...]
@@ -126,10 +126,10 @@ class Recipe:
     last: tuple[int, int] | None = None
 
     def is_mine(self, lane: int, source: int, passes: int, record: int) -> bool:
-        """Whether a record falls to a lane: of each group of as many records as there are lanes, every lane gets one.
+        """Whether a record belongs to a lane: from each group of as many records as lanes, every lane gets one.
 
-        Which one is drawn, unless nothing is shuffled: in files where short and long records take turns, no lane
-        shall get the long ones alone.
+        The assignment is random, unless nothing is shuffled: in files where short and long records alternate, no lane
+        should get only the long ones.
         """
         if self.lanes == 1:
             return True
@@ -149,7 +149,7 @@ class Recipe:
 
 
 class Share:
-    """The records of one source that fall to one lane, pass after pass, shuffled within blocks."""
+    """The records of one source that belong to one lane, pass after pass, shuffled within blocks."""
 
     def __init__(self, recipe: Recipe, source: int, lane: int, taken: Taken):
         self.recipe, self.source, self.lane = recipe, source, lane
@@ -163,7 +163,7 @@ class Share:
         return Taken(self.passes, self.start, self.index)
 
     def upcoming(self) -> int:
-        """The pass that the next record belongs to; the block that holds it is read."""
+        """The pass of the next record; reads the block that holds it."""
         while self.index >= len(self.block):
             if self.block:
                 self.start, self.index = self.behind, 0
@@ -171,7 +171,7 @@ class Share:
         return self.passes
 
     def take(self) -> Place:
-        """The next record. Raises ArgumentError where the files hold none."""
+        """The next record. Raises ArgumentError if the files hold none."""
         self.upcoming()
         self.index += 1
         return self.block[self.index - 1]
@@ -197,7 +197,7 @@ class Share:
 
 @dataclass
 class Window:
-    """Examples that are packed together: `owners` says which record each was cut from, `kept` what a record was."""
+    """Examples that are packed together: `owners` gives the record that each was cut from, `kept` the records."""
 
     rows: list[Row] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
@@ -214,7 +214,7 @@ class Window:
 
 
 class Lane:
-    """The rows of one lane, without end, from `state` on."""
+    """The endless rows of one lane, starting at `state`."""
 
     def __init__(self, recipe: Recipe, number: int, state: LaneState | None = None):
         self.recipe, self.number = recipe, number
@@ -224,7 +224,7 @@ class Lane:
         self.draws = self.state.draws
 
     def __iter__(self) -> Iterator[LaneRow]:
-        """Raises RecordError for a malformed record that is not to be skipped, ArgumentError where nothing is left."""
+        """Raises RecordError for a malformed record that may not be skipped, ArgumentError if nothing is left."""
         while True:
             began = replace(self.state, taken=tuple(share.taken for share in self.shares), draws=self.draws)
             for row in self._rows(self._window(), began):
@@ -232,14 +232,14 @@ class Lane:
                 yield row
 
     def first(self, count: int, tokens: int | None = None) -> Window:
-        """At most `count` records from here on, unpacked; fewer where a source ends or they have `tokens`."""
+        """At most `count` records from here on, unpacked; fewer if a source ends or they have `tokens` in total."""
         window = Window()
         for number in range(count):
             if tokens is not None and window.tokens >= tokens:
                 break
             share = self.shares[self.recipe.source_of(self.number, number)]
             if share.upcoming():
-                break  # it would begin again
+                break  # otherwise it would start over
             self._take(share, window)
         return window
 
@@ -252,7 +252,7 @@ class Lane:
             share = self.shares[source]
             if passes.setdefault(source, share.upcoming()) != share.passes:
                 if window.rows and len(self.shares) == 1:
-                    break  # what is left of a pass does not wait for the next one
+                    break  # the rest of a pass does not wait for the next one
                 if not window.rows:
                     self._check_hope(window, HOPELESS_PASS)
                 passes[source] = share.passes
@@ -312,7 +312,7 @@ class Lane:
 
 
 def counting(accounts: Sequence[Account], kept: Sequence[Kept], refused: Sequence[Refusal]) -> tuple[Account, ...]:
-    """The sources' accounts with so many more records."""
+    """The sources' accounts with these records added."""
     counted = [replace(account, left_out=dict(account.left_out)) for account in accounts]
     for source, cut in kept:
         counted[source].read += 1

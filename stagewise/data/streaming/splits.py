@@ -11,7 +11,10 @@ from stagewise.data.splits import Encoding, Splits
 from stagewise.data.statistics import measure, summarize
 from stagewise.data.streaming.dataset import stream_of
 
-FIRST, FIRST_TOKENS = 1000, 1 << 20  # records of a stream that are summed up before training, and their tokens
+FIRST, FIRST_TOKENS = (
+    1000,
+    1 << 20,
+)  # records of a stream that are summarized before training, and the limit of their tokens
 
 
 def read_streamed_splits(
