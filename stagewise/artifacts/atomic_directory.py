@@ -96,7 +96,7 @@ def whole_directory(place: Path, overwrite: bool, replaces: Sequence[str] = ("*"
         replaces: patterns of names that are replaced; everything else in the old directory is carried over.
 
     Raises:
-        DirectoryError: it could not be created, or not be moved to its place: then it stays where it is, and the message
+        DirectoryError: it could not be created or moved to its place: then it stays where it is, and the message
             says where that is.
     """
     place = Path(place).resolve()

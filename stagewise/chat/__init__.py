@@ -1,1 +1,1 @@
-"""Conversations to text and token ids: templates, tools, thinking, labels."""
+"""From conversations to text, token ids and labels: templates, tools, thinking."""

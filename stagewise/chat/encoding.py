@@ -1,13 +1,13 @@
-"""Segments → token ids and labels: the only place that masks.
+"""Segments → token ids and labels: the only place that sets labels.
 
-Each segment is encoded alone, so that the ids of a prompt are a prefix of the ids of the whole with any tokenizer.
+Each segment is encoded separately, so the ids of a prompt are a prefix of the ids of the whole, with any tokenizer.
 
     TextEncoder           (text, where)   → blocks         PT
     ConversationEncoder   Conversation    → an example     SFT
 
-stagewise/chat/preference_encoding.py has those of RM, DPO and PPO.
+stagewise/chat/preference_encoding.py has the encoders of RM, DPO and PPO.
 
-Each takes many records at once, since a tokenizer is fastest where it is given many texts.
+Each encodes many records at once, which is fastest for a tokenizer.
 """
 
 from array import array
@@ -25,7 +25,7 @@ from stagewise.tokenizer.encode import Piece, PieceEncoder, piece_encoder
 
 
 def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """(ids, labels) of the segments, each encoded alone; nothing is added that the segments don't say."""
+    """(ids, labels) of the segments, each encoded separately; nothing is added to them."""
     pieces = piece_encoder(tokenizer).row([segment.text for segment in segments])
     example = to_row(pieces, [segment.learn for segment in segments], "?").example()
     return example.input_ids, example.labels
@@ -33,26 +33,26 @@ def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[i
 
 @dataclass
 class RecordEncoder:
-    """An encoder of records: what is encoded goes through `_encoder`, a piece of text at a time."""
+    """Base of the encoders: every text is encoded by `_encoder`."""
 
     tokenizer: Any
 
     def __post_init__(self) -> None:
         self._encoder = PieceEncoder(self.tokenizer)
-        self.in_thread = self._encoder.in_thread  # to be called first in each thread that encodes
+        self.in_thread = self._encoder.in_thread  # to be called first in each encoding thread
 
 
 @dataclass
 class ConversationEncoder(RecordEncoder):
-    """Conversations → examples of at most `max_length` tokens; `many` at once are encoded fastest.
+    """Conversations → examples of at most `max_length` tokens; fastest with `many` at once.
 
     Args:
         tokenizer, template: the template bound to the tokenizer.
         max_length: tokens of an example.
-        train_on_inputs: learn the whole conversation, but for messages with weight 0.
-        mask_history: learn only what is said after the last question, of what is kept.
-        truncation_side: what is too long loses whole turns from its end ("right") or whole exchanges from its start
-            ("left"; the system prompt stays). An exchange that is too long alone is cut at the limit.
+        train_on_inputs: label the whole conversation, except messages with weight 0.
+        mask_history: label only what follows the last question that is kept.
+        truncation_side: an overlong conversation loses whole turns from its end ("right") or whole exchanges from its
+            start ("left"; the system prompt stays). A single exchange that is too long is cut at the limit.
 
     Raises:
         ArgumentError: for settings that contradict each other.
@@ -68,12 +68,16 @@ class ConversationEncoder(RecordEncoder):
         if self.truncation_side not in SIDES:
             raise ArgumentError(f"--truncation_side: expected right or left, found {self.truncation_side!r}")
         if self.train_on_inputs and self.mask_history:
-            raise ArgumentError("--train_on_inputs learns everything, --mask_history the last turn alone: give one")
+            raise ArgumentError(
+                "--train_on_inputs trains on everything, --mask_history only on the last turn: give one"
+            )
         super().__post_init__()
-        self._letters = 3.0  # a token, of what was encoded last: only how much is encoded at a time hangs on it
+        self._letters = (
+            3.0  # tokens per character of the latest records; it only determines how much is encoded at a time
+        )
 
     def __call__(self, conversation: Conversation) -> tuple[Example, bool]:
-        """The conversation as an example, and whether it was cut. Raises RecordError where nothing is learned."""
+        """The conversation as an example, and whether it was cut. Raises RecordError if nothing gets a label."""
         (found,) = self.many([conversation])
         if isinstance(found, RecordError):
             raise found
@@ -84,7 +88,7 @@ class ConversationEncoder(RecordEncoder):
         return count_characters(conversation.messages)
 
     def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
-        """The same for many conversations, as numbers; a RecordError stands in the place of its conversation."""
+        """The same for many conversations, in compact form; a RecordError takes the place of its conversation."""
         found: list[Any] = [self._begin(conversation) for conversation in conversations]
         self._encode([work for work in found if isinstance(work, _Work)])
         return [work if isinstance(work, RecordError) else self._end(work) for work in found]
@@ -104,7 +108,7 @@ class ConversationEncoder(RecordEncoder):
         return RecordError(conversation.where, "nothing learned", why)
 
     def _encode(self, works: list["_Work"]) -> None:
-        """Encodes each conversation, but hardly more of it than the limit lets in."""
+        """Encodes each conversation, but hardly more of it than fits the limit."""
         while works:
             pieces, shares = [], []
             for work in works:
@@ -170,13 +174,13 @@ class ConversationEncoder(RecordEncoder):
 
 @dataclass
 class TextEncoder(RecordEncoder):
-    """Documents, (text, where), as blocks of at most `block_size` tokens, all learned, the eos token at their end.
+    """Documents, (text, where), as blocks of at most `block_size` tokens, all with labels, ending with the eos token.
 
-    They begin with a bos where the tokenizer adds one. A long document is cut; each block begins with the last token
-    of the block before, since a row's first token is never predicted: so every token is learned exactly once.
+    They begin with a bos if the tokenizer adds one. A long document is cut; each block begins with the last token of
+    the previous one, since a row's first token is never predicted: so every token is predicted exactly once.
 
     Raises:
-        ArgumentError: where the tokenizer has no eos token, or a block would hold nothing that is learned.
+        ArgumentError: if the tokenizer has no eos token, or a block would have no label.
     """
 
     block_size: int
@@ -213,7 +217,7 @@ class TextEncoder(RecordEncoder):
 
 @dataclass
 class _Work:
-    """A conversation that is being encoded: the ids of its first segments, as far as they are known."""
+    """A conversation that is being encoded: the ids of its first segments."""
 
     conversation: Conversation
     turns: Turns
@@ -222,7 +226,7 @@ class _Work:
     said: bool = False  # whether the first answer is encoded
 
     def next_pieces(self, letters: float) -> list[Piece]:
-        """The segments that come next: up to the next answer, and more that are no longer than `letters` in all."""
+        """The next segments: up to the next answer, and more if they have at most `letters` characters in total."""
         texts, answers, start = self.turns.texts, self.turns.answers, len(self.ids)
         end, least = start, next((n for n in range(start, len(texts)) if answers[n]), len(texts) - 1)
         while end < len(texts) and (end <= least or letters >= len(texts[end])):
@@ -231,7 +235,7 @@ class _Work:
         return [Piece(texts[n], texts[n - 1] if n else None) for n in range(start, end)]
 
     def answered(self, limit: int = 0) -> int:
-        """Tokens up to the last answer; where that is not encoded, more than `limit`, which it can't stay within."""
+        """Tokens up to the last answer; more than `limit` if it is not encoded, since then it can't fit."""
         last = max(number for number, answer in enumerate(self.turns.answers) if answer)
         return sum(map(len, self.ids[: last + 1])) if last < len(self.ids) else limit + 1
 
@@ -242,7 +246,7 @@ class _Work:
         return len(ids)
 
     def is_enough(self, limit: int, at_least: Callable[[str], int]) -> bool:
-        """Whether all is encoded, or nothing more can stay: the first answer is there, and the next is beyond."""
+        """Whether everything is encoded, or nothing more fits: the first answer is there, and the next is beyond."""
         texts, done = self.turns.texts, len(self.ids)
         if done == len(texts) or not self.said or self.tokens > limit:
             return done == len(texts) or self.said
@@ -262,7 +266,7 @@ def joined(pieces: Iterable[array]) -> array:
 
 
 def to_row(pieces: Sequence[array], learned: Sequence[bool], where: str, limit: int | None = None) -> Row:
-    """The pieces behind each other, cut at `limit` tokens, and the spans of those that are learned."""
+    """The concatenated pieces, cut at `limit` tokens, and the spans of those with labels."""
     ids, spans = array("i"), array("i")
     for piece, learn in zip(pieces, learned, strict=True):
         start = len(ids)

@@ -1,4 +1,4 @@
-"""Pieces of text with {names} in them: filled in for training, or turned into Jinja for serving."""
+"""Texts with {names} in them: filled in for training, or turned into Jinja for serving."""
 
 import json
 import re
@@ -6,19 +6,19 @@ from typing import Any
 
 
 def fill(piece: str, **values: str) -> str:
-    """{name} → value, in one pass, so that a value that itself holds a {name} stays as it is."""
+    """Replaces each {name} by its value, in one pass, so a value that contains a {name} stays as it is."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), piece)
 
 
 def as_jinja(piece: str, **expressions: str) -> str:
-    """A piece as a Jinja expression that joins its texts and the given expressions."""
+    """A text as a Jinja expression that concatenates its parts and the given expressions."""
     parts = re.split(r"\{(\w+)\}", piece)
     texts = [quoted(text) if number % 2 == 0 else expressions[text] for number, text in enumerate(parts)]
     return " + ".join(text for text in texts if text != '""') or '""'
 
 
 def quoted(text: str) -> str:
-    """A text as a Jinja string."""
+    """A text as a Jinja string literal."""
     return as_json(text)
 
 

@@ -1,4 +1,5 @@
-"""What of a conversation is learned, and what stays of one that is too long: whole turns, never half a header.
+"""Which parts of a conversation have labels, and what is kept of one that is too long: whole turns, never half a
+header.
 
 system question₁ | answer₁ | question₂ | answer₂ | question₃ | answer₃        segments
 right: the end goes first    system question₁ | answer₁ | question₂ | answer₂
@@ -13,12 +14,12 @@ from stagewise.chat.template import Segment
 from stagewise.formats.parsers import ANSWERS, Conversation
 
 SIDES = ("right", "left")
-Render = Callable[..., list[Segment]]  # a template's `segments`
+Render = Callable[..., list[Segment]]  # the `segments` method of a template
 
 
 @dataclass(frozen=True)
 class Turns:
-    """The segments of a conversation: which are what the model says, and which of them are learned."""
+    """The segments of a conversation: which are answers of the model, and which have labels."""
 
     texts: list[str]
     answers: list[bool]
@@ -26,16 +27,17 @@ class Turns:
 
 
 def turns_of(render: Render, conversation: Conversation, train_on_inputs: bool = False) -> Turns:
-    """The segments, of which answers are learned, or everything with `train_on_inputs`; no message with weight 0.
+    """The segments; answers have labels, or everything with `train_on_inputs`, except messages with weight 0.
 
-    Raises RecordError where the form can't show the conversation.
+    Raises RecordError if the template can't render the conversation.
     """
     segments = render(conversation)
     texts, learned = [segment.text for segment in segments], [segment.learn for segment in segments]
     unlearned = [number for number, message in enumerate(conversation.messages) if not message.learn]
     if not unlearned:
         return Turns(texts, learned, [True] * len(texts) if train_on_inputs else learned)
-    # Segments don't tell an unlearned answer from context: the same conversation with every answer learned does.
+    # Segments don't distinguish an answer without labels from context; the same conversation with labels on every
+    # answer does.
     messages = tuple(replace(message, learn=True) for message in conversation.messages)
     answers = [segment.learn for segment in render(replace(conversation, messages=messages))]
     if train_on_inputs:
@@ -48,7 +50,7 @@ def turns_of(render: Render, conversation: Conversation, train_on_inputs: bool =
 
 
 def without_history(render: Render, conversation: Conversation, turns: Turns, keep: int) -> list[bool]:
-    """`turns.learned` of the first `keep` segments, of which only what follows the last answered question stays."""
+    """`turns.learned` of the first `keep` segments, restricted to what follows the last answered question."""
     said = sum(turns.answers[:keep])
     for place in reversed(_questions(conversation)):
         before = 0
@@ -63,10 +65,10 @@ def without_history(render: Render, conversation: Conversation, turns: Turns, ke
 
 
 def whole_turns(answers: Sequence[bool], lengths: Iterable[int], limit: int) -> tuple[int, int]:
-    """How many segments stay within `limit` tokens, and their length; the last ones' lengths may be left out.
+    """The number of segments that fit `limit` tokens, and their length; lengths of the last ones may be missing.
 
-    All where they fit; otherwise the last one that stays is an answer, and it is the first answer where not even that
-    fits, which is to be cut then.
+    All of them if they fit; otherwise the last one kept is an answer. If not even the first answer fits, it is the
+    last one kept, and is to be cut.
     """
     keep = length = total = 0
     for number, (answer, size) in enumerate(zip(answers, lengths, strict=False), 1):
@@ -79,7 +81,7 @@ def whole_turns(answers: Sequence[bool], lengths: Iterable[int], limit: int) -> 
 
 
 def drop_first_exchanges(conversation: Conversation, fits: Callable[[Conversation], bool]) -> Conversation:
-    """The conversation from the first of its later questions from which on it fits; at least its last exchange."""
+    """The conversation starting at the first later question from which on it fits; at least its last exchange."""
     last = max(number for number, message in enumerate(conversation.messages) if message.role in ANSWERS)
     parts = [
         replace(conversation, messages=conversation.messages[place:])

@@ -4,7 +4,7 @@
     PromptEncoder         Conversation    → a prompt       PPO
 
 Which text is encoded next depends on the ids so far: a prompt that is too long loses its first exchanges. So each
-record is a generator that asks for ids, and one call of the tokenizer answers many of them.
+record is a generator that requests ids, and one tokenizer call serves many of them.
 """
 
 from array import array
@@ -24,7 +24,7 @@ from stagewise.tokenizer.encode import Piece, PieceEncoder, piece_encoder, piece
 
 @dataclass
 class PromptEncoder(RecordEncoder):
-    """Conversations → their ids up to where the assistant is to speak, at most `max_length`: see encode_prompt."""
+    """Conversations → their ids up to the start of the answer, at most `max_length`: see encode_prompt."""
 
     template: AnyTemplate
     max_length: int
@@ -33,7 +33,7 @@ class PromptEncoder(RecordEncoder):
         return count_characters(conversation.messages)
 
     def many(self, conversations: Sequence[Conversation]) -> list[Encoded | RecordError]:
-        """Nothing in them is learned; one that lost exchanges is cut."""
+        """They have no labels; one that lost exchanges counts as cut."""
         return _together([self._encoded(each) for each in conversations], self._encoder)
 
     def _encoded(self, conversation: Conversation) -> "Asking":
@@ -62,9 +62,9 @@ class PreferenceEncoder(RecordEncoder):
 def encode_prompt(
     tokenizer: Any, template: AnyTemplate, conversation: Conversation, limit: int
 ) -> tuple[list[int], Conversation]:
-    """Ids up to where the assistant is to speak, and the conversation with the exchanges that they hold.
+    """Ids up to the start of the answer, and the conversation with the exchanges that are kept.
 
-    Earliest exchanges are dropped whole until it fits. Raises RecordError where the last question alone has more than
+    The earliest exchanges are dropped until it fits. Raises RecordError if the last question alone has more than
     `limit` tokens.
     """
     encoder = piece_encoder(tokenizer)
@@ -82,11 +82,11 @@ def encode_preference(
 ) -> tuple[PreferenceExample, bool]:
     """Both answers after the same prompt, each answer (with its end marker) at most `max_target_length` tokens.
 
-    An answer of several turns that is too long loses whole turns from its end; only its first turn may be cut.
-    With `ending` the rows are a reward model's: each is encoded as one text, as `apply_chat_template` encodes it, and
-    a cut answer is closed by the end marker too; labels show what is judged and may begin a token late.
-    Returns whether an answer was cut or an exchange of the prompt dropped. Raises RecordError where both answers
-    encode alike, one has nothing to learn, or the last question is too long.
+    An overlong answer of several turns loses whole turns from its end; only its first turn may be cut. With `ending`
+    the rows are those of a reward model: each is encoded as one text, like `apply_chat_template` does, and a cut
+    answer is closed with the end marker, too; labels mark the scored answer and may begin one token late. Returns
+    whether an answer was cut or an exchange of the prompt dropped. Raises RecordError if both answers have the same
+    tokens, one has no label, or the last question is too long.
     """
     encoder = piece_encoder(tokenizer)
     limits = max_source_length, max_target_length, encoder.at_least
@@ -97,18 +97,18 @@ def encode_preference(
 
 # --- records whose ids say what is asked for next --------------------------------------------------------------------
 
-# Asks for the ids of a conversation's texts, from its start, as often as it needs; then returns.
+# Yields texts of a conversation, from its start, to get their ids, as often as needed; then returns.
 Asking = Generator[Sequence[str], list[array], Any]
 
 
 def _prompt(template: AnyTemplate, conversation: Conversation, limit: int, at_least: Callable[[str], int]) -> Asking:
-    """The ids of each segment of a prompt, and the conversation that they show: see encode_prompt."""
+    """The ids of each segment of a prompt, and the conversation they show: see encode_prompt."""
     messages = conversation.messages
     while True:
         prompt = replace(conversation, messages=messages)
         texts = [segment.text for segment in template.segments(prompt, generation=True)]
         later = next((n for n, message in enumerate(messages) if message.role == "user" and n > 0), None)
-        if later is None or sum(map(at_least, texts)) <= limit:  # else it surely does not fit
+        if later is None or sum(map(at_least, texts)) <= limit:  # otherwise it certainly does not fit
             pieces = yield texts
             length = sum(map(len, pieces))
             if length <= limit:
@@ -144,7 +144,7 @@ def _pair(
         learned = [False] * first + turns.learned[first : first + keep]
         row = to_row(ids[: first + keep], learned, where, len(prompt_ids) + max_target_length)
         if not row.spans and any(turns.learned[first + keep :]):
-            raise TooLongError(where, "answers too long", f"no turn that is learned stays within the limit of "
+            raise TooLongError(where, "answers too long", f"no turn with labels stays within the limit of "
                                f"{max_target_length} tokens; raise --max_target_length")  # fmt: skip
         if not row.spans:
             raise RecordError(where, "nothing learned", "every turn of an answer has weight 0")
@@ -164,9 +164,9 @@ def _as_one_text(row: Row, text: str, ending: Ending, prompt: int, limit: int, l
     """A row of pieces as the row of a reward model.
 
     Args:
-        row: the same from pieces encoded alone, its answer cut at `limit` tokens.
-        text: the whole, up to the end marker.
-        ending: what closes it.
+        row: the row of pieces encoded separately, its answer cut at `limit` tokens.
+        text: the whole conversation, up to the end marker.
+        ending: how the row ends.
         prompt: tokens of the prompt.
         length: tokens of the answer's pieces.
     """
@@ -184,7 +184,7 @@ def _as_one_text(row: Row, text: str, ending: Ending, prompt: int, limit: int, l
 
 
 def _together(jobs: Sequence[Asking], encode: PieceEncoder) -> list[Any]:
-    """What each job returns, or its RecordError; what all ask for next is encoded at once, and each piece once."""
+    """The result of each job, or its RecordError; the requests of all jobs are encoded at once, each text once."""
     found: list[Any] = [None] * len(jobs)
     known: dict[Piece, array] = {}
     answers: dict[int, Any] = dict.fromkeys(range(len(jobs)))
@@ -204,7 +204,7 @@ def _together(jobs: Sequence[Asking], encode: PieceEncoder) -> list[Any]:
 
 
 def _alone(job: Asking, encode: PieceEncoder) -> Any:
-    """What a job returns. Raises its RecordError."""
+    """The result of one job. Raises its RecordError."""
     (found,) = _together([job], encode)
     if isinstance(found, RecordError):
         raise found

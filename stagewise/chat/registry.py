@@ -1,4 +1,4 @@
-"""The chat templates by name. template.py in the root, which is the place to add one, registers them at its import."""
+"""The chat templates by name. template.py in the root, where templates are added, registers them when imported."""
 
 from __future__ import annotations
 

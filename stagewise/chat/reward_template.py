@@ -1,11 +1,11 @@
-"""The rows of a reward model: a conversation as one text that ends with the end marker, where the score stands.
+"""The rows of a reward model: a conversation as one text that ends with the end marker, where the score is read.
 
     <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>
                                                                  └── score
 
-transformers reads a classifier's score at a row's last token that is not the config's pad token, servers read it at
-the last token. Both are the end marker if the pad token never ends a row and the chat template writes nothing behind
-the marker. So a reward model gets a pad token and an end of the template of its own, saved with its tokenizer.
+transformers reads a classifier's score at the last token of a row that is not the config's pad token, servers read it
+at the last token. Both are the end marker if the pad token never ends a row and the chat template writes nothing after
+the marker. So a reward model gets its own pad token and template ending, saved with its tokenizer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from stagewise.artifacts.json_files import read_object
 from stagewise.chat.jinja import quoted
 from stagewise.errors import ArgumentError
 
-TRAINED_IN = "stagewise_template"  # in tokenizer_config.json: the name of the form that the model was trained in
-SCORED_AT = "stagewise_scored_at"  # in tokenizer_config.json of a reward model: the end marker that its rows end with
+TRAINED_IN = "stagewise_template"  # in tokenizer_config.json: the name of the template that the model was trained with
+SCORED_AT = "stagewise_scored_at"  # in tokenizer_config.json of a reward model: the end marker of its rows
 PAD_NAME = re.compile(r"\W*(finetune_right_)?pad(ding)?(_id)?\W*", re.IGNORECASE)
 SPARE_NAME = re.compile(r"reserved|unused|extra_id|dummy", re.IGNORECASE)
-MEDIA_NAME = re.compile(r"image|vision|video|audio|speech", re.IGNORECASE)  # models look for these in their input
+MEDIA_NAME = re.compile(
+    r"image|vision|video|audio|speech", re.IGNORECASE
+)  # multimodal models look for these in their input
 WAY_OUT = "get the model's directory again, whole"
 NEW_PAD = "<|pad|>"
 OPENING, CLOSING = "{% set chat_row +%}", "{%+ endset %}"
@@ -38,18 +40,18 @@ ENDING = (
 
 
 class Ending(NamedTuple):
-    """How the rows of a reward model end: `closing` ends an answer, `tail` is what the form writes behind it."""
+    """How the rows of a reward model end: `closing` ends an answer, `tail` is what the template writes after it."""
 
     closing: str
     tail: str
 
 
 class Reading(Enum):
-    """Which rows a classifier was trained on.
+    """The rows that a classifier was trained on.
 
-    MARKED: those of this module. OLDER: this project's before: each segment was encoded alone, the row ended with the
-    end marker, and where that is also the pad token the score was read at the token before it. PLAIN: made elsewhere,
-    whatever its tokenizer's chat template writes.
+    MARKED: those of this module. OLDER: those of earlier versions: segments encoded separately, the row ended with the
+    end marker, and the score was read one token earlier if the end marker is also the pad token. PLAIN: made
+    elsewhere, with whatever its tokenizer's chat template writes.
     """
 
     MARKED = "marked"
@@ -58,12 +60,14 @@ class Reading(Enum):
 
 
 def reading_of(tokenizer: Any, name: str | Path) -> Reading:
-    """Which rows the classifier `name` (a directory or hub name) was trained on; call it before `choose_template`."""
+    """The rows that the classifier `name` (a directory or hub name) was trained on; to be called before
+    `choose_template`.
+    """
     return _reading(tokenizer.init_kwargs, Path(name))
 
 
 def saved_reading(folder: str | Path) -> Reading:
-    """The same by the files of a directory alone."""
+    """The same, from the files of a directory only."""
     path = Path(folder) / "tokenizer_config.json"
     return _reading(read_object(path, WAY_OUT) if path.is_file() else {}, Path(folder))
 
@@ -85,8 +89,8 @@ def older_notice(name: str | Path, tokenizer: Any, template: Any) -> str:
 
     Args:
         name: the model's directory or hub name.
-        tokenizer: as it was saved with the model.
-        template: the chat form, bound to the tokenizer.
+        tokenizer: as saved with the model.
+        template: the chat template, bound to the tokenizer.
     """
     stop, tail = template.stop, template.tail
     if tokenizer.pad_token == stop:
@@ -102,15 +106,15 @@ def older_notice(name: str | Path, tokenizer: Any, template: Any) -> str:
 
 
 def settle_reward_form(tokenizer: Any, template: Any, rows: int) -> Ending:
-    """Gives a tokenizer what a reward model is saved with: its pad token, its chat template, and the note of both.
+    """Sets what a reward model's tokenizer is saved with: pad token, chat template, and a note of both.
 
     Args:
         tokenizer: of the reward model; changed.
-        template: the chat form, bound to it.
+        template: the chat template, bound to it.
         rows: of the model's embedding.
 
     Raises:
-        ArgumentError: no token can pad.
+        ArgumentError: no token is suited for padding.
     """
     stops = {tokenizer.encode(stop, add_special_tokens=False)[-1] for stop in template.stops}
     set_pad_token(tokenizer, stops, rows)
@@ -120,9 +124,9 @@ def settle_reward_form(tokenizer: Any, template: Any, rows: int) -> Ending:
 
 
 def set_pad_token(tokenizer: Any, ends: set[int], rows: int) -> None:
-    """Sets a pad token with a row in the embedding that no row of a reward model ends with; the own one if it can be.
+    """Sets a pad token that has an embedding and ends no row of a reward model; the current one if possible.
 
-    No row is added to the embedding. Raises ArgumentError where there is no such token.
+    The embedding does not grow. Raises ArgumentError if there is no such token.
     """
     for token in _pad_candidates(tokenizer, rows):
         number = tokenizer.convert_tokens_to_ids(token)
@@ -140,15 +144,15 @@ def set_pad_token(tokenizer: Any, ends: set[int], rows: int) -> None:
 
 
 def ending_at_marker(chat_template: str, tail: str) -> str:
-    """The chat template without `tail` behind a last answer; a conversation that ends otherwise stays as it is."""
+    """The chat template without `tail` after a last answer; other conversations render as before."""
     if not tail:
         return chat_template
-    # Jinja leaves out one newline at the end of a template, which would not be the end any more.
+    # Jinja drops one newline at the end of a template, which would no longer be the end
     return f"{OPENING}{chat_template.removesuffix(chr(10))}{CLOSING}{ENDING.format(quoted(tail))}"
 
 
 def without_ending(chat_template: str) -> str:
-    """The template that `ending_at_marker` was given, or the text itself."""
+    """The original template of `ending_at_marker`, or the text itself."""
     before, after = (re.escape(part) for part in ENDING.format("\0").split("\0"))
     pattern = f'{re.escape(OPENING)}(.*){re.escape(CLOSING)}{before}"(?:[^"\\\\]|\\\\.)*"{after}'
     found = re.fullmatch(pattern, chat_template, re.DOTALL)
@@ -156,7 +160,7 @@ def without_ending(chat_template: str) -> str:
 
 
 def carry_reward_form(tokenizer: Any, own: Any) -> bool:
-    """Gives another tokenizer what a reward model's `own` one carries; False where it lacks the pad token."""
+    """Copies the settings of a reward model's tokenizer to another one; False if that lacks the pad token."""
     if tokenizer.convert_tokens_to_ids(own.pad_token) != own.pad_token_id:
         return False
     tokenizer.add_special_tokens({"pad_token": own.pad_token})
@@ -169,14 +173,14 @@ def carry_reward_form(tokenizer: Any, own: Any) -> bool:
 def _reading(saved: Mapping[str, Any], folder: Path) -> Reading:
     if SCORED_AT in saved:
         return Reading.MARKED
-    # A tokenizer keeps the note of its form also where others train a classifier on a model of this project.
+    # A tokenizer keeps the note of its template even if others train a classifier on a model of this project.
     accounts = [folder / "run.json", folder.parent / "run.json"]
     made_here = TRAINED_IN in saved and (not folder.is_dir() or any(path.is_file() for path in accounts))
     return Reading.OLDER if made_here else Reading.PLAIN
 
 
 def _pad_candidates(tokenizer: Any, rows: int) -> Iterator[str]:
-    """Tokens that may pad, best first; each occurs in no text, or stands for itself."""
+    """Tokens suited for padding, best first; each occurs in no text, or stands for itself."""
     if tokenizer.pad_token is not None:
         yield tokenizer.pad_token
     added = [token for token, _ in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])]
@@ -187,7 +191,7 @@ def _pad_candidates(tokenizer: Any, rows: int) -> Iterator[str]:
     if NEW_PAD not in added and len(tokenizer) < rows:
         yield NEW_PAD
     yield from (token for token in added if token.strip() and not MEDIA_NAME.search(token))
-    # A byte-level token spelled as no text is: "Ġcured" stands for " cured".
+    # A byte-level token whose spelling occurs in no text: "Ġcured" stands for " cured".
     for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1]):
         if len(token) > 2 and tokenizer.convert_tokens_to_string([token]) != token:
             yield token

@@ -1,7 +1,7 @@
-"""Which chat form a model is trained and served in: --template_name, else the tokenizer's own, else vicuna.
+"""Chooses the chat template for training and serving: --template_name, else the tokenizer's own, else vicuna.
 
-The choice is written into the tokenizer, text and name, and travels with it through adapter, merge and the next stage.
-There another form would leave the model with two, so it is refused, unless --force_template asks for it.
+The choice is saved in the tokenizer, text and name, and follows it through adapter, merge and the next stage. Changing
+it later would leave the model with two formats, so that is refused unless --force_template is given.
 """
 
 from dataclasses import replace
@@ -27,16 +27,16 @@ AnyTemplate = Template | TokenizerTemplate
 
 
 def choose_template(tokenizer: Any, chat: ChatArguments, earlier: str | None = None) -> AnyTemplate:
-    """The form to train and serve in.
+    """The template to train and serve with.
 
     Args:
-        tokenizer: gets the form's text as its chat template, and its name for later stages.
+        tokenizer: gets the template's text as its chat template, and its name for later stages.
         chat: --template_name, --force_template, --enable_thinking.
-        earlier: the directory of an adapter that this run starts from; the form it was trained in counts.
+        earlier: the directory of an adapter that this run continues from; the template it was trained with counts.
 
     Raises:
-        ArgumentError: an unknown name, a form that the tokenizer has no tokens for or that can't be cut exactly,
-            another form than the model was trained in, or a flag without effect.
+        ArgumentError: an unknown name, a template that the tokenizer has no tokens for or that can't be cut exactly,
+            another template than the model was trained with, or a flag without effect.
     """
     if earlier:
         _take_over(tokenizer, Path(earlier))
@@ -60,7 +60,7 @@ def choose_template(tokenizer: Any, chat: ChatArguments, earlier: str | None = N
         logger.info("template: vicuna, because the tokenizer has none (another: --template_name)")
     tokenizer.chat_template = template.jinja()
     tokenizer.init_kwargs[TRAINED_IN] = name
-    tokenizer.init_kwargs.pop(SCORED_AT, None)  # of a reward model, whose rows are settled behind this
+    tokenizer.init_kwargs.pop(SCORED_AT, None)  # of a reward model, whose row format is set after this
     return template
 
 
@@ -68,9 +68,9 @@ def choose_template(tokenizer: Any, chat: ChatArguments, earlier: str | None = N
 
 
 def _take_over(tokenizer: Any, folder: Path) -> None:
-    """The chat template that lies in an adapter's directory, where it has one."""
+    """The chat template in an adapter's directory, if it has one."""
     config, text = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    if not config.is_file():  # an adapter made elsewhere, without its tokenizer
+    if not config.is_file():  # an adapter from elsewhere, without its tokenizer
         return
     known = read_object(config, "copy the adapter's directory again")
     own = text.read_text(encoding="utf-8") if text.is_file() else known.get("chat_template")
@@ -115,8 +115,8 @@ def _check_lineage(
         before = tokenizer.apply_chat_template(turns, chat_template=own, tokenize=False)
         now = "".join(segment.text for segment in template.segments(EXAMPLE))
         raise ArgumentError(
-            f"--template_name {template.name}: the model was trained in {trained_in}; in two forms it would speak "
-            f"neither well\n  {trained_in}: {_beginning(before)}\n  {template.name}: {_beginning(now)}\n"
+            f"--template_name {template.name}: the model was trained with {trained_in}; with two templates it would "
+            f"use neither well\n  {trained_in}: {_beginning(before)}\n  {template.name}: {_beginning(now)}\n"
             f"leave --template_name out to continue in {trained_in}, or add --force_template"
         )
     if chat.force_template and not other:
@@ -129,14 +129,14 @@ def _beginning(text: str) -> str:
 
 
 def _of_table(tokenizer: Any, chat: ChatArguments, own: str, trained_in: str | None) -> Template | None:
-    """The table's form that the tokenizer's text is of, by the name it was saved under and letter by letter."""
+    """The template of the table that the tokenizer's text was made from, by its saved name and exact text."""
     asked, text = thinking.asked_by(own)
     table = templates_by_name()
     if trained_in not in table:
         return None
     try:
         template = table[trained_in].bind(tokenizer)
-    except ArgumentError:  # another tokenizer was put beside the text since
+    except ArgumentError:  # another tokenizer has been put beside the text since
         return None
     if template.jinja() != text:
         return None
@@ -165,5 +165,5 @@ def _own_template(tokenizer: Any, chat: ChatArguments, own: str) -> TokenizerTem
             return TokenizerTemplate(
                 tokenizer, training, "TRL's training form of the tokenizer's", chat.enable_thinking
             )
-        except InexactCut:  # what is wrong with the tokenizer's own form is what its owner can read up
+        except InexactCut:  # the owner of a tokenizer can look up problems of its template
             raise error from None

@@ -1,9 +1,9 @@
-"""What a chat template puts around the words of a conversation, found with marks in place of the words.
+"""The text that a chat template puts around messages, found by rendering placeholders instead of words.
 
     texts and places   "<|im_start|>user\\n" 0 "<|im_end|>\\n<|im_start|>assistant\\n" | 1 "<|im_end|>" | "\\n"
 
-The same turns with other words fill the same skeleton. That a rendered text is the skeleton with its words in it is
-checked letter by letter, so that a cut which is taken is the cut.
+The same turns with other words fill the same skeleton. A cut is only accepted if the rendered text equals the skeleton
+with its words filled in, character by character.
 """
 
 import re
@@ -11,26 +11,28 @@ from collections.abc import Sequence
 from typing import Any
 
 MARK = re.compile("\ue000(\\d+)\ue001")
-SHORT = 6  # messages, at least: a first exchange, one in the middle, and a last
+SHORT = 6  # messages, at least: a first exchange, one in the middle, and a last one
 
-Cut = list[tuple[str, bool]]  # (text, whether it is an answer), which joined are the whole
-Skeleton = list[tuple[str | int, int, bool]]  # (text or the place of a message, number of its piece, is it an answer)
+Cut = list[tuple[str, bool]]  # (text, whether it is an answer); concatenated they are the whole
+Skeleton = list[
+    tuple[str | int, int, bool]
+]  # (text or index of a message, number of its piece, whether it is an answer)
 
 
 def marked_messages(count: int, system: bool) -> list[dict[str, Any]]:
-    """`count` messages in turn, a system prompt counted in, with marks in place of words."""
+    """`count` alternating messages, including a system prompt, with placeholders instead of words."""
     roles = ["system"] * system + ["user", "assistant"] * count
     return [{"role": role, "content": f"\ue000{place}\ue001"} for place, role in enumerate(roles[:count])]
 
 
 def short_count(count: int, system: bool) -> int | None:
-    """How many messages to learn `count` messages from, ending alike; None for those themselves."""
+    """The number of messages from which to learn `count` messages with the same end; None for those themselves."""
     short = SHORT + system + (count - system - SHORT) % 2
     return short if count > short else None
 
 
 def lengthened(cut: Cut, count: int) -> Cut:
-    """The cut of a marked conversation with its second exchange repeated until there are `count` messages."""
+    """The cut of a conversation of placeholders with its second exchange repeated up to `count` messages."""
     known = 1 + max(int(place) for text, _ in cut for place in MARK.findall(text))
     first, middle, rest = cut[:2], cut[2:4], cut[4:]
     repeated = [_shifted(piece, by) for by in range(0, count - known + 1, 2) for piece in middle]
@@ -38,7 +40,7 @@ def lengthened(cut: Cut, count: int) -> Cut:
 
 
 def skeleton_of(cut: Cut) -> Skeleton:
-    """A marked conversation's cut as texts and places."""
+    """The cut of a conversation of placeholders as texts and indices."""
     return [
         (int(part) if odd % 2 else part, number, is_answer)
         for number, (text, is_answer) in enumerate(cut)
@@ -48,9 +50,9 @@ def skeleton_of(cut: Cut) -> Skeleton:
 
 
 def filled(skeleton: Skeleton, words: Sequence[str], whole: str) -> Cut | None:
-    """`whole` cut as the skeleton is, or None where it isn't the skeleton with these words in it.
+    """`whole` cut like the skeleton, or None if it isn't the skeleton with these words.
 
-    A family may show words as they are, without newlines before them (Qwen3) or without white space around them.
+    A family may render words unchanged, without leading newlines (Qwen3) or without surrounding white space.
     """
     cut: Cut = []
     start = cursor = 0

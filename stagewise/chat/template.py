@@ -1,9 +1,9 @@
-"""Conversation → segments of text, learned or not; the same text as a Jinja template for serving.
+"""Conversation → segments of text with and without labels; the same text as a Jinja template for serving.
 
 context  "A chat between … USER: Hi ASSISTANT:"
-learned  " Hello!</s>"                               the assistant's words and the end marker
+labels   " Hello!</s>"                               the answer and the end marker
 context  "USER: How are you? ASSISTANT:"
-learned  " Fine.</s>"
+labels   " Fine.</s>"
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ PLAIN_FORMS = (
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of text; `learn` is True where the loss is taken."""
+    """A piece of text; `learn` is True if its tokens have labels."""
 
     text: str
     learn: bool
@@ -32,16 +32,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat form as a few named pieces, in the order in which they appear.
+    """A chat template as a few named pieces, in the order in which they appear.
 
         start system user lead answer end after user lead answer end after …
 
-    `start` stands once, at the beginning. The system piece stands before the first user piece, or inside it where
-    `user` holds {system} (llama2). `lead` is what a prompt ends with; `answer` and `end` are learned, `after` is not.
-    Where `user` begins with `end` (glm4: an answer ends with the tag of the next speaker), that is said once.
+    `start` appears once, at the beginning. The system piece precedes the first user piece, or is inside it if `user`
+    contains {system} (llama2). A prompt ends with `lead`; `answer` and `end` have labels, `after` has none. If `user`
+    begins with `end` (glm4: an answer ends with the tag of the next role), that text appears once.
 
-    In a piece, {content} stands for the message, {bos} and {eos} for the tokenizer's tokens; in `user`, {round} for
-    the number of the exchange, counted from 1, {round0} from 0.
+    In a piece, {content} is the message, {bos} and {eos} are the tokenizer's tokens; in `user`, {round} is the number
+    of the exchange, counted from 1, {round0} from 0.
     """
 
     name: str
@@ -53,29 +53,29 @@ class Template:
     start: str = ""
     system: str = "{content}"
     default_system: str = ""
-    always_system: bool = False  # the system piece stands there, empty, where nobody says anything (starchat)
-    tokens: tuple[str, ...] = ()  # what the family's tokenizers have as special tokens, besides the end marker
-    tools: ToolForm | None = DEFAULT  # how tools are listed, called and answered; None: not at all
-    thinking: bool = False  # an answer to the last question begins with a block of thoughts, as Qwen3's do
+    always_system: bool = False  # the system piece also appears, empty, without a system prompt (starchat)
+    tokens: tuple[str, ...] = ()  # the special tokens of the family's tokenizers besides the end marker
+    tools: ToolForm | None = DEFAULT  # how tools are listed, called and answered; None: not supported
+    thinking: bool = False  # the answer to the last question begins with a thinking block, as in Qwen3
     enable_thinking: bool | None = None  # False: that block is empty and belongs to the prompt
     bos: str = ""
     eos: str = "</s>"
-    own_bos: bool = False  # the tokenizer puts one before every text
+    own_bos: bool = False  # the tokenizer adds one to every text
 
     @property
     def stop(self) -> str:
-        """The end marker that generation stops at, one token of the tokenizer that the template was bound to."""
+        """The end marker at which generation stops, one token of the tokenizer that the template is bound to."""
         return self._filled(self.end).strip()
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """All end markers: calls of tools may have one of their own."""
+        """All end markers: tool calls may have their own."""
         own = self.tools.end if self.tools else None
         return (self.stop, own) if own else (self.stop,)
 
     @property
     def closing(self) -> str:
-        """What ends an answer: the end marker, and what the form writes before it."""
+        """What ends an answer: the end marker, and what the template writes before it."""
         return self._filled(self.end)
 
     @property
@@ -84,9 +84,9 @@ class Template:
         return self._filled(self.after)
 
     def bind(self, tokenizer: Any) -> "Template":
-        """The template with the tokenizer's own bos and eos.
+        """The template with the tokenizer's bos and eos.
 
-        Raises ArgumentError where the tokenizer lacks the end marker or another special token of the form.
+        Raises ArgumentError if the tokenizer lacks the end marker or another special token of the template.
         """
         if "{eos}" in self.end and tokenizer.eos_token is None:
             raise ArgumentError(f"--template_name {self.name}: the tokenizer has no eos token to end an answer with")
@@ -104,9 +104,9 @@ class Template:
         return bound
 
     def segments(self, conversation: Conversation, *, generation: bool = False) -> list[Segment]:
-        """The conversation in this form; with `generation` it ends where the assistant is to speak.
+        """The rendered conversation; with `generation` it ends at the start of the next answer.
 
-        Raises RecordError for tools where the form has none, and for thoughts where they are switched off.
+        Raises RecordError for tools if the template supports none, and for thoughts if thinking is off.
         """
         check_end(conversation, generation)
         said, tools = turns(conversation.messages), openai_tools(conversation.tools)
@@ -138,7 +138,7 @@ class Template:
         return segments.done
 
     def jinja(self) -> str:
-        """The same form as a plain Jinja chat template, in one line, its texts written out."""
+        """The same template as a plain Jinja chat template, in one line."""
         unknown = quoted(f"the template {self.name} has no form for the role ")
         tool = f'{{% elif message["role"] == "tool" %}}{self._observed_jinja()}' if self.tools else ""
         told = 'turns and turns[-1]["role"] == "tool"'
@@ -158,7 +158,7 @@ class Template:
             f"{thinking.PROMPT if self.thinking else ''}{{% endif %}}"
         )
 
-    # what `segments` and `jinja` both say
+    # shared by `segments` and `jinja`
 
     @property
     def _system_inside(self) -> bool:
@@ -174,7 +174,7 @@ class Template:
         return before + (fill(self._filled(self.system), content=system) if system or self.always_system else "")
 
     def _front(self, system: bool) -> str:
-        """What a text begins with: `start`, and before it the tokenizer's bos where the form doesn't say it itself."""
+        """The beginning of a text: `start`, preceded by the tokenizer's bos if the template doesn't contain it."""
         first = self.start or (self.system if system and not self._system_inside else self.user)
         return (self.bos if self.own_bos and not first.startswith("{bos}") else "") + self._filled(self.start)
 
@@ -186,7 +186,7 @@ class Template:
         return self._filled(self.tools.lead if own else self.lead)
 
     def _asked(self, words: str, asked: int, system: str, tools: list[dict[str, Any]] | None) -> str:
-        """A user turn, `asked` others before it; the first holds what the form says of tools there."""
+        """A user turn after `asked` others; the first one includes the list of tools if the template puts it there."""
         before = ""
         if tools and self.tools and asked == 0:
             listing = self.tools.listing(tools)
@@ -196,7 +196,7 @@ class Template:
         return before + fill(self._filled(self._user(asked == 0)), content=words, **values)
 
     def _observed(self, turn: Turn, asked: int) -> str:
-        """What tools said, as a turn of its own form or in a user turn."""
+        """The results of tools, as their own turn or in a user turn."""
         text = self.tools.say_observations(turn.observations)
         if self.tools.own_turn:
             return text
@@ -204,7 +204,7 @@ class Template:
         return fill(self._filled(self._user(False)), content=text, **values)
 
     def _answer(self, turn: Turn, after_question: bool, last: bool, where: str) -> tuple[str, str]:
-        """What stands before the assistant speaks, besides `lead`, and what it says."""
+        """What precedes an assistant turn, besides `lead`, and the turn's text."""
         words, context, thought = turn.words, "", ""
         if self.thinking:
             thoughts, words = thinking.split_thoughts(words)
@@ -289,7 +289,7 @@ class Template:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a bos token before every text by itself."""
+    """Whether the tokenizer adds a bos token to every text."""
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
@@ -297,14 +297,14 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 class Joined:
-    """Collects segments; neighboring context becomes one segment, an answer, learned or not, stays one of its own."""
+    """Collects segments; neighboring context is merged into one segment, an answer always stays separate."""
 
     def __init__(self) -> None:
         self.done: list[Segment] = []
-        self._open = False  # the last segment is context, which more context joins
+        self._open = False  # the last segment is context, to which more is appended
 
     def add(self, text: str, *, learn: bool = False) -> None:
-        """Context, or what is learned."""
+        """Adds context, or text with labels."""
         if learn:
             self.answer(text, learn=True)
         elif text and self._open:
@@ -314,7 +314,7 @@ class Joined:
             self._open = True
 
     def answer(self, text: str, *, learn: bool) -> None:
-        """What the assistant says: the same segment, so the same token ids, whether it is learned or not."""
+        """Adds an answer: the same segment, so the same token ids, with or without labels."""
         if text:
             self.done.append(Segment(text, learn))
             self._open = False
@@ -336,6 +336,6 @@ def check_end(conversation: Conversation, generation: bool) -> None:
 
 
 def _rounds(place: str, less: int) -> dict[str, str]:
-    """The number of the exchange in Jinja: the questions before a place."""
+    """The number of the exchange in Jinja: the questions before an index."""
     count = f'turns[:{place}] | selectattr("role", "equalto", "user") | list | length'
     return {"round0": f"({count} + {less}) | string", "round": f"({count} + {less + 1}) | string"}

@@ -1,7 +1,7 @@
-"""Thoughts before an answer, `<think>\\n…\\n</think>\\n\\nanswer`, as Qwen3 and its kin show them.
+"""Thinking blocks before an answer, `<think>\\n…\\n</think>\\n\\nanswer`, as in Qwen3 and similar families.
 
-The thoughts of an answer stand in the text only after the last question; there the last answer always has a block,
-an empty one where it thought nothing. Earlier answers are shown by their words alone.
+An answer's thoughts are only in the text after the last question; there the last answer always has a block, an empty
+one if it has no thoughts. Earlier answers are rendered without thoughts.
 """
 
 import re
@@ -14,7 +14,7 @@ SWITCHED_OFF = (
 
 
 def split_thoughts(content: str) -> tuple[str, str]:
-    """(thoughts, words) of an answer; ("", content) where it holds no closed block."""
+    """(thoughts, words) of an answer; ("", content) if it has no closed block."""
     if "</think>" not in content:
         return "", content
     thoughts = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
@@ -22,11 +22,11 @@ def split_thoughts(content: str) -> tuple[str, str]:
 
 
 def block(thoughts: str) -> str:
-    """The thoughts as they stand before an answer's words."""
+    """The thoughts as rendered before an answer's words."""
     return f"<think>\n{thoughts}\n</think>\n\n"
 
 
-# The same in Jinja. `question` is the place of the last question in `turns`.
+# The same in Jinja. `question` is the index of the last question in `turns`.
 LAST_QUESTION = (
     "{% set last = namespace(question=-1) %}{% for message in turns %}"
     '{% if message["role"] == "user" %}{% set last.question = loop.index0 %}{% endif %}{% endfor %}'
@@ -39,14 +39,14 @@ SPLIT = (
     '{% set thought = ("<think>\\n" + thought.strip("\\n") + "\\n</think>\\n\\n") '
     'if loop.index0 > last.question and (loop.last or thought) else "" %}'
 )
-# What a prompt ends with, behind the template's `lead`.
+# The end of a prompt, after the template's `lead`.
 PROMPT = (
     '{% if enable_thinking is defined and enable_thinking is false %}{{ "<think>\\n\\n</think>\\n\\n" }}{% endif %}'
 )
 
 
 def default_jinja(enable_thinking: bool | None) -> str:
-    """The beginning of a template trained with --enable_thinking: it is served so unless a client says otherwise."""
+    """The first line of a template trained with --enable_thinking, which makes it the default when serving."""
     if enable_thinking is None:
         return ""
     value = "true" if enable_thinking else "false"
@@ -54,7 +54,7 @@ def default_jinja(enable_thinking: bool | None) -> str:
 
 
 def asked_by(chat_template: str) -> tuple[bool | None, str]:
-    """What `default_jinja` says at the beginning of a chat template, and the text behind it."""
+    """The setting of `default_jinja` at the beginning of a chat template, and the text after it."""
     for value in (True, False):
         if chat_template.startswith(default_jinja(value)):
             return value, chat_template.removeprefix(default_jinja(value))
@@ -62,5 +62,5 @@ def asked_by(chat_template: str) -> tuple[bool | None, str]:
 
 
 def without_opening(prompt: str) -> str:
-    """A prompt without the block of thoughts that it opens at its end, or opens and closes."""
+    """A prompt without the thinking block that it opens, or opens and closes, at its end."""
     return re.sub(r"<think>\s*(</think>\s*)?\Z", "", prompt)

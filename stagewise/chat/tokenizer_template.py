@@ -1,8 +1,8 @@
 """A tokenizer's own chat template, cut into segments.
 
-The whole conversation is rendered once. Where its answers begin and end is known from a skeleton (skeleton.py): the
-same turns with marks in place of words, cut once for all conversations of that many turns. The cut is taken if the
-skeleton with the words filled in is the rendered text, letter by letter; otherwise this conversation is rendered turn
+The whole conversation is rendered once. Its answers are located with a skeleton (skeleton.py): the same turns with
+placeholders instead of words, cut once for all conversations with that many turns. The cut is accepted if the skeleton
+with the words filled in equals the rendered text, character by character; otherwise this conversation is rendered turn
 by turn, and refused if that gives no exact cut either.
 """
 
@@ -23,21 +23,21 @@ from stagewise.formats.parsers import Conversation
 WAY_OUT = "choose a form of this project with --template_name (vicuna, for instance)"
 PROBE = ("First one?", "Answer 1st.", "And then?", "2nd it is.")
 
-Rendered = Callable[[int, bool], str]  # the first n messages, and whether the assistant is to speak next → text
+Rendered = Callable[[int, bool], str]  # the first n messages, and whether an answer comes next → text
 
 
 class TokenizerTemplate:
     """A tokenizer's own chat template.
 
-    An answer is what stands between the prompt and the end marker. Both must stand in the whole conversation as they
-    were: the prompt, and what was said. Two things may differ for answers before the last question, as thinking
-    families have it: their thoughts are left out, and so is what the prompt opens of them.
+    An answer is the text between the prompt and the end marker. Both must appear unchanged in the whole conversation:
+    the prompt, and the answer. Two differences are allowed for answers before the last question, as in thinking
+    families: their thoughts are left out, and so is the part of them that the prompt opens.
 
     Args:
-        tokenizer: renders, and names the end marker.
+        tokenizer: renders, and determines the end marker.
         chat_template: the text.
         name: for messages.
-        enable_thinking: what the template is told; None: nothing, unless the text says so itself.
+        enable_thinking: passed to the template; None: not passed, unless the text sets it itself.
 
     Raises InexactCut for a template that can't be cut; `segments` raises RecordError for such a record.
     """
@@ -59,16 +59,16 @@ class TokenizerTemplate:
         self._tail, self.stop = self._probe()
         rendered = self._render([{"role": "user", "content": "Hi"}], None, True, "the template")
         if adds_bos(tokenizer) and not rendered.startswith(tokenizer.bos_token):
-            # In front of every text the model was trained on; the form alone leaves it out.
+            # In front of every text the model was trained on; the template alone leaves it out.
             default = thinking.default_jinja(self.enable_thinking)
             self._text = f"{default}{{{{ {quoted(tokenizer.bos_token)} }}}}{self._text.removeprefix(default)}"
             self._skeletons.clear()
 
     def segments(self, conversation: Conversation, *, generation: bool = False) -> list[Segment]:
-        """The conversation as the template renders it; with `generation` it ends where the assistant is to speak.
+        """The conversation as the template renders it; with `generation` it ends at the start of the next answer.
 
-        Raises RecordError where this conversation can't be cut exactly, where its tools don't appear in the text, and
-        for thoughts where they are switched off.
+        Raises RecordError if this conversation can't be cut exactly, if its tools don't appear in the text, and for
+        thoughts if thinking is off.
         """
         check_end(conversation, generation)
         where = conversation.where
@@ -100,7 +100,7 @@ class TokenizerTemplate:
 
     @property
     def closing(self) -> str:
-        """What ends an answer: the end marker, and what the form writes before it."""
+        """What ends an answer: the end marker, and what the template writes before it."""
         return self._tail[: len(self._tail) - len(self.tail)]
 
     @property
@@ -109,7 +109,7 @@ class TokenizerTemplate:
         return self._tail.partition(self.stop)[2]
 
     def jinja(self) -> str:
-        """The chat template that was cut, without {% generation %}."""
+        """The chat template without {% generation %}."""
         return self._text
 
     # --- one rendering -----------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class TokenizerTemplate:
     def _by_skeleton(
         self, messages: Sequence[dict[str, Any]], system: bool, generation: bool, whole: str
     ) -> Cut | None:
-        """The cut of `whole`, or None where the skeleton of these turns doesn't make the same text."""
+        """The cut of `whole`, or None if the skeleton of these turns doesn't give the same text."""
         shape = (len(messages), system, generation)
         if shape not in self._skeletons:
             self._skeletons[shape] = self._skeleton(*shape)
@@ -127,7 +127,7 @@ class TokenizerTemplate:
     def _skeleton(self, count: int, system: bool, generation: bool) -> Skeleton | None:
         try:
             cut = self._lengthened(count, system, generation) or self._marked(count, system, generation)
-        except RecordError:  # told for the record itself, which is rendered turn by turn
+        except RecordError:  # reported for the record itself, which is rendered turn by turn
             return None
         return skeleton_of(cut)
 
@@ -140,7 +140,9 @@ class TokenizerTemplate:
         return self._turn_by_turn(marked, rendered(count, generation), rendered, "?")
 
     def _lengthened(self, count: int, system: bool, generation: bool) -> Cut | None:
-        """A long conversation's cut from a short one's, if it gives the text, and its middle and end stand by it."""
+        """A long conversation's cut derived from a short one's, if it gives the same text and holds for its middle and
+        end.
+        """
         short = short_count(count, system)
         if short is None:
             return None
@@ -162,7 +164,7 @@ class TokenizerTemplate:
     # --- turn by turn ------------------------------------------------------------------------------------------------
 
     def _turn_by_turn(self, messages: Sequence[dict[str, Any]], whole: str, rendered: Rendered, where: str) -> Cut:
-        """(text, whether it is an answer) that `whole` consists of. Raises RecordError where there is no exact cut."""
+        """(text, whether it is an answer) pieces of `whole`. Raises RecordError if there is no exact cut."""
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         question = max(number for number, message in enumerate(messages) if message["role"] == "user")
         pieces: Cut = []
@@ -173,7 +175,7 @@ class TokenizerTemplate:
             found = self._find(whole, prompt, spoken, earlier)
             if found is None or found[0] < cursor:
                 raise RecordError(where, "inexact cut", f"{self.name} chat template does not keep turn {number + 1} "
-                                  f"as it was said, so that what is learned can't be told; {WAY_OUT}")  # fmt: skip
+                                  f"unchanged, so its labels can't be located; {WAY_OUT}")  # fmt: skip
             start, end = found
             if not _says(whole[start:end], messages[number]):
                 raise RecordError(where, "words changed", f"{self.name} chat template changes the words of turn "
@@ -183,7 +185,7 @@ class TokenizerTemplate:
         return [*pieces, (whole[cursor:], False)]
 
     def _find(self, whole: str, prompt: str, spoken: str, earlier: bool) -> tuple[int, int] | None:
-        """Where an answer begins and ends in `whole`: `prompt` ends where it begins, `spoken` ends with it."""
+        """Start and end of an answer in `whole`: `prompt` ends at its start, `spoken` at its end."""
         if not (spoken.startswith(prompt) and spoken.endswith(self._tail)):
             return None
         end = len(spoken) - len(self._tail) + self._tail.index(self.stop) + len(self.stop)
@@ -198,7 +200,7 @@ class TokenizerTemplate:
     def _without_earlier_thoughts(
         self, messages: list[dict[str, Any]], tools: Any, generation: bool, whole: str, where: str
     ) -> list[dict[str, Any]]:
-        """The messages without the thoughts that the template leaves out anyway: those before the last question."""
+        """The messages without thoughts that the template omits anyway: those before the last question."""
         question = max(number for number, message in enumerate(messages) if message["role"] == "user")
         bare = [
             {**message, "content": thinking.split_thoughts(message["content"])[1]}
@@ -215,12 +217,12 @@ class TokenizerTemplate:
             return self._tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=self._text, add_generation_prompt=generation, tokenize=False
             )
-        except (jinja2.TemplateError, TypeError) as error:  # a filter that is given something else is a TypeError
+        except (jinja2.TemplateError, TypeError) as error:  # a filter given another type raises a TypeError
             raise RecordError(where, "refused by the chat template", f"{self.name} chat template refuses the "
                               f"conversation: {error}; {WAY_OUT}") from error  # fmt: skip
 
     def _probe(self) -> tuple[str, str]:
-        """What follows an answer, and the end marker in it; found on two exchanges, which must cut exactly."""
+        """What follows an answer, and the end marker in it; determined from two exchanges, which must cut exactly."""
         messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(PROBE)]
 
         def rendered(number: int, prompt: bool) -> str:
@@ -236,7 +238,7 @@ class TokenizerTemplate:
             raise InexactCut(f"{self.name} chat template ends an answer with {tails[0]!r}, where no token of the "
                            f"tokenizer marks the end; {WAY_OUT}")  # fmt: skip
         stop = min(markers, key=lambda token: (tails[0].index(token), -len(token)))
-        # Behind the marker the last answer may differ from the others (Phi-3 closes the text there).
+        # After the marker the last answer may differ from the others (Phi-3 ends the text there).
         self._tail, self.stop = tails[0], stop
         try:
             self._turn_by_turn(messages, whole, rendered, "a first try")
@@ -256,12 +258,14 @@ class TokenizerTemplate:
 
 
 def knows_thinking(chat_template: str) -> bool:
-    """Whether a chat template asks for the variable enable_thinking."""
+    """Whether a chat template uses the variable enable_thinking."""
     return re.search(r"\benable_thinking\b", chat_template) is not None
 
 
 def without_generation_marks(chat_template: str) -> str:
-    """{% generation %} marks fail in every server but transformers; {% if true %} keeps their white space."""
+    """Replaces {% generation %} marks, which fail in every server but transformers, by {% if true %}, which keeps
+    their white space.
+    """
     chat_template = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1if true", chat_template)
     return re.sub(r"(\{%[-+]?\s*)endgeneration(?=\s*[-+]?%\})", r"\1endif", chat_template)
 
@@ -285,7 +289,7 @@ def _think(messages: Sequence[dict[str, Any]]) -> bool:
 
 
 def _says(answer: str, message: dict[str, Any]) -> bool:
-    """Whether the words of a message stand in the text; a family may trim them or set its thoughts apart."""
+    """Whether the words of a message appear in the text; a family may strip them or move its thoughts."""
     words = [part.strip() for part in re.split(r"</?think>", message["content"])]
     names = [call["function"]["name"] for call in message.get("tool_calls", [])]
     return all(part in answer for part in [*words, *names])

@@ -1,6 +1,6 @@
-"""Tools, calls and observations in the families' own forms; the same text from Python and from Jinja.
+"""Tools, calls and observations in each family's format; the same text from Python and from Jinja.
 
-A form is a few pieces, as a `stagewise.chat.template.Template` is, which says the words around them. For Qwen:
+A format is a few pieces, like a `stagewise.chat.template.Template`. For Qwen:
 
     context  "<|im_start|>system\\n…# Tools…<tools>\\n{…}\\n</tools>…<|im_end|>\\n<|im_start|>user\\nWeather?…"
     learned  "<tool_call>\\n{"name": "get_weather", "arguments": {"city": "Rome"}}\\n</tool_call><|im_end|>"
@@ -16,7 +16,7 @@ from typing import Any
 from stagewise.chat.jinja import as_jinja, as_json, fill, quoted
 from stagewise.formats.parsers import ANSWERS, Message
 
-# What a call and a tool are in Jinja; clients give {"type": "function", "function": {…}}, some the inner object alone.
+# A call and a tool in Jinja; clients send {"type": "function", "function": {…}}, some only the inner object.
 _CALL = {
     "name": 'call["name"]',
     "arguments": '(call["arguments"] if call["arguments"] is string else call["arguments"] | tojson)',
@@ -33,12 +33,12 @@ _TOLD = {"content": 'message["content"]', "quoted": 'message["content"] | tojson
 
 @dataclass(frozen=True)
 class ToolForm:
-    """How a family lists its tools, calls them and is told what they said.
+    """How a family lists its tools, calls them and receives their results.
 
-    `tool` may hold {name} {tool} {indented_tool} {function} {indented_function}; {tools} is all of them. `system`
-    holds {tools} and the system prompt: {system}, and {gap}, which is empty where there is no system prompt;
-    `before_user` stands before the first user turn, `in_user` at the beginning of its words. `call` holds {name} and
-    {arguments}, `calls` the {calls}; `observation` holds {content}, or {quoted} for its JSON text.
+    `tool` may contain {name} {tool} {indented_tool} {function} {indented_function}; {tools} is all of them. `system`
+    contains {tools} and the system prompt: {system}, and {gap}, which is empty if there is no system prompt;
+    `before_user` precedes the first user turn, `in_user` is at the beginning of its words. `call` contains {name} and
+    {arguments}, `calls` the {calls}; `observation` contains {content}, or {quoted} for its JSON text.
     """
 
     name: str
@@ -47,24 +47,24 @@ class ToolForm:
     observation: str
     between_tools: str = "\n"
     system: str = "{system}"
-    own_system: str = ""  # a system turn of its own before the system prompt's
+    own_system: str = ""  # a separate system turn before that of the system prompt
     before_user: str = ""
     in_user: str = ""
     gap: str = "\n\n"
     calls: str = "{calls}"
     between_calls: str = "\n"
     after_words: str = "\n"  # between words and calls of one turn
-    as_words: bool = True  # calls stand where the words stand; False: in place of the template's `answer` piece
+    as_words: bool = True  # calls take the place of the words; False: of the template's `answer` piece
     between_observations: str = "\n"
     observations: str = "{observations}"
-    own_turn: bool = False  # observations are a turn of their own form; False: what a user turn holds
-    lead: str | None = None  # what a prompt after observations ends with, if not with the template's `lead`
-    end: str | None = None  # what calls end with, if not with the template's `end`; observations that begin so omit it
+    own_turn: bool = False  # observations are a separate turn; False: the content of a user turn
+    lead: str | None = None  # the end of a prompt after observations, if not the template's `lead`
+    end: str | None = None  # the end of calls, if not the template's `end`; observations that begin with it omit it
 
     # --- text --------------------------------------------------------------------------------------------------------
 
     def listing(self, tools: Sequence[dict[str, Any]]) -> str:
-        """All tools, each {"type": "function", "function": {…}}, in the family's words."""
+        """All tools, each {"type": "function", "function": {…}}, in the family's format."""
         return self.between_tools.join(
             fill(
                 self.tool,
@@ -78,7 +78,7 @@ class ToolForm:
         )
 
     def say_system(self, tools: Sequence[dict[str, Any]], system: str) -> str:
-        """The system prompt with the tools, where this form has them there."""
+        """The system prompt with the tools, if this format lists them there."""
         return fill(self.system, tools=self.listing(tools), system=system, gap=self.gap if system else "")
 
     def say_calls(self, calls: Sequence[dict[str, Any]]) -> str:
@@ -87,7 +87,7 @@ class ToolForm:
         return fill(self.calls, calls=self.between_calls.join(said))
 
     def say_observations(self, contents: Sequence[str]) -> str:
-        """What the tools said in answer to one turn."""
+        """The results of the tools in reply to one turn."""
         told = (fill(self.observation, content=content, quoted=as_json(content)) for content in contents)
         text = fill(self.observations, observations=self.between_observations.join(told))
         return text.removeprefix(self.end or "")
@@ -95,17 +95,17 @@ class ToolForm:
     # --- Jinja -------------------------------------------------------------------------------------------------------
 
     def jinja_listing(self) -> str:
-        """Statements that set `listing` to `listing(tools)`."""
+        """Jinja statements that set `listing` to `listing(tools)`."""
         tool = as_jinja(self.tool, **_TOOL)
         return f"{{% set listing %}}{_loop('tool', 'tools', tool, self.between_tools)}{{% endset %}}"
 
     def jinja_system(self) -> str:
-        """An expression for `say_system(tools, system)`, after `jinja_listing`."""
+        """A Jinja expression for `say_system(tools, system)`, after `jinja_listing`."""
         gap = f'({quoted(self.gap)} if system else "")'
         return as_jinja(self.system, tools="listing", system="system", gap=gap)
 
     def jinja_calls(self) -> str:
-        """Statements that set `calls` to `say_calls` of an assistant message, "" where it calls nothing."""
+        """Jinja statements that set `calls` to `say_calls` of an assistant message, "" if it has no calls."""
         unwrap = '{% set call = item["function"] if "function" in item else item %}'
         call = as_jinja(self.call, **_CALL)
         before, after = self.calls.split("{calls}")
@@ -119,7 +119,7 @@ class ToolForm:
         )
 
     def jinja_observation(self, before: str = '""', after: str = '""') -> str:
-        """Statements that show one tool message; `before` and `after` are the expressions around all of one turn's."""
+        """Jinja statements for one tool message; `before` and `after` are the expressions around all of one turn's."""
         begin, end = self.observations.split("{observations}")
         first = '{% if loop.first or turns[loop.index0 - 1]["role"] != "tool" %}'
         last = '{% if loop.last or turns[loop.index0 + 1]["role"] != "tool" %}'
@@ -127,7 +127,7 @@ class ToolForm:
         opening = as_jinja(opening.removeprefix(self.end or ""), **_TOLD)
         said = f"{{{{ {as_jinja(self.observation, **_TOLD)} }}}}"
         start = f"{first}{{{{ {before} + {opening} }}}}{{% endif %}}{said}"
-        if self.end:  # the first observation is without what the call ended with
+        if self.end:  # the first observation omits the end of the call
             start = f"{first}{{{{ {before} + {opening} }}}}{{% else %}}{said}{{% endif %}}"
         joint = f"{{% else %}}{{{{ {quoted(self.between_observations)} }}}}{{% endif %}}"
         return f"{start}{last}{{{{ {quoted(end)} + {after} }}}}{joint}"
@@ -135,7 +135,7 @@ class ToolForm:
 
 @dataclass(frozen=True)
 class Turn:
-    """Messages that belong together: words and calls of one answer, or the observations that reply to it."""
+    """Messages that form one turn: words and calls of an answer, or the observations that reply to it."""
 
     role: str  # user, assistant or observation
     words: str
@@ -145,7 +145,7 @@ class Turn:
 
 
 def turns(messages: Sequence[Message]) -> list[Turn]:
-    """Messages grouped into turns; a turn of which any message is not learned isn't learned."""
+    """Groups messages into turns; a turn has labels only if all its messages do."""
     grouped: list[list[Message]] = []
     for message in messages:
         goes_on = grouped and (
@@ -165,14 +165,14 @@ def turns(messages: Sequence[Message]) -> list[Turn]:
 
 
 def openai_tools(tools: str | None) -> list[dict[str, Any]] | None:
-    """A conversation's tools as chat templates are given them."""
+    """A conversation's tools in the form that chat templates take."""
     if tools is None:
         return None
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in json.loads(tools)]
 
 
 def openai_messages(said: Sequence[Turn], system: str | None = None) -> list[dict[str, Any]]:
-    """Turns as chat templates are given them; words and tool calls of one turn are one message."""
+    """Turns in the form that chat templates take; words and tool calls of one turn are one message."""
     given: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     for turn in said:
         if turn.role == "observation":
@@ -200,7 +200,7 @@ def _call(text: str) -> dict[str, Any]:
 
 
 def _parsed(arguments: str) -> Any:
-    """OpenAI's clients write the arguments as JSON text, templates are given the object; other words stay words."""
+    """OpenAI's clients send arguments as JSON text, templates take the object; other text stays text."""
     try:
         return json.loads(arguments)
     except json.JSONDecodeError:

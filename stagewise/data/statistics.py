@@ -298,7 +298,7 @@ def grouped_longest(lengths: np.ndarray, batch: int, size: StepSize) -> float:
 
 
 def rollout_contents(measures: Measures, batch: int, processes: int, rollouts: int) -> Step:
-    """The contents of a PPO rollout: `batch` prompts per process, padded to the longest; a run has `rollouts` of them."""
+    """The contents of a PPO rollout: `batch` prompts per process, padded to the longest; `rollouts` per run."""
     return padded_step(measures, StepSize(batch, processes=processes, max_steps=rollouts))
 
 

@@ -93,7 +93,7 @@ class PieceEncoder:
         return not any(map(TWO_WORDS.search, backend.get_vocab(with_added_tokens=False)))
 
     def in_thread(self) -> None:
-        """Gives the calling thread a copy of the tokenizer's Rust object: threads that share one wait for its cache."""
+        """Gives the calling thread a copy of the tokenizer's Rust object: threads sharing one wait for its cache."""
         if self._backend is not None:
             self._own.backend = copy.deepcopy(self._backend)
 
