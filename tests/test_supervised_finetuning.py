@@ -394,9 +394,9 @@ def test_all_weights_are_trained_in_float32_unless_asked_otherwise(stage, words,
     ("flags", "says"),
     [
         (["--use_firefly_loss", "False"], "--use_firefly_loss False: .* give --mask_history"),
-        (["--use_firefly_loss", "True", "--mask_history", "True"], "--use_firefly_loss learns every turn"),
-        (["--train_on_inputs", "True", "--mask_history", "True"], "--train_on_inputs learns everything"),
-        (["--use_firefly_loss", "True", "--train_on_inputs", "True"], "--train_on_inputs the questions too"),
+        (["--use_firefly_loss", "True", "--mask_history", "True"], "--use_firefly_loss trains on every turn"),
+        (["--train_on_inputs", "True", "--mask_history", "True"], "--train_on_inputs trains on everything"),
+        (["--use_firefly_loss", "True", "--train_on_inputs", "True"], "--train_on_inputs on questions, too"),
         (["--truncation_side", "middle"], "--truncation_side: expected right or left, found 'middle'"),
     ],
 )

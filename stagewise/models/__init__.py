@@ -1,1 +1,1 @@
-"""Where a model comes from, its config, loading, heads, and the forward pass."""
+"""Finding a model, its config, loading it, its heads, and the forward pass."""

@@ -1,4 +1,4 @@
-"""A model's config.json: its family, and what flags change of it before the weights load."""
+"""A model's config.json: its family, and the changes that flags make to it before the weights load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stagewise.models.router_loss import check_router
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What earlier pipelines call families whose config.json says something else.
+# Names that earlier pipelines use for families with another model_type.
 MODEL_TYPE_NAMES = {
     "alpaca": ("llama",),
     "vicuna": ("llama",),
@@ -41,11 +41,11 @@ MODEL_TYPE_NAMES = {
 
 
 def load_config(args: ModelArguments) -> PretrainedConfig:
-    """Loads config.json, checks --model_type against it, and scales its positions as --rope_scaling asks.
+    """Loads config.json, checks --model_type against it, and scales positions for --rope_scaling.
 
     Raises:
-        ModelError: for an adapter directory, an architecture that transformers does not know, code that would have
-            to be trusted, or another --model_type.
+        ModelError: for an adapter directory, an architecture unknown to transformers, code that would have to be
+            trusted, or another --model_type.
         FileError: a file of a local directory is broken, or names files elsewhere.
     """
     source = find_source(args.model_name_or_path, args)
@@ -69,7 +69,7 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
 
 
 def _unreadable(error: Exception, source: str, options: dict[str, Any]) -> ModelError:
-    """What is wrong with a model's config.json, in our words where transformers' own name other flags than ours."""
+    """The error for a model's config.json, reworded where transformers' own message names other flags."""
     place, said = f"--model_name_or_path {source}", " ".join(str(error).split())
     if isinstance(error, OSError) and not Path(source).is_dir():
         return ModelError(f"{place}: {no_hub_model(error)}")
@@ -87,10 +87,10 @@ def _unreadable(error: Exception, source: str, options: dict[str, Any]) -> Model
 
 
 def own_code(source: str, options: dict[str, Any], flag: str = "model_name_or_path") -> ModelError | None:
-    """Why a model with Python code of its own was not loaded; None for one without, or without config.json.
+    """The reason why a model with its own Python code was not loaded; None for one without, or without config.json.
 
     Raises:
-        ModelError: its family is one whose code does not run any more.
+        ModelError: its family is one whose code no longer runs.
     """
     try:
         entries = PretrainedConfig.get_config_dict(source, **options)[0]
@@ -109,7 +109,7 @@ def own_code(source: str, options: dict[str, Any], flag: str = "model_name_or_pa
 
 
 def check_model_type(args: ModelArguments, config: PretrainedConfig) -> None:
-    """Raises ModelError unless --model_type is auto or names the config's family ("qwen" takes qwen2, qwen3 …)."""
+    """Raises ModelError unless --model_type is auto or names the config's family ("qwen" covers qwen2, qwen3 …)."""
     asked = args.model_type.lower()
     if asked == "auto" or config.model_type.startswith(MODEL_TYPE_NAMES.get(asked, (asked,))):
         return

@@ -1,4 +1,4 @@
-"""Where a model's answers end: its generation_config, so that it can be saved."""
+"""A model's generation_config: where its answers end."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from stagewise.errors import ModelError
 def finish_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str] | None
 ) -> None:
-    """Makes the model's generation_config end at the template's end marker, in place; it can then be saved.
+    """Makes the model's generation_config end at the template's end marker, in place, so that it can be saved.
 
     Args:
-        model: a model, also with an adapter around it.
-        tokenizer: gives the end and pad ids; pad may equal end.
-        stop: the template's end marker, or all of them; None: the tokenizer's end token alone.
+        model: a model, with or without an adapter.
+        tokenizer: provides the end and pad ids; they may be equal.
+        stop: the template's end marker, or all of them; None: only the tokenizer's end token.
 
     Raises:
-        ModelError: if there is nothing to end at.
+        ModelError: if there is no end token at all.
     """
     config = model.generation_config
     ends: list[int] = []
@@ -43,7 +43,7 @@ def finish_generation_config(
     config.pad_token_id = ends[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config.bos_token_id = tokenizer.bos_token_id
     if not config.do_sample:
-        # Published configs leave sampling values beside greedy search, which save_pretrained refuses.
+        # Published configs combine sampling values with greedy search, which save_pretrained refuses.
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             setattr(config, name, None)
     config.validate(strict=True)

@@ -1,4 +1,4 @@
-"""Where a model lies: a local directory, a Hugging Face hub or mirror, or ModelScope."""
+"""Finding a model: a local directory, a Hugging Face hub or mirror, or ModelScope."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from stagewise.config.arguments import ModelArguments
 from stagewise.errors import AdapterError, ModelError
 
 TRANSFORMERS = version("transformers")
-# The lower bound of requirements.txt: names and defaults of loading differ before it.
+# The lower bound of requirements.txt: before it, names and defaults of loading differ.
 if Version(TRANSFORMERS) < Version("5.17"):
     raise ImportError(f"transformers {TRANSFORMERS} is too old: pip install 'transformers>=5.17'")
 
 MODELSCOPE_PREFIX = "modelscope://"
-# Errors of the hub's client, by name: its classes moved between the versions that are supported.
+# Errors of the hub's client, by name: its classes moved between supported versions.
 NOT_FOUND = {"RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"}
 NOT_REACHED = {"ConnectError", "ConnectionError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
 LOCAL_FOLDERS = ("models", "outputs")
 
 ANOTHER = "a model that transformers has a class for, such as Qwen3, Llama or GLM-4"
-# model_type of families whose published code needs names that transformers 5 no longer has -> what they are called,
-# and what to take in their place.
+# model_type of families whose published code needs names that transformers 5 removed -> their name,
+# and what to use instead.
 REFUSED_FAMILIES = {
     "aquila": ("Aquila", ANOTHER),
     "baichuan": ("Baichuan", ANOTHER),
@@ -43,12 +43,12 @@ REFUSED_FAMILIES = {
 
 
 def find_source(name: str, args: ModelArguments, flag: str = "model_name_or_path") -> str:
-    """Returns a local directory, or the hub name that the hub's own client resolves (HF_ENDPOINT mirrors included).
+    """Returns a local directory, or a hub name for the hub's own client (which supports HF_ENDPOINT mirrors).
 
-    A name with the prefix `modelscope://`, or any hub name while USE_MODELSCOPE_HUB=1, is downloaded from ModelScope.
+    A name with the prefix `modelscope://`, or any hub name if USE_MODELSCOPE_HUB=1, is downloaded from ModelScope.
 
     Raises:
-        ModelError: for a directory that is not there, an adapter directory, or ModelScope without its package.
+        ModelError: for a missing directory, an adapter directory, or ModelScope without its package.
     """
     if folder := local_source(name, flag):
         return folder
@@ -58,7 +58,7 @@ def find_source(name: str, args: ModelArguments, flag: str = "model_name_or_path
 
 
 def local_source(name: str, flag: str) -> str | None:
-    """The local directory that a flag names; None for a hub name. Raises ModelError for one that is not there."""
+    """The local directory that a flag names; None for a hub name. Raises ModelError if it does not exist."""
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -72,7 +72,7 @@ def local_source(name: str, flag: str) -> str | None:
 
 
 def _is_in_local_folder(path: Path) -> bool:
-    """Whether a missing path of the form folder/name is meant as a path, not as a hub name.
+    """Whether a missing path of the form folder/name means a path and not a hub name.
 
     A folder of hub downloads may be named like an organization, so a folder counts only if runs were written to it, or
     if it has one of the two names that the recipes use.
@@ -82,7 +82,7 @@ def _is_in_local_folder(path: Path) -> bool:
 
 
 def _similar_names(path: Path) -> str:
-    """The end of an error about a missing directory: what stands there under a similar name; "" for nothing."""
+    """The end of an error about a missing directory: similar names beside it; "" if there are none."""
     if not path.parent.is_dir():
         return ""
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -110,9 +110,9 @@ def _from_modelscope(name: str) -> bool:
 
 
 def refuse_family(source: str, flag: str = "model_name_or_path") -> None:
-    """Raises ModelError if config.json of a local directory is of a family that no transformers of today runs.
+    """Raises ModelError if a local config.json is of a family that no current transformers runs.
 
-    A config.json that cannot be read is not judged here; loading it says what is wrong.
+    An unreadable config.json is ignored here; loading it reports the error.
     """
     try:
         kind = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -122,7 +122,7 @@ def refuse_family(source: str, flag: str = "model_name_or_path") -> None:
 
 
 def check_family(model_type: Any, source: str, flag: str = "model_name_or_path") -> None:
-    """Raises ModelError, with what to take in its place, for a family in REFUSED_FAMILIES."""
+    """Raises ModelError, with an alternative, for a family in REFUSED_FAMILIES."""
     if (kind := str(model_type).lower()) in REFUSED_FAMILIES:
         name, instead = REFUSED_FAMILIES[kind]
         raise ModelError(
@@ -144,7 +144,7 @@ def _download_modelscope(name: str, args: ModelArguments, flag: str) -> str:
 
 
 def hub_options(source: str, args: ModelArguments) -> dict[str, Any]:
-    """Keyword arguments of from_pretrained; nothing asks a hub for a local directory."""
+    """Keyword arguments of from_pretrained; for a local directory no hub is contacted."""
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     if Path(source).is_dir():
         return {**options, "local_files_only": True}
@@ -152,7 +152,7 @@ def hub_options(source: str, args: ModelArguments) -> dict[str, Any]:
 
 
 def refuse_adapter(source: str, flag: str = "model_name_or_path") -> None:
-    """Raises ModelError if `source` is an adapter's directory, with the command that merges it."""
+    """Raises ModelError, with the merge command, if `source` is an adapter's directory."""
     folder = Path(source)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
@@ -176,7 +176,7 @@ def find_adapter_config(folder: str | Path) -> Path:
 
 
 def check_adapter(name: str, flag: str) -> None:
-    """Raises ArgumentError, naming the flag, for a local adapter that is missing or has no config or weights."""
+    """Raises an ArgumentError that names the flag for a local adapter that is missing or has no config or weights."""
     folder = local_source(name, flag)
     if folder is None:
         return

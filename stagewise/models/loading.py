@@ -1,4 +1,4 @@
-"""The weights of a language model or a reward model: precision, placement, and what the checkpoint lacks."""
+"""Loading the weights of a language model or a reward model: precision, placement, missing weights."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def load_causal_lm(
 
     Args:
         args: the model flags.
-        attn_implementation: default: what `choose_attention` says.
-        for_training: leaves the model in train mode and refuses a placement whose weights are partly on disk.
+        attn_implementation: default: the result of `choose_attention`.
+        for_training: returns the model in train mode and refuses a placement with weights on disk.
         deepspeed_zero3: the weights are partitioned while they load; --device_map is refused.
         tokenizer: if given, its length is checked against the rows of the embedding.
 
     Raises:
-        ModelError: also when weights are missing from the checkpoint, which transformers would fill at random.
+        ModelError: also if weights are missing from the checkpoint, which transformers would initialize randomly.
     """
     config = load_config(args)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
@@ -76,13 +76,13 @@ def load_reward_model(
     deepspeed_zero3: bool = False,
     float32_head: bool = True,
 ) -> PreTrainedModel:
-    """Loads a model with one scalar score, read at a row's last token that is not padding.
+    """Loads a model with one scalar score, read at a row's last non-padding token.
 
-    The head `score` is kept if the checkpoint has one, else it is new (said aloud).
+    The head `score` is kept if the checkpoint has one, otherwise it is new, which is logged.
 
     Args:
-        float32_head: a new head's updates are smaller than 16 bit holds. False where DeepSpeed's ZeRO-3 trains all
-            weights: it takes trained parameters of one precision alone, and keeps a float32 copy of them itself.
+        float32_head: a new head's updates are too small for 16 bit. False if DeepSpeed's ZeRO-3 trains all weights: it
+            takes trained parameters of one precision only, and keeps a float32 copy of them itself.
 
     Raises:
         ModelError: also for an architecture without a sequence-classification class.
@@ -109,7 +109,7 @@ def load_reward_model(
 def _load(
     auto: type, args: ModelArguments, config: PretrainedConfig, attention: str | None, for_training: bool, zero3: bool
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Loads the weights; returns the model and the names that the checkpoint did not have."""
+    """Loads the weights; returns the model and the names missing from the checkpoint."""
     source = find_source(args.model_name_or_path, args)
     attention = attention or choose_attention(config, args)
     dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
@@ -128,7 +128,7 @@ def _load(
                 **options,
             )
         except torch.OutOfMemoryError:
-            raise  # the run has its own advice
+            raise  # the run has its own hint
         except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             report = "".join(told) if "above report" in str(error) else ""
             if full := re.search(r"OutOfMemoryError: (.*)", report):
@@ -155,7 +155,7 @@ def _load(
 
 @contextmanager
 def _report() -> Iterator[list[str]]:
-    """What transformers logs while it loads weights: its errors point there, and its log is off."""
+    """Captures transformers' log of loading weights: its errors refer to it, and its log is off."""
     told: list[str] = []
     log, handler = logging.getLogger("transformers.modeling_utils"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: told.append(record.getMessage())
@@ -172,13 +172,13 @@ def _report() -> Iterator[list[str]]:
 
 
 def choose_device_map(args: ModelArguments, *, deepspeed_zero3: bool = False) -> str | dict[str, Any] | None:
-    """The device map that from_pretrained gets; each of several processes holds its own whole model.
+    """The device map for from_pretrained; each of several processes holds its own complete model.
 
     Raises:
-        ModelError: for a map that cannot take effect.
+        ModelError: for a map without effect.
     """
     if args.device_map in (None, "", "None", "none"):
-        # bitsandbytes quantizes on the device on which the model then stays; --use_cpu is in accelerate's state alone.
+        # bitsandbytes quantizes on the device where the model then stays; --use_cpu is only in accelerate's state.
         return {"": PartialState().device} if args.bits and PartialState._shared_state else None
     if deepspeed_zero3:
         raise ModelError("--device_map has no effect under ZeRO-3, which places the weights: leave it out")

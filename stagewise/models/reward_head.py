@@ -1,4 +1,4 @@
-"""The scalar head of a reward model: which config gives one, and the head in float32."""
+"""The scalar head of a reward model: its config, and the head in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stagewise.errors import ModelError
 
 
 class Float32Linear(nn.Linear):
-    """A scalar head in float32 on a 16-bit model: its updates are smaller than 16 bit can hold."""
+    """A scalar head in float32 on a 16-bit model: its updates are too small for 16 bit."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) in any precision → (…, labels)."""
@@ -21,13 +21,13 @@ class Float32Linear(nn.Linear):
 
 
 def reward_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> PretrainedConfig:
-    """The config of a reward model on this base: one label, and the pad id that says where a row ends.
+    """The config of a reward model on this base: one label, and the pad id that determines where a row ends.
 
     Raises:
         ModelError: for an architecture without a sequence-classification class.
     """
     text = config.get_text_config()
-    # the scalar head of a family with images or sound is on its text model
+    # the scalar head of a multimodal family is on its text model
     known = next((c for c in (config, text) if type(c) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING), None)
     if known is None:
         raise ModelError(
@@ -40,7 +40,7 @@ def reward_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def whole_weights(module: nn.Module) -> AbstractContextManager:
-    """A context in which a module that ZeRO-3 partitioned has its whole weights; elsewhere it does nothing."""
+    """A context in which a module partitioned by ZeRO-3 has its full weights; otherwise it does nothing."""
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         return nullcontext()
     import deepspeed

@@ -1,11 +1,11 @@
-"""The routers' own loss in a mixture of experts (--router_aux_loss), which keeps the experts in use alike.
+"""The auxiliary loss of the routers in a mixture of experts (--router_aux_loss), which balances the experts' load.
 
-Of all tokens and layers of a forward pass, for E experts of which each token is sent to k:
+Over all tokens and layers of a forward pass, for E experts of which each token is sent to k:
 
-    E · Σ over experts of (tokens sent to it / tokens) · (probability that it is given, on average)
+    E · Σ over experts of (share of tokens sent to it) · (mean probability of the expert)
 
-It is k where every expert gets its share, and more where some get most (Fedus et al. 2021, equations 4 to 6;
-https://arxiv.org/abs/2101.03961). Padding is left out. transformers computes it; the stage's loss gets it here.
+It is k if every expert gets its share, and more if some get most of the tokens (Fedus et al. 2021, equations 4 to 6;
+https://arxiv.org/abs/2101.03961). Padding is left out. transformers computes it; it is added to the stage's loss here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from stagewise.errors import ArgumentError
 
 
 def check_router(args: ModelArguments, config: PretrainedConfig) -> None:
-    """Raises ArgumentError where --router_aux_loss cannot take effect on the architecture, or would weigh nothing."""
+    """Raises ArgumentError if --router_aux_loss has no effect on the architecture, or its weight would be zero."""
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if not args.router_aux_loss or known is None:  # a repository's own code: known once the model is there
+    if not args.router_aux_loss or known is None:  # a repository's own code: known once the model is loaded
         return
     kinds = known if isinstance(known, (list, tuple)) else [known]
     if not any(gives_router_loss(kind) for kind in kinds):
@@ -38,25 +38,25 @@ def check_router(args: ModelArguments, config: PretrainedConfig) -> None:
 
 
 def gives_router_loss(kind: type) -> bool:
-    """Whether a class of causal language models computes the loss when it is asked."""
+    """Whether a class of causal language models can compute the router loss."""
     return "output_router_logits" in inspect.signature(kind.forward).parameters
 
 
 class RouterLoss:
-    """Asks a model for its routers' loss in each forward pass of training, and holds it until the stage takes it.
+    """Requests the router loss in each forward pass of training, and holds it until the stage takes it.
 
-    Evaluation, sampling and passes without gradients are left as they are.
+    Evaluation, sampling and passes without gradients are not affected.
 
     Args:
         model: with its adapter, before DDP or DeepSpeed wraps it.
-        weight: what it is multiplied by in the stage's loss.
+        weight: its factor in the stage's loss.
     """
 
     def __init__(self, model: nn.Module, weight: float):
         self.weight = weight
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.architecture = type(base).__name__
-        self.found: torch.Tensor | None = None  # of the forward pass just done
+        self.found: torch.Tensor | None = None  # of the latest forward pass
         self.seen = torch.zeros(2)  # sum and count since the last log
         model.register_forward_pre_hook(self._ask, with_kwargs=True)
         model.register_forward_hook(self._see)
@@ -82,7 +82,8 @@ class RouterLoss:
 
 
 def router_loss(model: PreTrainedModel | nn.Module, args: ModelArguments) -> RouterLoss | None:
-    """The routers' loss of a run with --router_aux_loss, weighed by --router_aux_loss_coef or the checkpoint's own.
+    """The router loss of a run with --router_aux_loss, weighted by --router_aux_loss_coef or the checkpoint's own
+    value.
 
     Raises:
         ArgumentError: for a model without such a loss, or without a weight for it.
@@ -103,16 +104,16 @@ def router_loss(model: PreTrainedModel | nn.Module, args: ModelArguments) -> Rou
 
 
 class BalancesExperts:
-    """For a Trainer: the stage's loss has the routers' in it where `router` is not None."""
+    """Mixin for a Trainer: adds the router loss to the stage's loss if `router` is not None."""
 
     router: RouterLoss | None = None
 
     def router_share(self) -> torch.Tensor | float:
-        """What the last forward pass adds to the loss: its mean over the batches and processes of a step is added."""
+        """What the last forward pass adds to the loss: the mean over the batches and processes of a step."""
         return 0.0 if self.router is None else self.router.take() / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the routers' loss since the last log, over all processes and unweighted, to a training log."""
+        """Adds the router loss since the last log, over all processes and unweighted, to a training log."""
         if self.router is not None and "loss" in logs:
             total, count = self.accelerator.reduce(self.router.seen, "sum").tolist()
             self.router.seen.zero_()

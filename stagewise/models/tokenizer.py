@@ -1,4 +1,4 @@
-"""A model's tokenizer: loading it, and whether it belongs to the weights."""
+"""A model's tokenizer: loading it, and checking that it fits the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from stagewise.errors import ModelError
 from stagewise.models.config import own_code
 from stagewise.models.hub import find_source, hub_options, refuse_adapter, refuse_family
 
-NOT_OPENED = ("special_tokens_map_file",)  # many published tokenizers name that of the machine they were made on
+NOT_OPENED = (
+    "special_tokens_map_file",
+)  # many published tokenizers contain the path of the machine they were made on
 MAY_BE_MISSING = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
@@ -26,8 +28,8 @@ MAY_BE_MISSING = {
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of --tokenizer_name_or_path, else of --model_name_or_path.
 
-    A tokenizer without a pad token gets its unknown token for it, else its end token; padding is never learned from,
-    since collators mask it by length.
+    A tokenizer without a pad token uses its unknown token, else its end token; padding never has labels, since
+    collators mask it by length.
 
     Raises:
         ModelError: naming the flag.
@@ -48,15 +50,15 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(source: str, flag: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """A tokenizer as its directory or hub has it, its files checked before they are read.
+    """Loads a tokenizer after checking its files.
 
     Args:
         source: a directory, or a hub name.
-        flag: what named it.
+        flag: the flag that named it.
         options: for from_pretrained.
 
     Raises:
-        FileError: a file of it is broken, or names others that are not below its directory.
+        FileError: one of its files is broken, or names others that are not below its directory.
         ModelError: there is none, or none that can be loaded.
     """
     check_tokenizer_files(source, options)
@@ -64,7 +66,7 @@ def open_tokenizer(source: str, flag: str, options: dict[str, Any]) -> PreTraine
         return AutoTokenizer.from_pretrained(source, **options)
     except MemoryError:
         raise
-    except Exception as error:  # the Rust library raises nothing more precise
+    except Exception as error:  # the Rust library raises nothing more specific
         if needed := own_code(source, options, flag):
             raise needed from error
         said = " ".join(str(error).split()) or type(error).__name__
@@ -74,7 +76,7 @@ def open_tokenizer(source: str, flag: str, options: dict[str, Any]) -> PreTraine
 def check_tokenizer_files(source: str, options: dict[str, Any]) -> None:
     """Raises FileError for a JSON file that is broken, or that names a file elsewhere.
 
-    transformers opens the files that they name, and copies some beside what it saves.
+    transformers opens files that they name, and copies some beside what it saves.
     """
     wanted = {name: value for name, value in options.items() if name != "trust_remote_code"}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
@@ -96,7 +98,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ModelError if the tokenizer has ids for which the model has no row."""
+    """Raises ModelError if the tokenizer has ids without a row in the embedding."""
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise ModelError(

@@ -114,7 +114,7 @@ def test_a_process_forked_meanwhile_keeps_nobody_waiting(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from stagewise.artifacts.lock_file import turn
+from stagewise.artifacts.lock_file import exclusive_lock
 
 with exclusive_lock(Path(sys.argv[1]), ""):
     print(flush=True)

@@ -153,7 +153,7 @@ def test_a_template_that_changes_turns_by_content_is_caught_at_the_record(tokeni
     words = "(m.content if loop.last or 'secret' not in m.content else '-')"
     template, _ = own(tokenizers["plain"], CHATML.replace("WORDS", words))
     assert len(template.segments(talk("a", "b", "c", "d"))) == 5
-    with pytest.raises(RecordError, match="does not keep turn 2 as it was said"):
+    with pytest.raises(RecordError, match="does not keep turn 2 unchanged"):
         template.segments(talk("a", "secret", "c", "d"))
 
 
@@ -637,7 +637,7 @@ def test_a_table_that_was_changed_since_is_not_used(tokenizers, tmp_path, monkey
     again = choose_template(reloaded(first, tmp_path), ChatArguments())
     assert isinstance(again, TokenizerTemplate)
     assert joined(again.segments(talk("Hi", "Hello", system=""))) == "USER: Hi ASSISTANT: Hello</s>"
-    with pytest.raises(ArgumentError, match="--template_name vicuna: the model was trained in vicuna"):
+    with pytest.raises(ArgumentError, match="--template_name vicuna: the model was trained with vicuna"):
         choose_template(reloaded(first, tmp_path), ChatArguments(template_name="vicuna"))
 
 
@@ -649,7 +649,7 @@ def test_another_form_on_a_later_stage_is_refused_and_both_are_shown(tokenizers,
     with pytest.raises(ArgumentError) as caught:
         choose_template(tokenizer, ChatArguments(template_name="chatml"))
     message = str(caught.value)
-    assert message.startswith("--template_name chatml: the model was trained in vicuna")
+    assert message.startswith("--template_name chatml: the model was trained with vicuna")
     assert '\n  vicuna: "A chat between a curious user and an artificial' in message
     assert '\n  chatml: "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n"' in message
     assert "leave --template_name out to continue in vicuna, or add --force_template" in message
@@ -662,7 +662,7 @@ def test_another_form_on_a_later_stage_is_refused_and_both_are_shown(tokenizers,
 def test_a_model_trained_in_its_own_template_is_lineage_too(tokenizers, tmp_path):
     _, tokenizer = own(tokenizers["plain"], trl_template("qwen2_5"))
     tokenizer = reloaded(tokenizer, tmp_path)
-    with pytest.raises(ArgumentError, match="--template_name vicuna: the model was trained in the tokenizer's own"):
+    with pytest.raises(ArgumentError, match="--template_name vicuna: the model was trained with the tokenizer's own"):
         choose_template(tokenizer, ChatArguments(template_name="vicuna"))
     assert choose_template(tokenizer, ChatArguments()).jinja() == trl_template("qwen2_5")
 
@@ -682,7 +682,7 @@ def test_forcing_without_a_conflict_is_refused(tokenizers):
         choose_template(tokenizer, forced)
     choose_template(tokenizer, ChatArguments(template_name="vicuna"))
     with pytest.raises(
-        ArgumentError, match="--force_template has no effect: the model was trained in vicuna, the same"
+        ArgumentError, match="--force_template has no effect: the model was trained with vicuna, the same"
     ):
         choose_template(tokenizer, forced)
 
@@ -701,7 +701,7 @@ def test_the_form_of_the_adapter_that_a_run_starts_from_counts(tokenizers, tmp_p
     base = copy.deepcopy(tokenizers["plain"])
     assert choose_template(base, ChatArguments(), str(tmp_path / "adapter")).name == "alpaca"
     base = copy.deepcopy(tokenizers["plain"])
-    with pytest.raises(ArgumentError, match="the model was trained in alpaca"):
+    with pytest.raises(ArgumentError, match="the model was trained with alpaca"):
         choose_template(base, ChatArguments(template_name="vicuna"), str(tmp_path / "adapter"))
     (tmp_path / "elsewhere").mkdir()  # an adapter without a tokenizer
     assert choose_template(base, ChatArguments(), str(tmp_path / "elsewhere")).name == "alpaca"
@@ -739,7 +739,7 @@ def test_the_form_goes_from_stage_to_stage(stage, tiny_checkpoint, tmp_path, cap
     with pytest.raises(SystemExit):
         stage("supervised_finetuning", *words(merged, "other", template_name="vicuna"))
     said = capsys.readouterr().err
-    assert "--template_name vicuna: the model was trained in alpaca" in said and "--force_template" in said
+    assert "--template_name vicuna: the model was trained with alpaca" in said and "--force_template" in said
     again = stage("supervised_finetuning", *words(merged, "again"))
     forced = stage("supervised_finetuning", *words(merged, "forced", template_name="vicuna", force_template="True"))
     for folder, name in ((adapter, "alpaca"), (merged, "alpaca"), (again, "alpaca"), (forced, "vicuna")):

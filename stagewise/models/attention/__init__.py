@@ -1,1 +1,1 @@
-"""Which attention implementation runs, its masks, and positions."""
+"""The attention implementation, masks and positions."""

@@ -1,4 +1,4 @@
-"""Which attention runs, and whether packed documents stay apart in it."""
+"""Chooses the attention implementation, and whether packed documents stay separate in it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from stagewise.models.attention.rope import rotations
 from stagewise.models.attention.sdpa import FASTEST, HOPPER
 from stagewise.models.attention.shifted import is_shifted, register_shifted
 
-# Families whose packed logits equal those of single documents, with use_cache=False and no attention_mask; measured in
+# Families whose packed logits equal those of single documents, with use_cache=False and no attention_mask; see
 # tests/models/attention/test_choose.py.
 PACKS_EXACTLY = frozenset(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"))
-# Their inverse frequencies follow the longest position in the row, so a document alone sees other ones.
+# Their inverse frequencies depend on the longest position in the row, so a document alone gets others.
 ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
 SHIFTED = "--shift_attn cuts a row into groups, which belong to one document"  # why its rows are not packed
 PROBE_LENGTHS = (5, 9, 7)
-# Root mean square of (packed - alone) over that of the logits: rounding stays below, a leak is 0.1 and more.
+# Root mean square of (packed - alone) relative to the logits: rounding is below, a leak is 0.1 or more.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def choose_attention(config: PretrainedConfig, args: ModelArguments | None = None) -> str:
-    """Returns the name of the attention that runs, for `attn_implementation`, and logs one line that says why.
+    """Chooses the name for `attn_implementation`, and logs one line with the reason.
 
-    Without flags it is "sdpa", or "eager" for an architecture that has no scaled-dot-product attention.
+    The default is "sdpa", or "eager" for an architecture without scaled-dot-product attention.
 
     Raises:
         ArgumentError: --shift_attn on an architecture whose attention cannot be replaced.
@@ -54,7 +54,7 @@ def choose_attention(config: PretrainedConfig, args: ModelArguments | None = Non
         name, why = fastest_exact(config, architecture, args)
     elif has_sdpa:
         return "sdpa"
-    else:  # remote code: eager is what every model has
+    else:  # remote code: every model supports eager
         name, why = "eager", f"{config.model_type} has no scaled-dot-product attention"
         if architecture is None:
             return name
@@ -63,7 +63,7 @@ def choose_attention(config: PretrainedConfig, args: ModelArguments | None = Non
 
 
 def refuse_unshiftable(config: PretrainedConfig, architecture: type[PreTrainedModel] | None) -> None:
-    """Raises ArgumentError where --shift_attn would be without effect or wrong."""
+    """Raises ArgumentError if --shift_attn would have no effect or be wrong."""
     text = config.get_text_config()
     reason = None
     kinds = {kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"}
@@ -78,7 +78,7 @@ def refuse_unshiftable(config: PretrainedConfig, architecture: type[PreTrainedMo
 
 
 def installed_flash_attention() -> list[int]:
-    """The versions of FlashAttention that are installed and that transformers can call."""
+    """The installed versions of FlashAttention that transformers can call."""
     tests = {2: is_flash_attn_2_available, 3: is_flash_attn_3_available, 4: is_flash_attn_4_available}
     return [version for version, is_available in tests.items() if is_available()]
 
@@ -88,14 +88,14 @@ def capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-# The versions that run on a GPU, the faster first: by the first number of its compute capability.
+# The versions that run on a GPU, faster first, by the first number of its compute capability.
 FLASH_BY_GPU = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2,)}
 
 
 def fastest_exact(
     config: PretrainedConfig, architecture: type[PreTrainedModel] | None, args: ModelArguments
 ) -> tuple[str, str]:
-    """What --flash_attn asks for: an attention's name, and why that one."""
+    """The attention that --flash_attn selects, and the reason."""
     if architecture is None:
         return "eager", "the model's own code brings its attention"
     own = "sdpa" if architecture._supports_sdpa else "eager"
@@ -124,16 +124,16 @@ def fastest_exact(
 
 
 def attention_for_generation() -> AbstractContextManager[None]:
-    """A context in which torch's attention does without cuDNN's.
+    """A context in which torch's attention does not use cuDNN.
 
-    cuDNN plans anew for each length that the cache reaches: 1.6 ms a layer and token on an H100 with torch 2.11, more
-    than all else that a token of a small model costs.
+    cuDNN plans anew for each cache length: 1.6 ms per layer and token on an H100 with torch 2.11, more than everything
+    else per token of a small model.
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def known_to_pack(config: PretrainedConfig) -> tuple[bool | None, str]:
-    """What `packs_exactly` says by the config alone, and why; None where a probe of the model has to find out."""
+    """The answer of `packs_exactly` from the config alone, with the reason; None if the model has to be probed."""
     text = config.get_text_config()
     rope = (rotations(text) or {}).get("rope_type", "default")
     if rope in ROW_DEPENDENT_ROPE:
@@ -148,7 +148,7 @@ def known_to_pack(config: PretrainedConfig) -> tuple[bool | None, str]:
 def rows_by_flags(
     config: PretrainedConfig, packing: bool, padded_because: str | None, shifted: bool
 ) -> tuple[bool | None, str]:
-    """Whether rows will be packed, as far as that is known before weights load (None where it is not), and why."""
+    """Whether rows will be packed, and the reason; None if that is not known before the weights load."""
     if not packing:
         return False, "--packing False"
     if padded_because:
@@ -157,14 +157,14 @@ def rows_by_flags(
 
 
 def packs_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:
-    """Says whether rows of several documents give the logits that the documents give alone.
+    """Whether rows of several documents give the same logits as the documents alone.
 
-    Conditions: position_ids restart at each document, use_cache=False, and no attention_mask (an all-ones mask leaks
-    too): transformers builds the block mask only then. Families that were tested are on a list; any other model is
-    probed on the spot, in eval mode, whose state is put back.
+    Conditions: position_ids restart at each document, use_cache=False, and no attention_mask (even one of ones leaks):
+    only then does transformers build the block mask. Tested families are on a list; any other model is probed in eval
+    mode, and its state is restored.
 
     Returns:
-        (True or False, the reason in words for the log).
+        (True or False, the reason for the log).
     """
     if is_shifted(model):
         return False, SHIFTED
@@ -186,7 +186,7 @@ def packs_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @torch.no_grad()
 def probe_packing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Root mean square of packed - alone logits over that of the logits, on three short documents of random tokens."""
+    """Root mean square of (packed - alone) relative to the logits, on three short documents of random tokens."""
     special = set(tokenizer.all_special_ids)
     vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
     ordinary = torch.tensor([i for i in range(vocabulary) if i not in special])

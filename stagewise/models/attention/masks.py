@@ -1,7 +1,7 @@
-"""An attention mask that is described, not built: for a row of 32,768 tokens the table has a billion places.
+"""Attention masks that are described instead of built: for a row of 32,768 tokens the table has a billion entries.
 
-transformers describes every mask as a function of index tensors; it is kept here together with the padding, and asked
-only for the places that are needed.
+transformers describes every mask as a function of index tensors; it is kept here together with the padding, and
+evaluated only where needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IndexFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 
 
 class Documents(NamedTuple):
-    """Where the documents of packed rows lie, the rows one behind the other."""
+    """The boundaries of the documents in packed rows, the rows one after another."""
 
     bounds: torch.Tensor  # (documents + 1,) int32: the first token of each, and the end
     lengths: list[int]
@@ -26,17 +26,17 @@ class Documents(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LazyMask:
-    """Who may see whom in `batch` rows of `length` tokens that attend to themselves."""
+    """The mask of `batch` rows of `length` tokens that attend to themselves."""
 
     function: IndexFunction  # (batch, head, query, key) → bool, by broadcasting
     batch: int
     length: int
     device: torch.device | str
-    padding: torch.Tensor | None = None  # (B, T): which tokens are no padding
-    plain: bool = True  # nothing but causality and padding
+    padding: torch.Tensor | None = None  # (B, T): which tokens are not padding
+    plain: bool = True  # only causality and padding
 
     def at(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Whether tokens `query` see tokens `key` of the same row: indices that broadcast to S → (B, *S)."""
+        """Whether tokens `query` attend to tokens `key` of the same row: indices that broadcast to S → (B, *S)."""
         batch = torch.arange(self.batch, device=self.device).view(-1, *[1] * query.dim())
         seen = self.function(batch, torch.zeros_like(batch), query[None], key[None])
         if self.padding is not None:
@@ -45,7 +45,7 @@ class LazyMask:
 
     @cached_property
     def dense(self) -> torch.Tensor:
-        """The whole table, (B, 1, T, T)."""
+        """The full table, (B, 1, T, T)."""
         return sdpa_mask(
             self.batch,
             self.length,
@@ -58,18 +58,18 @@ class LazyMask:
 
     @cached_property
     def hidden_by_causality(self) -> bool:
-        """Whether no token that is no padding sees anything else with a plain causal mask: padding is on the right."""
+        """Whether a plain causal mask changes nothing for non-padding tokens: padding is on the right."""
         if not self.plain:
             return False
         return self.padding is None or bool((self.padding[:, 1:] <= self.padding[:, :-1]).all())
 
     @cached_property
     def documents(self) -> Documents | None:
-        """The documents of packed rows; None where the mask is of another kind."""
+        """The documents of packed rows; None if the mask is of another kind."""
         if self.padding is not None:
             return None
         here = torch.arange(1, self.length, device=self.device)
-        if bool(self.at(here - 1, here).any()):  # somebody sees what comes after
+        if bool(self.at(here - 1, here).any()):  # some token attends to later ones
             return None
         first = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
         first[:, 1:] = ~self.at(here, here - 1)
@@ -95,8 +95,8 @@ def describe_mask(
     """A mask for transformers' AttentionMaskInterface.
 
     Returns:
-        None for plain causality, a LazyMask for rows that attend to themselves, else what `sdpa` gets (tokens behind
-        a cache, windows, masks that only vmap can read).
+        None for plain causality, a LazyMask for rows that attend to themselves, else the mask of `sdpa` (for a cache,
+        windows, and masks that only vmap can evaluate).
     """
     to_itself = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
     if not to_itself or local_size is not None or use_vmap:

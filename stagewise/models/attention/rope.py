@@ -1,11 +1,11 @@
-"""Longer contexts by scaled rotary positions: set in the config before the weights load, kept by the merged model.
+"""Longer contexts by scaled rotary positions: set in the config before the weights load, saved with the merged model.
 
 linear     every position divided by the factor: Chen et al. 2023, https://arxiv.org/abs/2306.15595
-dynamic    NTK: the base grows with the row's length beyond the model's own context; within it nothing changes
-yarn       fast rotations stay, slow ones are divided, between them a ramp: Peng et al. 2023, 2309.00071
-longrope   a factor of its own for each rotation: Ding et al. 2024, 2402.13753
+dynamic    NTK: the base grows with the row's length beyond the original context; within it nothing changes
+yarn       high frequencies stay, low ones are divided, with a ramp between them: Peng et al. 2023, 2309.00071
+longrope   a separate factor for each frequency: Ding et al. 2024, 2402.13753
 
-The base frequency `rope_theta` stays what it is. transformers computes the frequencies from `config.rope_parameters`.
+The base frequency `rope_theta` does not change. transformers computes the frequencies from `config.rope_parameters`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from transformers import PretrainedConfig
 from stagewise.config.arguments import ModelArguments
 from stagewise.errors import RopeError
 
-# These name the context that they start from; the others read it from `max_position_embeddings`, which then stays.
+# These name their original context; the others read it from `max_position_embeddings`, which then does not change.
 NAMES_ITS_CONTEXT = ("yarn", "longrope")
 
 
 def scale_rope(config: PretrainedConfig, args: ModelArguments) -> None:
-    """Does in the config what --rope_scaling asks for, or what an adapter's run.json says; else nothing.
+    """Changes the config as --rope_scaling, or an adapter's run.json, says; does nothing without either.
 
     Raises:
-        RopeError: for a model without rotary positions, one that is scaled in another way already, longrope without
-            its factors, or a length that the model's own context holds already.
+        RopeError: for a model without rotary positions, one that is already scaled differently, longrope without its
+            factors, or a length within the model's own context.
     """
     if args.kept_rope is not None:
         restore_rope(config, args.kept_rope)
@@ -51,7 +51,7 @@ def scale_rope(config: PretrainedConfig, args: ModelArguments) -> None:
     context = own_context(text, parameters)
     factor = args.rope_factor or wanted_factor(args, context)
     values: dict[str, Any] = {**parameters, "rope_type": kind, "factor": float(factor)}
-    values.pop("type", None)  # the older name of rope_type
+    values.pop("type", None)  # the former name of rope_type
     if kind in NAMES_ITS_CONTEXT:
         values["original_max_position_embeddings"] = context
         text.max_position_embeddings = round(context * factor)
@@ -64,11 +64,11 @@ def scale_rope(config: PretrainedConfig, args: ModelArguments) -> None:
 
 
 def rotations(text: PretrainedConfig) -> dict[str, Any] | None:
-    """The parameters of the layers that see the whole row; None for a model without rotary positions."""
+    """The parameters of the layers with full attention; None for a model without rotary positions."""
     parameters = getattr(text, "rope_parameters", None)
     if not parameters or getattr(text, "alibi", False):
         return None
-    # Families with sliding windows name the kind of layer first; a window is never longer than what was trained.
+    # Families with sliding windows nest them by kind of layer; a window is never longer than the trained context.
     return parameters.get("full_attention", None if _nested(parameters) else parameters)
 
 
@@ -82,13 +82,13 @@ def set_rotations(text: PretrainedConfig, values: dict[str, Any]) -> None:
 
 
 def own_context(text: PretrainedConfig, parameters: dict[str, Any]) -> int:
-    """The tokens that the model was trained on before its positions were scaled."""
+    """The context that the model was trained on before its positions were scaled."""
     named = parameters.get("original_max_position_embeddings")
     return int(named or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings)
 
 
 def context_of(config: PretrainedConfig) -> int | None:
-    """The longest row that a model reads, scaled positions included; None where its config names none."""
+    """The longest row that a model reads, with scaled positions; None if its config names none."""
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     parameters = rotations(text)
@@ -98,7 +98,7 @@ def context_of(config: PretrainedConfig) -> int | None:
 
 
 def wanted_factor(args: ModelArguments, context: int) -> float:
-    """The length that the run trains on, over the model's own context."""
+    """The training length divided by the model's own context."""
     if args.rope_length is None:
         raise RopeError(f"--rope_scaling {args.rope_scaling}: give --rope_factor, how many times {context} tokens")
     name, length = args.rope_length
@@ -111,10 +111,10 @@ def wanted_factor(args: ModelArguments, context: int) -> float:
 
 
 def longrope_factors(file: str | None, text: PretrainedConfig, before: dict[str, Any]) -> dict[str, list[float]]:
-    """Longrope's two lists: of --rope_factors_file, else what the model has already.
+    """Longrope's two lists: those of --rope_factors_file, else the model's own.
 
     Raises:
-        RopeError: where there are none, or they are not one number for each rotated pair of dimensions.
+        RopeError: if there are none, or they are not one number per rotated pair of dimensions.
     """
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     pairs = int(size * before.get("partial_rotary_factor", 1.0)) // 2
@@ -157,7 +157,7 @@ def described(parameters: dict[str, Any]) -> str:
 
 
 def kept_rope(config: PretrainedConfig) -> dict[str, Any]:
-    """What run.json says of a scaled model, for `restore_rope`."""
+    """The entry of a scaled model in run.json, for `restore_rope`."""
     text = config.get_text_config()
     return {
         "rope_parameters": copy.deepcopy(text.rope_parameters),
@@ -166,7 +166,7 @@ def kept_rope(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def restore_rope(config: PretrainedConfig, kept: dict[str, Any]) -> None:
-    """Scales a base's config as the adapter on it was trained; `kept` is "rope" of the adapter's run.json."""
+    """Scales a base's config as in the training of the adapter on it; `kept` is "rope" of the adapter's run.json."""
     text = config.get_text_config()
     if rotations(text) is None:
         raise RopeError(f"the adapter was trained with scaled positions, which a {config.model_type} base has not")
@@ -176,9 +176,9 @@ def restore_rope(config: PretrainedConfig, kept: dict[str, Any]) -> None:
 
 
 def write_rope(raw: dict[str, Any], config: PretrainedConfig) -> None:
-    """Puts a scaled config's positions into a config.json, in the words that the file has: today's or the older ones.
+    """Writes a scaled config's positions into a config.json, in the spelling that the file uses: new or old.
 
-    Programs that read the older words (`rope_scaling` beside `rope_theta`) continue reading the file.
+    Programs that read the old spelling (`rope_scaling` beside `rope_theta`) can still read the file.
     """
     text = config.get_text_config()
     part = raw.get("text_config", raw) if text is not config else raw
@@ -189,12 +189,12 @@ def write_rope(raw: dict[str, Any], config: PretrainedConfig) -> None:
         part.setdefault("rope_theta", values["rope_theta"])
         part["rope_scaling"] = {name: value for name, value in values.items() if name != "rope_theta"}
         return
-    part.pop("rope_scaling", None)  # it would be read in place of rope_parameters
+    part.pop("rope_scaling", None)  # it would take precedence over rope_parameters
     part["rope_parameters"] = values
 
 
 def check_continued(args: ModelArguments, flag: str, folder: str, kept: dict[str, Any] | None) -> None:
-    """Raises RopeError where a run continues from an adapter whose positions were scaled in another way."""
+    """Raises RopeError if a run continues from an adapter whose positions were scaled differently."""
     if kept is None:
         return
     own = kept["rope_parameters"].get("full_attention", kept["rope_parameters"])

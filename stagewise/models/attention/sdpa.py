@@ -1,7 +1,7 @@
-"""Exact attention of torch by the fastest kernel of a GPU, and packed rows without a table of who sees whom.
+"""Exact attention of torch with the GPU's fastest kernel, and packed rows without a mask table.
 
-Registered with transformers as `torch_fastest`. On Hopper and later GPUs cuDNN's kernel runs before the flash kernel
-inside torch; a packed row runs document by document inside one varlen kernel.
+Registered with transformers as `torch_fastest`. On Hopper and later GPUs cuDNN's kernel takes precedence over torch's
+flash kernel; a packed row runs document by document in one varlen kernel.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from stagewise.models.attention.masks import Documents, LazyMask, describe_mask
 
 FASTEST = "torch_fastest"
-# torch's own order begins with its flash kernel, which an H100 runs at half of cuDNN's speed.
+# torch prefers its flash kernel, which runs at half of cuDNN's speed on an H100
 ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-HOPPER = (9, 0)  # compute capability from which cuDNN's kernel is the faster one
+HOPPER = (9, 0)  # compute capability from which cuDNN's kernel is faster
 
 
 def causal_sdpa(
@@ -37,12 +37,12 @@ def causal_sdpa(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Causal attention, or by a mask, through the fastest kernel.
+    """Causal or masked attention with the fastest kernel.
 
     Args:
         query: (B, H, T, D).
         key, value: (B, H or a divisor of it, T, D).
-        mask: True where a key is seen, broadcast to (B, H, T, T); None: causal.
+        mask: True where a key is attended to, broadcast to (B, H, T, T); None: causal.
 
     Returns:
         (B, H, T, D).
@@ -50,7 +50,7 @@ def causal_sdpa(
     each = query.shape[1] // key.shape[1]
     in_16_bit = query.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(query.device.type)
     if each > 1 and (mask is not None or (query.is_cuda and not in_16_bit)):
-        # the kernels that take a mask, or float32, take no shared key heads: torch would build every score
+        # kernels with a mask or in float32 take no grouped key heads: torch would build the full score matrix
         key, value, each = repeat_kv(key, each), repeat_kv(value, each), 1
     options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
     options["enable_gqa"] = each > 1
@@ -95,9 +95,9 @@ def document_attention(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Causal attention of each document of packed rows to itself: (B, H, T, D) → (B, H, T, D).
+    """Causal attention within each document of packed rows: (B, H, T, D) → (B, H, T, D).
 
-    One kernel for all documents where there is one (a GPU, 16 bit, no dropout); else one call for each document.
+    One kernel for all documents if there is one (a GPU, 16 bit, no dropout); otherwise one call per document.
     """
     batch, _, length, _ = query.shape
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -119,7 +119,7 @@ def document_attention(
 
 @cache
 def varlen_options() -> frozenset[str]:
-    """What torch's varlen kernel can be told; empty where torch has none (before 2.10)."""
+    """The options of torch's varlen kernel; empty if torch has none (before 2.10)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -128,7 +128,7 @@ def varlen_options() -> frozenset[str]:
 
 
 def has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float) -> bool:
-    """Whether the varlen kernel takes these tensors; it runs on GPUs, in 16 bit, without dropout."""
+    """Whether the varlen kernel supports these tensors: on GPUs, in 16 bit, without dropout."""
     size = query.shape[-1]
     own_scale = scaling is None or abs(scaling * size**0.5 - 1) < 1e-6
     return (
@@ -151,7 +151,7 @@ def varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     known, longest = varlen_options(), max(documents.lengths)
-    # torch 2.10 says is_causal; from 2.11 on a window that ends at the query says the same.
+    # torch 2.10 has is_causal; from 2.11 on, a window that ends at the query means the same
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "scale" in known:
         options["scale"] = scaling

@@ -1,17 +1,17 @@
 """Shifted sparse attention (S²-Attn) of LongLoRA: https://arxiv.org/abs/2309.12307, in training only.
 
-A row is cut into groups of a share of its length, a quarter unless told otherwise, and a token sees the earlier tokens
-of its own group. For the second half of the heads the groups begin half a group later, so that what one half cuts
-apart the other keeps together. A row of 16 tokens, groups of 4:
+A row is split into groups of a share of its length, by default a quarter, and a token attends to earlier tokens of its
+own group. For the second half of the heads the groups start half a group later, so tokens separated in one half are
+together in the other. A row of 16 tokens, groups of 4:
 
 first half of the heads    0 1 2 3 | 4 5 6 7 | 8 9 10 11 | 12 13 14 15
 second half                0 1 | 2 3 4 5 | 6 7 8 9 | 10 11 12 13 | 14 15
 
-The paper's first code shifts by rolling the row, which puts its last half group and its first one into one group,
-where the first tokens see the last ones: the future. The paper names that leak and says to mask it; its later code
-cuts there, and so does this: the first and the last half group stand alone.
+The paper's first code shifts by rolling the row, which joins its last half group and its first one, so the first
+tokens attend to the last ones: the future. The paper names that leak and says to mask it; its later code splits there,
+and so does this: the first and the last half group stay separate.
 
-Evaluation and generation attend to everything, as the finished model does.
+Evaluation and generation use full attention, like the finished model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def register_shifted(ratio: float, fastest: bool = False) -> str:
 
     Args:
         ratio: a group's share of the row.
-        fastest: evaluation and generation go through `torch_fastest`, not plain `sdpa`.
+        fastest: evaluation and generation use `torch_fastest` instead of plain `sdpa`.
     """
     name = f"{PREFIX}{ratio:g}{'_fastest' if fastest else ''}"
     AttentionInterface.register(name, partial(shifted_attention, ratio=ratio, fastest=fastest))
@@ -49,7 +49,7 @@ def is_shifted(model: nn.Module) -> bool:
 
 
 def longlora_modules(model: PreTrainedModel) -> list[str]:
-    """What LongLoRA trains in full beside the adapter: embedding and norms, by the last part of their names."""
+    """What LongLoRA trains fully beside the adapter: embedding and norms, by the last part of their names."""
     embedding = model.get_input_embeddings()
     kinds = (nn.LayerNorm, nn.RMSNorm)
     return sorted(
@@ -76,7 +76,7 @@ def shifted_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers' AttentionInterface: (B, H, T, D) → (B, T, H, D).
 
-    Outside training, and behind a cache, it is full attention.
+    Full attention outside training, and with a cache.
     """
     if not module.training or query.shape[2] != key.shape[2]:
         if not fastest and isinstance(attention_mask, LazyMask):
@@ -97,9 +97,9 @@ def shifted_attention(
 
 
 def heads_of(tensor: torch.Tensor, first: int, last: int, heads: int) -> torch.Tensor:
-    """The key or value heads that belong to query heads `first` to `last` of `heads`: (B, K, T, D) → (B, k, T, D).
+    """The key or value heads of query heads `first` to `last` of `heads`: (B, K, T, D) → (B, k, T, D).
 
-    Query head h reads key head h // (H / K). A key head that both halves read is repeated for each of its readers.
+    Query head h reads key head h // (H / K). A key head that both halves read is repeated for each.
     """
     each = heads // tensor.shape[1]
     if first % each == 0 and last % each == 0:
@@ -119,7 +119,7 @@ def group_attention(
 ) -> torch.Tensor:
     """Causal attention within groups of `size` tokens: (B, h, T, D) → (B, h, T, D).
 
-    Groups begin at 0, shift, shift + size, …; each is filled up at its end, where causality hides the filling.
+    Groups start at 0, shift, shift + size, …; each is padded at its end, where causality hides the padding.
     """
     batch, _, length, _ = query.shape
     tokens = group_tokens(length, size, shift, query.device)  # (groups, size)
@@ -130,9 +130,9 @@ def group_attention(
 
     seen = None
     if mask is not None and not mask.hidden_by_causality:
-        place = tokens.clamp_min(0).to(mask.device)  # where --device_map put the embedding
+        place = tokens.clamp_min(0).to(mask.device)  # the embedding's device under --device_map
         seen = mask.at(place[:, :, None], place[:, None, :]).to(query.device) & (tokens >= 0)[None, :, None, :]
-        # A softmax over nothing is not a number; filling and padding see themselves, and nobody reads them.
+        # A softmax over nothing is NaN; padding attends to itself, and its output is not used.
         seen = (seen | torch.eye(size, dtype=torch.bool, device=seen.device)).flatten(0, 1)[:, None]
     mixed = causal_sdpa(cut(query), cut(key), cut(value), seen, scaling, dropout)
     mixed = mixed.unflatten(0, (batch, groups)).transpose(1, 2).flatten(2, 3)
@@ -141,7 +141,7 @@ def group_attention(
 
 
 def group_tokens(length: int, size: int, shift: int, device: torch.device | str) -> torch.Tensor:
-    """The tokens of each group, (groups, size), -1 where a group is filled up."""
+    """The tokens of each group, (groups, size), -1 for padding."""
     starts = [*([0] if shift else []), *range(shift, length, size)]
     ends = torch.tensor([*starts[1:], length], device=device)[:, None]
     tokens = torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device)

@@ -1,12 +1,12 @@
-"""The memory that a stage needs on one GPU, estimated from the model's structure alone; docs/memory.md explains it.
+"""Estimates the GPU memory of a stage from the model's structure alone; docs/memory.md explains it.
 
 Nothing is loaded: the model is built on torch's meta device, with the stage's own adapter, and its layers are counted.
-The estimate is of what torch's allocator gives out at the peak of a step (`torch.cuda.max_memory_allocated`). The
-CUDA context, about half a GiB, and what the allocator keeps in reserve come on top.
+The estimate is the peak of torch's allocator during a step (`torch.cuda.max_memory_allocated`). The CUDA context,
+about half a GiB, and the allocator's reserve come on top.
 
 Names in the formulas, per token of a batch: H hidden size, Q width of all query heads, K width of the key heads, I
-width of the feed-forward layer (of the k chosen experts together), V vocabulary; c bytes of a number that is computed
-with (2 in 16 bit, 4 in 32), s bytes of a number in the residual stream (those of the weights' precision).
+width of the feed-forward layer (of all k chosen experts), V vocabulary; c bytes of a number in computation (2 in 16
+bit, 4 in 32), s bytes of a number in the residual stream (the precision of the weights).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from stagewise.errors import EstimateError
 from stagewise.models.memory.structure import Layer, base_layer, decoder_layers, measure_layer
 
-# Bytes of optimizer state for each trained parameter: states of the parameter's own precision, and bytes of others.
+# Bytes of optimizer state per trained parameter: states in the parameter's precision, and bytes of others.
 OPTIMIZERS: dict[str, tuple[int, float]] = {
     "adamw_torch": (2, 0),
     "adamw_torch_fused": (2, 0),
@@ -42,37 +42,37 @@ OPTIMIZERS: dict[str, tuple[int, float]] = {
     "paged_lion_8bit": (0, 1 + 4 / 256),
 }
 PAGED = frozenset(name for name in OPTIMIZERS if name.startswith("paged"))
-# Optimizers that walk all parameters at once make one more copy of them while they do.
+# Optimizers that update all parameters at once temporarily make one more copy of them.
 COPIES_PARAMETERS = frozenset(("adamw_torch", "sgd", "adagrad"))
-# Families whose estimated activations were compared with a count of what autograd saves, in
+# Families whose estimated activations were compared with the tensors that autograd saves, in
 # tests/models/memory/test_estimate.py.
 COMPARED = frozenset(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma"))
 WORKSPACE = 64 * 2**20  # of the matrix products
-LOGIT_BYTES = 12  # float32: the softmax's output, the loss's gradient, the logits' gradient
+LOGIT_BYTES = 12  # float32: the softmax's output, the gradients of loss and logits
 BLOCK = 64  # weights that share a scale in 4 bit
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step holds, as the flags say."""
+    """The contents of a training step, from the flags."""
 
     rows: int  # sequences of one forward pass
     tokens: int  # of each
-    logit_tokens: int  # positions of all rows at which the output head runs
+    logit_tokens: int  # positions of all rows at which logits are computed
     autocast: bool = False  # --bf16 or --fp16
-    mask_width: int = 0  # keys that a token's row of the attention mask spans; 0: there is no mask
+    mask_width: int = 0  # keys per token's row of the attention mask; 0: no mask
     checkpointing: bool = False
     accumulates: bool = False  # --gradient_accumulation_steps above 1
     optim: str = "adamw_torch_fused"
     bits: int | None = None  # of the base's linear layers
     double_quantization: bool = True
     experts_in_bits: bool = False  # whether 3-D expert parameters are quantized, too
-    reference: bool = False  # a second, frozen model beside it
+    reference: bool = False  # a second, frozen model
 
 
 @dataclass
 class Memory:
-    """Bytes by what they hold; `peak` is that of the step's worst moment."""
+    """Bytes by category; `peak` is the worst moment of the step."""
 
     weights: float = 0.0
     reference: float = 0.0
@@ -83,12 +83,12 @@ class Memory:
     inputs_of_8_bit_layers: float = field(default=0.0, metadata={"called": "inputs of 8 bit layers"})
     outliers_of_8_bit_layers: float = field(default=0.0, metadata={"called": "outliers of 8 bit layers, half"})
     logits: float = 0.0
-    working: float = 0.0  # at the worst moment, what is none of the above
+    working: float = 0.0  # at the worst moment, everything else
     peak: float = 0.0
     moment: str = ""
 
     def rows(self) -> list[tuple[str, float]]:
-        """(what it is called, its bytes) for each part of the peak."""
+        """(name, bytes) of each part of the peak."""
         parts = [f for f in fields(self) if f.name not in ("peak", "moment")]
         return [(f.metadata.get("called", f.name), getattr(self, f.name)) for f in parts]
 
@@ -97,10 +97,10 @@ class Memory:
 
 
 def quantized_bytes(numbers: int, outputs: int, bits: int, double_quantization: bool) -> float:
-    """Bytes of a linear layer's weight in bitsandbytes' form.
+    """Bytes of a linear layer's weight quantized by bitsandbytes.
 
-    8 bit: a byte each, and a float32 scale a row. 4 bit: half a byte each, and for every 64 a float32 scale; or, with
-    double quantization, one of a byte, and for every 256 of those a float32 one.
+    8 bit: one byte each, and a float32 scale per row. 4 bit: half a byte each, and a float32 scale per 64; with double
+    quantization a one-byte scale, and a float32 scale per 256 of those.
     """
     if bits == 8:
         return numbers + 4 * outputs
@@ -109,7 +109,7 @@ def quantized_bytes(numbers: int, outputs: int, bits: int, double_quantization: 
 
 
 def layers_in_bits(model: PreTrainedModel) -> set[int]:
-    """Ids of the weights that bitsandbytes holds in few bits: linear layers, not the head, before an adapter is on."""
+    """Ids of the weights that bitsandbytes quantizes: linear layers except the head, before an adapter is attached."""
     kept = get_keys_to_not_convert(model)
     return {
         id(module.weight)
@@ -119,7 +119,7 @@ def layers_in_bits(model: PreTrainedModel) -> set[int]:
 
 
 def weight_bytes(model: nn.Module, step: Step, in_bits: set[int]) -> float:
-    """Bytes of all weights, an adapter's included; tied ones once."""
+    """Bytes of all weights, including an adapter's; tied ones once."""
     total = 0.0
     for name, parameter in model.named_parameters():
         experts = parameter.dim() == 3 and "expert" in name and "lora_" not in name
@@ -136,7 +136,7 @@ def optimizer_bytes(trained: Iterable[nn.Parameter], optim: str) -> float:
     """Bytes of the optimizer's states.
 
     Raises:
-        EstimateError: for an optimizer whose states are not known here.
+        EstimateError: for an optimizer whose states are unknown here.
     """
     if optim not in OPTIMIZERS:
         raise EstimateError(f"--optim {optim}: no estimate for it; there are {', '.join(OPTIMIZERS)}")
@@ -145,7 +145,7 @@ def optimizer_bytes(trained: Iterable[nn.Parameter], optim: str) -> float:
 
 
 def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> float:
-    """Bytes a token that one layer keeps for its backward pass.
+    """Bytes per token that one layer keeps for its backward pass.
 
     - a root-mean-square norm: 4 · width (its input in float32), and s · width (Gemma: 4 · width) if its weight is
       trained; a layer norm s · width
@@ -191,10 +191,10 @@ def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> fl
 
 
 def held_in_8_bit(layer: Layer, compute: int) -> tuple[int, float]:
-    """Bytes a token that bitsandbytes' int8 product holds on to in a layer, whether it is checkpointed or not.
+    """Bytes per token that bitsandbytes' int8 product keeps in a layer, checkpointed or not.
 
-    It keeps them as attributes of its autograd node and not with `save_for_backward`, so that checkpointing does not
-    see them, and they stay until the graph is gone, which is after the whole backward pass.
+    It keeps them as attributes of its autograd node instead of `save_for_backward`, so checkpointing does not free
+    them, and they stay until the graph is gone, after the whole backward pass.
 
     Returns:
         (inputs, outliers): the input of every linear layer, c each, once for layers that read the same tensor; and
@@ -206,18 +206,18 @@ def held_in_8_bit(layer: Layer, compute: int) -> tuple[int, float]:
 
 
 def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:
-    """The memory of a training step of a model without weights, with its adapter, if it has one.
+    """The memory of a training step of a model without weights, with its adapter, if any.
 
     Three moments can be the worst: the loss (all activations and the logits), the last layer's backward pass (with
-    checkpointing: one layer computed anew), and the end of the backward pass (all gradients).
+    checkpointing: one recomputed layer), and the end of the backward pass (all gradients).
 
     Args:
-        model: on the meta device; what is trained has requires_grad.
-        step: what a step holds.
-        in_bits: what `layers_in_bits` said of the model before its adapter was put on.
+        model: on the meta device; trained parameters have requires_grad.
+        step: the contents of a step.
+        in_bits: the result of `layers_in_bits` before the adapter was attached.
 
     Raises:
-        EstimateError: for an architecture or optimizer that is not known here.
+        EstimateError: for an architecture or optimizer that is unknown here.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = [measure_layer(layer, base.config) for layer in decoder_layers(base)]
@@ -241,7 +241,7 @@ def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:
 
     whole = [layer_activations(layer, step, compute, stream) * tokens for layer in layers]
     widest = max(range(len(layers)), key=whole.__getitem__)
-    # 16-bit copies of 32-bit weights, and experts put together from 4 bit, stay until the backward pass has used them
+    # 16-bit copies of 32-bit weights, and dequantized experts, stay until the backward pass has used them
     casts = [_weight_copies(layer, step, compute, stream) for layer in layers]
     kept = stream * hidden * tokens * len(layers) if step.checkpointing else sum(whole) + sum(casts)
     anew = whole[widest] + casts[widest] if step.checkpointing else 0.0
@@ -280,10 +280,10 @@ def _trains(head: nn.Module) -> bool:
 
 
 def _weight_copies(layer: Layer, step: Step, compute: int, stream: int) -> float:
-    """Bytes of weights of a layer that are made anew in the forward pass and kept for the backward pass.
+    """Bytes of a layer's weights that are made in the forward pass and kept for the backward pass.
 
-    Experts from 4 bit, or with an adapter added, in the precision of the weights; there are no others beside them,
-    since the adapter is added in place, or by one product that adds. Its matrices are brought to that precision, too.
+    Experts that are dequantized, or have an adapter added, in the precision of the weights; nothing else, since the
+    adapter is added in place, or by one product that adds. Its matrices are cast to that precision, too.
     """
     copies = 2.0 * layer.adapter_numbers if step.autocast else 0.0
     if compute < stream and step.bits is None:
@@ -294,17 +294,17 @@ def _weight_copies(layer: Layer, step: Step, compute: int, stream: int) -> float
 
 
 def _beside(layer: Layer, step: Step, compute: int) -> float:
-    """Bytes a token of the gradients that the widest layer has at once: two of I, and two more in float32 for LoRA."""
+    """Bytes per token of the gradients of the widest layer: two of I, and two more in float32 for LoRA."""
     wide = max(layer.middle, layer.expert_middle, layer.query, layer.norms[0].width if layer.norms else 0)
     cast = layer.adapter_inputs and not (step.autocast and step.bits)
     return wide * (2 * compute + (8 if cast else 0))
 
 
 def _put_together(layer: Layer, step: Step, stream: int) -> float:
-    """Bytes of weights made for one product: of a linear layer in few bits, or the gradient of adapted experts.
+    """Bytes of weights made for one product: a dequantized linear layer, or the gradient of experts with an adapter.
 
-    That gradient is of the adapter's sum with the weight, so it has the weight's size. The last parameter's stands
-    beside all of them, the first one's where the last is gone.
+    That gradient belongs to the sum of adapter and weight, so it has the weight's size. The last parameter's coexists
+    with all copies, the first one's with all but the last.
     """
     linear = 2.0 * layer.largest_linear if step.bits else 0.0
     if not layer.adapted_experts:

@@ -1,6 +1,6 @@
 """A model without weights: its parameters by kind, and the widths of its layers.
 
-The model stands on torch's meta device, with a stage's adapter on it or without; nothing is loaded.
+The model is on torch's meta device, with or without a stage's adapter; nothing is loaded.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def parameters_of(model: nn.Module, in_bits: Iterable[int] = (), bits: int | Non
     """Every parameter with its kind; tied weights once, as the embedding.
 
     Args:
-        model: with its adapter, if it has one.
-        in_bits: what `layers_in_bits` said of the model before its adapter was put on.
-        bits: in how many bits those are held.
+        model: with its adapter, if any.
+        in_bits: the result of `layers_in_bits` before the adapter was attached.
+        bits: the number of bits of those.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     owners = {}
@@ -96,10 +96,10 @@ def parameters_of(model: nn.Module, in_bits: Iterable[int] = (), bits: int | Non
 
 
 def skeleton(config: PretrainedConfig, auto: type, dtype: torch.dtype, trust_remote_code: bool = False):
-    """The model of a config on the meta device: its modules and shapes, no weights.
+    """A config's model on the meta device: modules and shapes, no weights.
 
     Raises:
-        EstimateError: for an architecture that cannot be built so.
+        EstimateError: for an architecture that cannot be built this way.
     """
     try:
         with torch.device("meta"):
@@ -118,37 +118,37 @@ class Norm:
     width: int
     trained: bool
     root_mean_square: bool
-    in_float32: bool  # whether it is scaled before it is cast back, as Gemma does
+    in_float32: bool  # whether it is scaled before the cast back, as in Gemma
 
 
 @dataclass
 class Layer:
-    """One decoder layer: widths that its activations have, in numbers a token, and its weights."""
+    """One decoder layer: the widths of its activations, in numbers per token, and its weights."""
 
     norms: list[Norm] = field(default_factory=list)
-    inputs: int = 0  # of the linear layers, where layers that read the same tensor count it once
-    attended: int = 0  # input of the attention's output layer, which `inputs` leaves out
+    inputs: int = 0  # of the linear layers; layers that read the same tensor count once
+    attended: int = 0  # input of the attention's output layer, not part of `inputs`
     downward: int = 0  # input of the linear layers that lead from I back to H
-    input_copies: int = 0  # of the linear layers, each for itself
+    input_copies: int = 0  # of the linear layers, counted separately
     trained_inputs: int = 0
     trained_copies: int = 0
-    adapter_inputs: int = 0  # of layers with a LoRA adapter, each for itself
+    adapter_inputs: int = 0  # of layers with a LoRA adapter, counted separately
     adapter_ranks: int = 0
     adapter_numbers: int = 0  # weights of the adapters
     adapter_dropout: bool = False
     query: int = 0
     key: int = 0
     heads: int = 0
-    scores: bool = False  # whether attention writes out who looks at whom
+    scores: bool = False  # whether attention materializes its scores
     middle: int = 0  # I
-    expert_middle: int = 0  # I of all experts that a token goes to, where experts are 3-D parameters, else 0
+    expert_middle: int = 0  # I of all experts chosen for a token, if experts are 3-D parameters, else 0
     gated: bool = True
-    experts: int = 0  # H · k where experts are 3-D parameters, else 0
+    experts: int = 0  # H · k if experts are 3-D parameters, else 0
     linear_numbers: int = 0  # weights of the linear layers
     expert_numbers: int = 0  # weights of 3-D experts
     largest_experts: int = 0  # of the largest of these parameters
     expert_adapter_numbers: int = 0  # weights of the adapters on them
-    trained_experts: bool = False  # themselves, or by an adapter that changes them
+    trained_experts: bool = False  # either fully, or through an adapter
     largest_linear: int = 0
 
     @property
@@ -169,7 +169,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """What an adapter's layer is wrapped around, or the module itself."""
+    """The layer that an adapter wraps, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -182,7 +182,9 @@ def _width(layer: nn.Module) -> tuple[int, int]:
 
 
 def measure_layer(layer: nn.Module, config) -> Layer:
-    """Reads the widths of a decoder layer off its modules; linear layers of one parent and width share their input."""
+    """Reads the widths of a decoder layer from its modules; linear layers with the same parent and width share their
+    input.
+    """
     text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -237,7 +239,7 @@ def _add_linear(found: Layer, name: str, module: nn.Module, shared: dict[tuple[s
     last = name.rsplit(".", 1)[-1].lower()
     into_middle = inputs == hidden and _is_up(last)
     if into_middle:
-        # gate and up beside each other, or both in one layer
+        # gate and up, separate or as one layer
         found.gated = found.gated and "h_to_4h" not in last and last not in ("c_fc", "fc1", "fc_in", "up")
         fused = "gate_up" in last or last == "gate_up_proj"
         width = outputs // 2 if fused else outputs

@@ -1,4 +1,4 @@
-"""Loading a base in 8 or 4 bit by bitsandbytes: its linear layers, and experts that are none."""
+"""Loading a base in 8 or 4 bit with bitsandbytes: its linear layers, and experts that are 3-D parameters."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 METHOD = "bitsandbytes_with_experts"
-MOST = 2**31 - 1  # numbers that bitsandbytes quantizes at once: it counts them in 32 bit and doesn't look (0.50.2)
+MOST = 2**31 - 1  # numbers that bitsandbytes can quantize at once: it counts in 32 bit without a check (0.50.2)
 
 
 def quantization_options(args: ModelArguments, config: PretrainedConfig) -> dict[str, Any]:
-    """from_pretrained's options for a base that is quantized while it loads; none where it is not.
+    """from_pretrained's options for a base that is quantized while it loads; empty otherwise.
 
-    4 bit is nf4, which follows the weights' distribution (https://arxiv.org/abs/2305.14314); --qlora quantizes the
-    scales of its blocks, too. The output head, and what an adapter trains in full, stay as they are.
+    4 bit is nf4, fitted to the distribution of weights (https://arxiv.org/abs/2305.14314); --qlora also quantizes the
+    scales of its blocks. The output head, and modules trained in full, are not quantized.
 
     Raises:
-        ModelError: for a checkpoint that is quantized already.
+        ModelError: for a checkpoint that is already quantized.
     """
     if args.bits is None:
         return {}
@@ -54,9 +54,9 @@ def quantization_options(args: ModelArguments, config: PretrainedConfig) -> dict
 
 
 def guard_4bit(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights on a CPU, after which LoRA gradients and merges are wrong.
+    """Keeps bitsandbytes from repacking 4-bit weights on a CPU, which makes LoRA gradients and merges wrong.
 
-    Call it right after every load. It can go once bitsandbytes (0.50.2 tested) repacks a copy.
+    Call it right after every load. It can be removed once bitsandbytes (0.50.2 tested) repacks a copy.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -64,10 +64,10 @@ def guard_4bit(model: nn.Module) -> None:
 
 
 def guard_8bit(model: nn.Module) -> None:
-    """Keeps the scales of 8-bit weights on a CPU, where PEFT's DoRA makes each weight anew without them.
+    """Keeps the scales of 8-bit weights on a CPU, where PEFT's DoRA recreates each weight without them.
 
-    bitsandbytes takes the scales that a layer computes with from its weight whenever that is new. It can go once PEFT
-    (0.21.2 tested) leaves the weight alone.
+    bitsandbytes takes a layer's scales from its weight whenever that is new. It can be removed once PEFT (0.21.2
+    tested) leaves the weight alone.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":
@@ -85,7 +85,7 @@ def _take_state(layer: nn.Module) -> None:
 
 @register_quantization_config(METHOD)
 class ExpertsConfig(BitsAndBytesConfig):
-    """4 bit for linear layers and for experts that are 3-D parameters; once loaded it is bitsandbytes' own."""
+    """4 bit for linear layers and for experts that are 3-D parameters; once loaded it is bitsandbytes' own config."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -94,7 +94,7 @@ class ExpertsConfig(BitsAndBytesConfig):
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """Packs each stack of experts as it is read: no two stand in 16 bit at once."""
+    """Packs each stack of experts as it is read: never two in 16 bit at once."""
 
     def __init__(self, quantization_config: ExpertsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -102,7 +102,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         self.packed = False
 
     def is_serializable(self) -> bool:
-        """Whether save_pretrained may write the base: nothing reads packed experts from a file."""
+        """Whether save_pretrained may write the base: no code reads packed experts from a file."""
         return not self.packed
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -132,7 +132,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
 
 class _Pack(ConversionOps):
-    """What from_pretrained calls for each weight that is to be quantized."""
+    """Called by from_pretrained for each weight to be quantized."""
 
     def __init__(self, quantizer: ExpertsQuantizer):
         self.quantizer = quantizer

@@ -1,14 +1,13 @@
-"""Experts that are one 3-D parameter, held in 4 bit, and LoRA on them.
+"""Experts stored as one 3-D parameter, held in 4 bit, and LoRA on them.
 
-bitsandbytes quantizes linear layers as they load; this does the same to experts that are no layers. The packed
-parameter keeps its name, its place and three dimensions, and the module puts it together whenever it is read: once a
+bitsandbytes quantizes linear layers as they load; this does the same for experts that are not layers. The packed
+parameter keeps its name, its position and three dimensions, and the module dequantizes it when it is read: once per
 forward pass.
 
-bitsandbytes has a form of its own for it (`bitsandbytes.nn.parametrize`), which PEFT's LoRA on a parameter cannot
-stand on (PEFT 0.21.2, bitsandbytes 0.50.2): it finds such a parameter by its full path alone; it nests two of one
-module the other way round, so that a 16-bit base could not read the adapter; it reads the inner one from a cache that
-was filled without its LoRA, so that this gets no gradient; and it leaves what it added behind, so that a second
-forward pass fails.
+bitsandbytes' own mechanism for this (`bitsandbytes.nn.parametrize`) does not work with PEFT's LoRA on a parameter
+(PEFT 0.21.2, bitsandbytes 0.50.2): PEFT finds such a parameter only by its full path; it nests two of one module in
+reverse order, so a 16-bit base could not read the adapter; it reads the inner one from a cache filled without its
+LoRA, so that LoRA gets no gradient; and it leaves its additions behind, so a second forward pass fails.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ Change = tuple[torch.Tensor, torch.Tensor, float]  # (experts, rows, rank), (exp
 
 
 class QuantizedExperts(nn.Module):
-    """What a module with packed parameters is besides its own class; `hold` makes it so."""
+    """What a module with packed parameters is besides its own class; `hold` makes it one."""
 
     own: type[nn.Module]
     states: dict[str, QuantState]  # by a parameter's name: its scales, shape and precision
     changes: dict[str, list[Change]]
-    made: dict[str, torch.Tensor] | None  # what was put together; None outside of the forward pass
+    made: dict[str, torch.Tensor] | None  # the dequantized parameter; None outside of the forward pass
 
     def whole(self, name: str) -> torch.Tensor:
-        """The parameter in the precision it had, LoRA added: (experts, rows, columns)."""
+        """The parameter in its original precision, LoRA added: (experts, rows, columns)."""
         if self.made is not None and name in self.made:
             return self.made[name]
         from bitsandbytes.functional import dequantize_4bit
@@ -58,12 +57,12 @@ class QuantizedExperts(nn.Module):
         return weight
 
     def shaped(self, name: str) -> torch.Tensor:
-        """A tensor of the whole parameter's shape, precision and device that takes no memory."""
+        """A tensor of the full parameter's shape, precision and device that takes no memory."""
         state = self.states[name]
         return torch.empty(1, dtype=state.dtype, device=self._parameters[name].device).expand(state.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Moves or casts what is no parameter with the others: the scales, and the precision to put together in."""
+        """Moves or casts what is not a parameter along with the others: the scales, and the target precision."""
         super()._apply(fn, recurse)
         for name, state in self.states.items():
             state.to(self._parameters[name].device)
@@ -87,16 +86,17 @@ def _class_of(own: type[nn.Module], names: tuple[str, ...]) -> type[QuantizedExp
 
 
 def is_expert_stack(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter of this path is experts that are no layers."""
+    """Whether a parameter of this path holds experts that are not layers."""
     return parameter.dim() == 3 and "expert" in name
 
 
 def pack(weight: torch.Tensor, *, twice: bool) -> tuple[nn.Parameter, QuantState]:
-    """A weight (experts, rows, columns) in nf4: two numbers a byte, (experts, rows, columns / 2), and its scales.
+    """Packs a weight (experts, rows, columns) in nf4: two numbers per byte, (experts, rows, columns / 2), and its
+    scales.
 
     Args:
-        weight: where it is quantized and stays.
-        twice: quantize the scales once more.
+        weight: on the device where it is quantized and stays.
+        twice: also quantize the scales.
     """
     from bitsandbytes.functional import quantize_4bit
 
@@ -105,10 +105,10 @@ def pack(weight: torch.Tensor, *, twice: bool) -> tuple[nn.Parameter, QuantState
 
 
 def hold(module: nn.Module, states: dict[str, QuantState]) -> None:
-    """Makes a module, whose parameters of these names are packed, put them together where they are read."""
+    """Makes a module, whose parameters with these names are packed, dequantize them on reading."""
     if not isinstance(module, QuantizedExperts):
         module.states, module.changes, module.made = {}, {}, None
-        # each expert in turn reads the parameters; checkpointing ends its second forward pass by an exception
+        # each expert reads the parameters; checkpointing ends its second forward pass with an exception
         module.register_forward_pre_hook(_begin)
         module.register_forward_hook(_end, always_call=True)
     module.states |= states
@@ -128,10 +128,10 @@ def _end(module: QuantizedExperts, inputs: Any, output: Any) -> None:
 
 
 class ParamWrapper(lora.ParamWrapper):
-    """PEFT's LoRA on a parameter, for one that is packed. PEFT nests two on one module if this is their name."""
+    """PEFT's LoRA on a packed parameter. PEFT nests two on one module only under this class name."""
 
     def get_param(self) -> torch.Tensor:
-        """What PEFT asks for shape, precision and device, without putting the weight together."""
+        """What PEFT reads shape, precision and device from, without dequantizing the weight."""
         return self.get_base_layer().shaped(self.parameter_name)
 
     @contextmanager
@@ -146,5 +146,5 @@ class ParamWrapper(lora.ParamWrapper):
 
 
 def reach_packed(config: LoraConfig) -> None:
-    """Lets an adapter of this config take experts that are packed; others it takes as ever."""
+    """Lets an adapter with this config target packed experts; others are handled as usual."""
     config._register_custom_module({QuantizedExperts: ParamWrapper})

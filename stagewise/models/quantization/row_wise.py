@@ -1,11 +1,11 @@
-"""Linear layers in 8 or 4 bit by rows: one scale for each output feature, symmetric, in plain torch.
+"""Row-wise quantized linear layers in 8 or 4 bit: one scale per output feature, symmetric, in plain torch.
 
     from stagewise.models.quantization.row_wise import load_row_quantized
 
-The form in which the CPM and GLM families published their 8 and 4 bit models: a row's largest absolute value becomes
-127 (or 7), every weight is rounded to the nearest step, and the layer computes in 16 or 32 bit with the weight put
-together again. All linear layers are taken but the output head. A model saved in this form loads through
-`from_pretrained` once this module has been imported. It is for answering, not for training.
+The format in which the CPM and GLM families published their 8 and 4 bit models: a row's largest absolute value becomes
+127 (or 7), every weight is rounded to the nearest step, and the layer dequantizes the weight to compute in 16 or 32
+bit. All linear layers except the output head are quantized. A model saved in this format loads through
+`from_pretrained` once this module has been imported. It is for inference, not for training.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ BITS = (4, 8)
 
 
 def quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds each row to whole steps of its own scale.
+    """Rounds each row to integer steps of its own scale.
 
     With m = 2^(bits-1) - 1 steps to either side: scale = max|row| / m, step = round(weight / scale), ties to even. The
-    steps are computed in float64, so that every device gives the same. A row of zeros has scale 0.
+    steps are computed in float64, so every device gives the same result. A row of zeros has scale 0.
 
     Args:
         weight: (O, I), floating.
@@ -46,7 +46,7 @@ def quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.
         steps (O, I) in int8, within ±m; scales (O,) in float32.
 
     Raises:
-        RowQuantizationError: for a weight that is not finite, or other bits.
+        RowQuantizationError: for a non-finite weight, or other bits.
     """
     if bits not in BITS:
         raise RowQuantizationError(f"expected 4 or 8 bits, found {bits}")
@@ -61,7 +61,7 @@ def quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.
 
 
 def pack_pairs(steps: torch.Tensor) -> torch.Tensor:
-    """Two 4-bit steps a byte, the one of the even column in the upper half: (O, I) int8 -> (O, I / 2) int8."""
+    """Two 4-bit steps per byte, the even column in the upper half: (O, I) int8 -> (O, I / 2) int8."""
     return (steps[:, 0::2] << 4) | (steps[:, 1::2] & 0x0F)
 
 
@@ -74,9 +74,10 @@ def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
 
 
 class RowQuantizedLinear(nn.Module):
-    """A linear layer that keeps its weight as whole steps and one scale a row.
+    """A linear layer that stores its weight as integer steps and one scale per row.
 
-    weight: (out, in) int8, or (out, in / 2) with two steps a byte; weight_scale: (out,) float32; bias: (out,) or None.
+    weight: (out, in) int8, or (out, in / 2) with two steps per byte; weight_scale: (out,) float32; bias: (out,) or
+    None.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None, bits: int):
@@ -103,7 +104,7 @@ class RowQuantizedLinear(nn.Module):
         return made
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as the layer computes with it: (out, in)."""
+        """The dequantized weight: (out, in)."""
         steps = self.weight if self.bits == 8 else unpack_pairs(self.weight)
         return (steps.float() * self.weight_scale.float().unsqueeze(1)).to(dtype)
 
@@ -117,14 +118,14 @@ class RowQuantizedLinear(nn.Module):
 
 
 def rows_to_quantize(model: PreTrainedModel) -> list[str]:
-    """The names of all linear layers but the output head."""
+    """The names of all linear layers except the output head."""
     head = model.get_output_embeddings()
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     return [name for name in layers if model.get_submodule(name) is not head]
 
 
 def check_rows(model: PreTrainedModel, bits: int) -> list[str]:
-    """What `quantize_model` would take; the model may be without weights.
+    """Checks whether `quantize_model` can process the model, which may be without weights.
 
     Raises:
         RowQuantizationError: if there is no linear layer, or a row of odd length for 4 bits.
@@ -143,7 +144,7 @@ def check_rows(model: PreTrainedModel, bits: int) -> list[str]:
 
 
 def quantize_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """Replaces every linear layer but the head by its quantized form, one at a time; returns the same model.
+    """Replaces every linear layer except the head by its quantized form, one at a time; returns the same model.
 
     Raises:
         RowQuantizationError: see `check_rows`.
@@ -172,7 +173,7 @@ class RowQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class RowQuantizer(HfQuantizer):
-    """Puts `RowQuantizedLinear` where the checkpoint has it, before the weights are read."""
+    """Inserts `RowQuantizedLinear` for quantized layers of the checkpoint before the weights are read."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -199,11 +200,11 @@ class RowQuantizer(HfQuantizer):
 
 
 def load_row_quantized(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Loads a causal language model that was saved in this form; `options` go to from_pretrained.
+    """Loads a causal language model saved in this format; `options` go to from_pretrained.
 
     Raises:
-        RowQuantizationError: if the directory's config.json names another form, or none.
-        FileError: a file is cut, names others elsewhere, or is not what was saved.
+        RowQuantizationError: if the directory's config.json names another format, or none.
+        FileError: a file is truncated, names others elsewhere, or is not what was saved.
     """
     check_weight_files(Path(folder))
     check_hashes(Path(folder))
