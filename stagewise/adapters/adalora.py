@@ -1,10 +1,10 @@
-"""AdaLoRA: each matrix starts with --init_r ranks, and the least important ones are taken away step by step.
+"""AdaLoRA: each matrix starts with --init_r ranks, and the least important ones are removed step by step.
 
-    steps    1 … tinit | … falling, chosen anew every deltaT … | last tfinal
-    ranks    init_r    | by the cube of what is left           | target_r on average
+    steps    1 … tinit | … decreasing, chosen anew every deltaT … | last tfinal
+    ranks    init_r    | cubic schedule                           | target_r on average
 
-A rank that was taken away is zero, and may come back until the last choice, so checkpoints hold all of them; only the
-finished adapter is cut to those that are left. Paper: https://arxiv.org/abs/2303.10512
+A removed rank is zero, and may come back until the last choice, so checkpoints hold all ranks; only the finished
+adapter is reduced to the remaining ones. Paper: https://arxiv.org/abs/2303.10512
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from stagewise.adapters.compatibility import check_schedule
 from stagewise.config.arguments import AdapterArguments
 
-STATE = "rank_importance.pt"  # in a checkpoint: the running averages by which ranks are chosen
-LONG = 2**62  # steps; PEFT wants a number where only the Trainer will know it
+STATE = "rank_importance.pt"  # in a checkpoint: the running averages from which ranks are chosen
+LONG = 2**62  # steps; PEFT requires a number before the Trainer knows it
 
 
 def schedule_config(args: AdapterArguments, **common) -> AdaLoraConfig:
-    """PEFT's config; the Trainer's steps come in when training begins."""
+    """PEFT's config; the number of steps is set when training begins."""
     names = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
     return AdaLoraConfig(**common, **{name: getattr(args, name) for name in names}, total_step=LONG)
 
@@ -34,8 +34,8 @@ def schedule_config(args: AdapterArguments, **common) -> AdaLoraConfig:
 def attach_ranks(base: PreTrainedModel, config: AdaLoraConfig) -> PeftModel:
     """Wraps the base in a new AdaLoRA adapter.
 
-    PEFT divides by a number a matrix, `ranknum`, that is never saved. Where the base is on a GPU or in 16 bit it moves
-    or casts that number, which makes it a trained one (PEFT 0.21.2): what was saved would be another model.
+    PEFT divides by a number per matrix, `ranknum`, that is never saved. If the base is on a GPU or in 16 bit, PEFT
+    moves or casts that number and thereby makes it trainable (PEFT 0.21.2): the saved adapter would be another model.
     """
     wrapped = get_peft_model(base, config)
     for name, parameter in wrapped.named_parameters():
@@ -45,10 +45,10 @@ def attach_ranks(base: PreTrainedModel, config: AdaLoraConfig) -> PeftModel:
 
 
 def load_whole(base: PreTrainedModel, folder: str | Path, config: AdaLoraConfig) -> PeftModel:
-    """An adapter to continue from: its ranks keep their places among the initial ranks; the others are zero.
+    """Loads an adapter to continue from: its ranks keep their positions among the initial ranks; the others are zero.
 
     Raises:
-        RuntimeError: if its shapes are not the base's.
+        RuntimeError: if its shapes do not match the base.
     """
     weights, kept = load_peft_weights(str(folder), device="cpu"), config.rank_pattern
     for name, left in (kept or {}).items():
@@ -66,15 +66,15 @@ def load_whole(base: PreTrainedModel, folder: str | Path, config: AdaLoraConfig)
 
 
 def ranks_left(wrapped: PeftModel) -> dict[str, list[bool]]:
-    """Which ranks of each matrix are not zero, as PEFT's `rank_pattern`."""
+    """The non-zero ranks of each matrix, as PEFT's `rank_pattern`."""
     named = wrapped.base_model.model.named_parameters()
     return {name: (p != 0).view(-1).tolist() for name, p in named if ".lora_E." in name}
 
 
 class AdaptiveRanks(TrainerCallback):
-    """Drives AdaLoRA's schedule at every optimizer step, and adds its orthogonality term to the gradients.
+    """Runs AdaLoRA's schedule at every optimizer step, and adds its orthogonality term to the gradients.
 
-    An adapter of --peft_path keeps the ranks that it has.
+    An adapter of --peft_path keeps its ranks.
     """
 
     def __init__(self, trainer: Trainer, wrapped: PeftModel, adapter: AdapterArguments):
@@ -82,14 +82,14 @@ class AdaptiveRanks(TrainerCallback):
         self.config = wrapped.peft_config[wrapped.active_adapter]
         self.allocator = wrapped.base_model.rankallocator
         self.kept = ranks_left(wrapped) if adapter.peft_path else None
-        # PEFT cuts what it saves by this, also in checkpoints; it is filled in at the end.
+        # PEFT prunes what it saves by this, also in checkpoints; it is set at the end.
         self.config.rank_pattern = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         check_schedule(self.adapter, state.max_steps)
         if not self.adapter.peft_path:
             self.config.total_step = state.max_steps
-        folder = args.resume_from_checkpoint if state.global_step else None  # the run has put its folder there
+        folder = args.resume_from_checkpoint if state.global_step else None  # set by the run
         if folder is not None and (Path(folder) / STATE).is_file():
             saved = torch.load(Path(folder) / STATE, map_location=args.device, weights_only=True)
             self.kept = saved.pop("kept")
@@ -97,16 +97,16 @@ class AdaptiveRanks(TrainerCallback):
                 setattr(self.allocator, name, averages)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """The orthogonality term's gradient is there before the batches' gradients are added to it."""
+        """Adds the gradient of the orthogonality term, before those of the batches."""
         if self.config.orth_reg_weight:
             scaler = getattr(self.trainer.accelerator, "scaler", None)
             scale = scaler.get_scale() if scaler is not None else 1.0
             add_orthogonality(self.wrapped, self.config.orth_reg_weight * scale)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        """After the weights moved, while their gradients are still there."""
+        """Runs after the weights were updated, while their gradients are still there."""
         step = state.global_step + 1
-        if self.trainer.guard.is_skipped():  # the gradients, by which ranks are judged, are not finite
+        if self.trainer.guard.is_skipped():  # the gradients, from which ranks are chosen, are not finite
             return
         if self.adapter.peft_path or step > self.config.total_step - self.config.tfinal:
             if self.kept:
@@ -123,10 +123,10 @@ class AdaptiveRanks(TrainerCallback):
             torch.save({**averages, "kept": self.kept}, folder / STATE)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.kept is None:  # ended before the first choice
+        if self.kept is None:  # the run ended before the first choice
             return
         self.config.rank_pattern = left = ranks_left(self.wrapped)
-        # A matrix that has no rank left is a finding, not a weight that was lost.
+        # A matrix without any rank is a result, not a lost weight.
         warnings.filterwarnings("ignore", message="Adapter .* LoRA tensor.* have invalid shape")
         ranks = [sum(pattern) for pattern in left.values()]
         logger.info(
@@ -136,7 +136,7 @@ class AdaptiveRanks(TrainerCallback):
 
 
 def add_orthogonality(wrapped: PeftModel, weight: float) -> torch.Tensor:
-    """Adds to the gradients those of `weight` times the mean of |P Pᵀ - 1| over all P = A and Bᵀ; returns the term."""
+    """Adds the gradient of `weight` times the mean of |P Pᵀ - 1| over all P = A and Bᵀ; returns the term."""
     matrices = [
         (p, p if ".lora_A." in name else p.T)
         for name, p in wrapped.named_parameters()

@@ -39,7 +39,7 @@ from stagewise.models.quantization.experts import reach_packed
 def attach_adapter(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> PeftModel:
     """Wraps the model in a new adapter, or in the one of --peft_path to continue from.
 
-    The adapter's weights are float32 whatever the base's precision. LoRA: https://arxiv.org/abs/2106.09685, rsLoRA:
+    The adapter's weights are float32, whatever the base's precision. LoRA: https://arxiv.org/abs/2106.09685, rsLoRA:
     2312.03732, DoRA: 2402.09353, PiSSA: 2404.02948, AdaLoRA: 2303.10512.
 
     Args:
@@ -94,7 +94,7 @@ def _lora_name(args: AdapterArguments) -> str:
 
 
 def _go_on(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> PeftModel:
-    """The adapter of --peft_path with its own rank and targets, to be trained on."""
+    """Loads the adapter of --peft_path, with its own rank and targets, for further training."""
     config = read_adapter_config(args.peft_path)
     check_continuation(args, config, task_type, [*linear_targets(model), *fused_experts(model)])
     plus = longlora_modules(model)
@@ -117,22 +117,22 @@ def _summary(model: PeftModel) -> str:
     share = f"trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)"
     if config.is_prompt_learning:
         return f"{config.num_virtual_tokens} virtual tokens; {share}"
-    lasts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}  # PEFT lists heads that do not exist, too
+    lasts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}  # PEFT also lists heads that do not exist
     in_full = sorted({n.rsplit(".", 1)[-1] for n in config.modules_to_save or []} & lasts)
     rank = f"ranks {config.init_r} to {config.target_r}" if hasattr(config, "init_r") else f"rank {config.r}"
     return f"{rank}, alpha {config.lora_alpha:g}{', in full ' + ', '.join(in_full) if in_full else ''}; {share}"
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
-    """Puts a saved adapter on its base; `adapter_model.bin` is read with weights_only=True, so it can run no code.
+    """Attaches a saved adapter to its base; `adapter_model.bin` is read with weights_only=True, so it can run no code.
 
     Raises:
-        AdapterError: if it does not fit the base: other shapes, or weights that match no module.
+        AdapterError: if it does not fit the base: other shapes, or weights without a module.
     """
     config = read_adapter_config(folder)
     names = tensor_names(Path(folder))
     if getattr(config, "ensure_weight_tying", False):
-        # PEFT saves the embedding's name alone and finds the tie again only where the head is listed too.
+        # PEFT saves only the embedding's name and restores the tie only if the head is listed, too.
         config.modules_to_save, _ = keep_tie(base, names_of(config.modules_to_save))
     kind = config.peft_type.value
     if kind == "LORA":
@@ -140,7 +140,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            # AdaLoRA's pattern is of ranks within a matrix; this check is of LoRA's, which is of matrices
+            # AdaLoRA's pattern lists ranks within a matrix; this check is for LoRA's, which lists matrices
             warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
             if kind == "ADALORA" and is_trainable:
                 wrapped = load_whole(base, folder, config)
@@ -148,7 +148,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
                 wrapped = PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError, TypeError, UserWarning) as error:
         raise AdapterError(f"{folder}: the adapter does not fit {type(base).__name__}: {error}") from error
-    # PEFT drops weights for which it finds no module without a word.
+    # PEFT silently drops weights for which it finds no module.
     modules = {name for name, _ in wrapped.named_modules()}
     lost = [n for n in names if n.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias") not in modules]
     if lost and kind in ("LORA", "ADALORA") and not config.target_parameters:
@@ -162,7 +162,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
 
 
 def method_callbacks(trainer: Trainer, adapter: AdapterArguments | None) -> list[TrainerCallback]:
-    """What a method needs around the steps: AdaLoRA's schedule, the network behind virtual tokens; sets LoRA+ up."""
+    """The callbacks of a method: AdaLoRA's schedule, the encoder of virtual tokens; also sets up LoRA+."""
     if adapter is None or not adapter.trains_adapter:
         return []
     wrapped = trainer.model
@@ -174,7 +174,7 @@ def method_callbacks(trainer: Trainer, adapter: AdapterArguments | None) -> list
 
 
 def use_loraplus(trainer: Trainer, ratio: float) -> None:
-    """LoRA+: the matrices B learn `ratio` times as fast as all else (https://arxiv.org/abs/2402.12354)."""
+    """LoRA+: the matrices B get `ratio` times the learning rate of all others (https://arxiv.org/abs/2402.12354)."""
     kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     rate, decayed = options.pop("lr"), set(trainer.get_decay_parameter_names(trainer.model))
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -239,7 +239,7 @@ def fold(wrapped: PeftModel) -> PreTrainedModel:
 
 
 def _untie_adapted(model: PreTrainedModel) -> None:
-    """Gives a tied head its own weight where embedding or head is adapted: the change is not the other's."""
+    """Gives a tied head its own weight if embedding or head is adapted: the change is not shared."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     adapted = any(isinstance(module, LoraLayer) for module in (head, embedding))
     if head is not None and adapted and head.weight is embedding.weight:

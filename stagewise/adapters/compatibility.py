@@ -1,4 +1,4 @@
-"""Which training method works on which stage, and what is refused before any weights are read."""
+"""Which training method works with which stage, and what is refused before any weights are read."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
 
     Args:
         stage: "pt", "sft", "rm", "dpo" or "ppo".
-        args: what the Trainer gets.
+        args: the Trainer's arguments.
         parts: the stage's dataclasses.
 
     Raises:
-        ArgumentError: for what cannot work, with the way out.
+        ArgumentError: for combinations that cannot work, with a way out.
     """
     adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
     model = next((part for part in parts if isinstance(part, ModelArguments)), None)
@@ -60,7 +60,7 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
 
 
 def take_method_of_adapter(adapter: AdapterArguments, task_type: str) -> None:
-    """--peft_path continues with the method that made the adapter.
+    """Sets the method to that of the adapter of --peft_path.
 
     Raises:
         ArgumentError: for another --fine_tuning_type, or flags that contradict the adapter.
@@ -94,7 +94,7 @@ def _check_virtual_tokens(stage: str, args: TrainingArguments, adapter: AdapterA
 
 
 def check_schedule(adapter: AdapterArguments, steps: int) -> None:
-    """Raises ArgumentError if a run of `steps` optimizer steps is too short for AdaLoRA's; -1: not known yet."""
+    """Raises ArgumentError if a run of `steps` optimizer steps is too short for AdaLoRA; -1: not known yet."""
     if adapter.peft_path:  # its ranks have been chosen
         return
     if 0 < steps <= adapter.tinit + adapter.tfinal:
@@ -106,7 +106,7 @@ def check_schedule(adapter: AdapterArguments, steps: int) -> None:
 
 def _check_lora(stage: str, adapter: AdapterArguments, model: ModelArguments) -> None:
     start, flag = adapter.init_lora_weights, "--init_lora_weights"
-    if adapter.peft_path:  # PEFT repeats an adapter's start as it loads
+    if adapter.peft_path:  # PEFT repeats an adapter's initialization when it loads it
         start, flag = str(read_adapter_config(adapter.peft_path).init_lora_weights), f"--peft_path {adapter.peft_path}"
     if not start.startswith("pissa"):
         return
@@ -150,15 +150,15 @@ def _check_quantized(
 def check_continuation(
     args: AdapterArguments, config: PeftConfig, task_type: str, everything: Sequence[str] = ()
 ) -> None:
-    """Raises AdapterError for flags that ask for something else than the adapter of --peft_path is.
+    """Raises AdapterError for flags that contradict the adapter of --peft_path.
 
-    A flag counts if it stood on the command line, also with its default value, or if it is not its default.
+    A flag counts if it was given on the command line, even with its default value, or differs from its default.
 
     Args:
         args: the adapter flags.
         config: the adapter's.
         task_type: what the stage trains.
-        everything: what --target_modules all stands for, once the model is there to say it.
+        everything: the meaning of --target_modules all, once the model is loaded.
     """
     method = method_of(config, args.peft_path)
     if config.task_type is not None and task_of(config) != task_type:
@@ -183,7 +183,7 @@ def check_continuation(
             if not everything:
                 continue
             wanted = [n for n in everything if "expert" not in n or n in experts]  # they may have been left out
-        # a reward head is kept without being named, and a tied head goes with the embedding
+        # a reward head is kept without being named, and a tied head is saved with the embedding
         implied = set(SEQ_CLS_HEAD_NAMES)
         if config.ensure_weight_tying:  # PEFT adds the embedding's full path
             implied |= {"lm_head", *(n.rsplit(".", 1)[-1] for n in own if "." in n)}

@@ -1,4 +1,4 @@
-"""An adapter's directory: its config, and the names of its weights without reading them."""
+"""An adapter's directory: its config, and the names of its weights, without loading them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stagewise.artifacts.weight_files import ADAPTER, AGAIN, check_hashes, check
 from stagewise.errors import AdapterError, FileError
 from stagewise.models.hub import find_adapter_config
 
-# What adapter_config.json calls a method -> --fine_tuning_type.
+# peft_type in adapter_config.json -> --fine_tuning_type.
 METHOD_OF = {
     "LORA": "lora",
     "ADALORA": "adalora",
@@ -48,7 +48,7 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
 
 
 def task_of(config: PeftConfig) -> str:
-    """What an adapter was trained for: CAUSAL_LM, SEQ_CLS …; "None" where it does not say."""
+    """The task of an adapter: CAUSAL_LM, SEQ_CLS …; "None" if it is not given."""
     return str(getattr(config.task_type, "value", config.task_type))
 
 
@@ -67,7 +67,7 @@ def method_of(config: PeftConfig, folder: str | Path) -> str:
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """The names of an adapter's weights; a .bin that holds more than tensors is refused."""
+    """The names of an adapter's weights; a .bin that contains more than tensors is refused."""
     path = folder / "adapter_model.safetensors"
     if path.is_file():
         with safe_open(path, framework="pt") as weights:

@@ -1,6 +1,6 @@
-"""What merging an adapter into its base is about, and how it is done in memory, where a base's files don't allow more.
+"""Merging an adapter into its base: the inputs, and the merge in memory for bases that can't be merged by file.
 
-`stagewise/adapters/merge_sharded.py` merges file by file, `stagewise/adapters/merge_check.py` compares what came out.
+`stagewise/adapters/merge_sharded.py` merges file by file, `stagewise/adapters/merge_check.py` checks the result.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from stagewise.models.loading import guard_4bit
 
 @dataclass
 class Job:
-    """What is merged: everything that was found out before a weight of the base was read."""
+    """The inputs of a merge: everything known before a weight of the base is read."""
 
     base: Path
-    name: str  # of the base: its directory, or its name on the hub
+    name: str  # of the base: its directory or hub name
     adapter: Path
     config: PeftConfig  # the adapter's
-    base_config: PretrainedConfig  # with a reward head where the adapter has one
+    base_config: PretrainedConfig  # with a reward head if the adapter has one
     auto: type
-    skeleton: PreTrainedModel  # the model without weights
-    weights: dict[str, torch.Tensor]  # the adapter's, named as in the skeleton
+    skeleton: PreTrainedModel  # the model on the meta device
+    weights: dict[str, torch.Tensor]  # the adapter's, with the names of the skeleton
     tokenizer: PreTrainedTokenizerBase
     rows: int  # of the merged embedding
     options: dict[str, Any]  # for from_pretrained
@@ -47,14 +47,14 @@ class Job:
 
 
 def quantization(config: PretrainedConfig) -> str | None:
-    """What a checkpoint was quantized by, None for plain weights."""
+    """The quantization method of a checkpoint, None for plain weights."""
     about = getattr(config, "quantization_config", None)
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
     return None if about is None else str(getattr(method, "value", method))
 
 
 def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The base with the merged embedding's rows; a 4- or 8-bit base comes back in float32."""
+    """Loads the base with the rows of the merged embedding; a 4- or 8-bit base is dequantized to float32."""
     method = quantization(job.base_config)
     if method and method != "bitsandbytes":
         raise MergeError(f"--base_model {job.base}: quantized, and not by bitsandbytes; give its 16-bit original")
@@ -73,20 +73,20 @@ def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
         for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
             module.weight.data[old:] = module.weight.data[:old].float().mean(dim=0).to(module.weight.dtype)
     if job.scores:
-        model.score.float()  # kept as it was trained
+        model.score.float()  # kept in its trained precision
     return model.eval()
 
 
 def merge_and_save(job: Job, folder: Path) -> torch.dtype:
-    """Loads the base, adds the adapter to it and saves it in `folder`; returns the merged model's precision."""
+    """Loads the base, merges the adapter and saves the result in `folder`; returns the merged model's precision."""
     quantized = quantization(job.base_config) is not None
-    # PiSSA first takes from the base what it then adds to: in 16 bit the first rounding would not be undone.
+    # PiSSA first subtracts from the base what it adds later: in 16 bit the first rounding could not be undone.
     exact = str(getattr(job.config, "init_lora_weights", "")).startswith("pissa")
     model = fold(load_adapter(load_base(job, torch.float32 if exact else "auto"), job.adapter))
     if exact and not quantized:
         model = model.to(job.base_config.dtype or torch.float32)
     if quantized:
-        # The dequantized model still carries what turns it back; its weights go into a plain one.
+        # The dequantized model still has hooks that would quantize it again; its weights go into a plain one.
         del job.skeleton.config.quantization_config
         job.skeleton.load_state_dict(model.state_dict(), assign=True)
         job.skeleton.tie_weights()

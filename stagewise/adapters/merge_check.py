@@ -1,4 +1,4 @@
-"""Whether a merged model is its base with the adapter: both are run in float32 on the same prompts."""
+"""Checks that a merged model equals its base with the adapter: both are run in float32 on the same prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stagewise.adapters.attach import load_adapter
 from stagewise.adapters.merge import Job, load_base
 from stagewise.errors import MergeError
 
-TOLERANCE = 2e-4  # as a share of the largest logit, or absolute for scores below 1
+TOLERANCE = 2e-4  # relative to the largest logit, or absolute for scores below 1
 PROMPTS = (
     "Drink enough water, sleep well, and ask a doctor",
     "多喝水,好好休息。",
@@ -31,14 +31,14 @@ def logits_of(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
 def check_merged(job: Job, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     """Compares merged with base + adapter in float32, one model in memory at a time.
 
-    Rounding the merged weights to a base's 16 bit moves the logits by more than a small mistake would. So base +
-    adapter is also merged here by PEFT and rounded: what is left between that and the merged model has a tolerance.
+    Rounding merged weights to the base's 16 bit changes the logits more than a small mistake would. So base + adapter
+    is also merged by PEFT and rounded here: the tolerance applies to the difference between that and the merged model.
 
     Raises:
-        MergeError: if the difference left is above the tolerance, or not a number.
+        MergeError: if the difference is above the tolerance, or NaN.
     """
     rows = job.skeleton.get_input_embeddings().weight.shape[0]
-    texts = PROMPTS if job.scores else ["\n".join(PROMPTS)]  # one score a text, one row of logits a token
+    texts = PROMPTS if job.scores else ["\n".join(PROMPTS)]  # one score per text, one row of logits per token
     prompts = [[i for i in job.tokenizer(text).input_ids if i < rows] or [0] for text in texts]
     wrapped = load_adapter(load_base(job, torch.float32), job.adapter)
     expected = rounded = logits_of(wrapped, prompts)
@@ -54,7 +54,7 @@ def check_merged(job: Job, folder: Path, dtype: torch.dtype) -> dict[str, float]
     merged = job.auto.from_pretrained(folder, dtype=torch.float32, **{**job.options, "local_files_only": True}).eval()
     found = logits_of(merged, prompts)
     difference, left = largest(found - expected), largest(found - rounded)
-    # float32 sums in another order, and a sum in another order may round the other way
+    # float32 sums in another order may round differently
     tolerance = TOLERANCE * max(1.0, largest(expected)) + 0.1 * largest(rounded - expected)
     told = f"largest difference of the logits {difference:.2e}"
     if dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""An adapter folded into its base shard by shard: one shard in memory, never base and result."""
+"""Merging an adapter into its base shard by shard: one shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stagewise.errors import ArgumentError
 
 @dataclass
 class Plan:
-    """What happens to each tensor; the names are those in the base's files.
+    """The plan for each tensor; names are those in the base's files.
 
     A file with `layers = {"q_proj.weight": …}`, `whole = {"embed.weight": …}` and `dropped = {"lm_head.weight"}`:
 
@@ -37,11 +37,11 @@ class Plan:
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
     new: dict[str, torch.Tensor] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
-    untied: bool = False  # embedding and head were trained apart
+    untied: bool = False  # embedding and head were trained separately
 
 
 def shards_of(folder: Path) -> dict[str, list[str]]:
-    """Each safetensors file of a model directory with the names in it; empty where the weights are in another form."""
+    """Each safetensors file of a model directory with the names in it; empty for other weight formats."""
     names = shard_names(folder) or [name for name in ("model.safetensors",) if (folder / name).is_file()]
     files = {}
     for name in names:
@@ -58,15 +58,15 @@ def plan_shards(
 
     Args:
         base: the base's directory.
-        skeleton: the model that the adapter belongs to, on the meta device; it is not changed.
+        skeleton: the adapter's model, on the meta device; not changed.
         config: the adapter's.
-        weights: the adapter's tensors, named as in the skeleton.
+        weights: the adapter's tensors, with the names of the skeleton.
 
     Returns:
         the plan, or the reason why this base and adapter have to be merged in memory.
 
     Raises:
-        FileError: if the base's index names files elsewhere, or a file is cut.
+        FileError: if the base's index names files elsewhere, or a file is truncated.
         ArgumentError: if the adapter has weights for layers that the model does not have.
     """
     head, embedding = tied_names(skeleton)
@@ -81,12 +81,12 @@ def plan_shards(
     prefix = skeleton.base_model_prefix + "."
 
     def stored_as(name: str) -> str | None:
-        # BLOOM and GPT-2 checkpoints, among others, leave the inner model's prefix out.
+        # BLOOM and GPT-2 checkpoints, among others, omit the inner model's prefix.
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in stored), None)
 
     layers = adapted_layers(skeleton, config, lora)
     whole = {name: tensor for name, tensor in weights.items() if name not in lora}
-    # a base has no reward head, and may leave a tied head out
+    # a base has no reward head, and may omit a tied head
     needed = [*layers, *(name for name in whole if name not in ("score.weight", head))]
     if lost := [name for name in needed if stored_as(name) is None]:
         return f"the base's files have no {lost[0]} (one of {len(lost)}): such names are converted while loading"
@@ -111,7 +111,7 @@ def _needs_memory(config: PeftConfig, base: PretrainedConfig, weights: dict[str,
         return f"{config.peft_type.value} layers are merged by PEFT"
     special = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
     asked = [name for name in special if getattr(config, name, None)]
-    if config.init_lora_weights not in (True, False, "gaussian"):  # PiSSA and its kin begin by changing the base
+    if config.init_lora_weights not in (True, False, "gaussian"):  # PiSSA and similar methods change the base first
         asked.append(f"init_lora_weights {config.init_lora_weights}")
     if asked or config.bias != "none" or any(".base_layer." in name for name in weights):
         return f"adapters with {asked[0] if asked else 'trained biases or embeddings'} are merged by PEFT"
@@ -129,7 +129,7 @@ def tied_names(model: PreTrainedModel) -> tuple[str | None, str]:
 def adapted_layers(
     skeleton: PreTrainedModel, config: PeftConfig, lora: dict[str, torch.Tensor]
 ) -> dict[str, LoraLayer]:
-    """PEFT's layers by the name of the weight they change, A and B filled in; they know scale and orientation."""
+    """PEFT's layers by the name of the weight they change, with A and B loaded; they know scale and orientation."""
     wrapped = get_peft_model(skeleton, _for_layers_only(config), low_cpu_mem_usage=True)
     layers, used = {}, set()
     for path, layer in wrapped.get_base_model().named_modules():
@@ -150,19 +150,19 @@ def adapted_layers(
 
 
 def _for_layers_only(config: PeftConfig) -> PeftConfig:
-    """The same adapter without its modules in full, which are taken from its file as they are."""
+    """The same config without fully trained modules, which are taken from the adapter's file."""
     without: dict[str, Any] = dict.fromkeys(("modules_to_save", "task_type", "base_model_name_or_path"))
     return type(config)(**{**config.to_dict(), **without, "ensure_weight_tying": False, "inference_mode": True})
 
 
 def merge_shards(base: Path, plan: Plan, folder: Path) -> torch.dtype:
-    """Writes the merged shards into `folder`, named and filled as the base's.
+    """Writes the merged shards into `folder`, with the names and contents of the base's shards.
 
     Returns:
         the precision of the merged layers.
 
     Raises:
-        ArgumentError: if a shape differs, which another base than the adapter's own has.
+        ArgumentError: if a shape differs, as in a base that is not the adapter's own.
     """
     weight_map: dict[str, str] = {}
     size, dtype = 0, torch.float32
@@ -193,7 +193,7 @@ def merge_shards(base: Path, plan: Plan, folder: Path) -> torch.dtype:
 
 
 def _merged(name: str, tensor: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """One tensor of the result, in the precision that it has in the base."""
+    """One merged tensor, in the base's precision."""
     delta = lora_delta(plan.layers[name]) if name in plan.layers else None
     for new in (plan.whole.get(name), delta):
         if new is not None and new.shape != tensor.shape:

@@ -1,4 +1,4 @@
-"""Which layers an adapter takes: every linear one, or those that are named."""
+"""The layers that an adapter targets: every linear one, or those that are named."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from stagewise.config.arguments import AdapterArguments
 from stagewise.errors import AdapterError
 
-# A module whose path has one of these words belongs to pictures or sound, which text batches never reach.
+# A module with one of these words in its path belongs to images or audio, which text batches never reach.
 OTHER_SENSES = ("vision", "visual", "audio", "image", "multi_modal", "multimodal", "speech")
 
 
 @dataclass
 class Targets:
-    """What an adapter takes: linear layers, expert parameters, and what it leaves out and why."""
+    """The targets of an adapter: linear layers, expert parameters, and what is left out and why."""
 
     modules: list[str]
     parameters: list[str] = field(default_factory=list)
@@ -29,12 +29,12 @@ class Targets:
 
 
 def choose_targets(model: PreTrainedModel, args: AdapterArguments) -> Targets:
-    """What --target_modules asks for.
+    """Resolves --target_modules.
 
-    `all`: every linear layer and, for plain LoRA, the experts that are held as one 3-D parameter.
+    `all`: every linear layer and, for plain LoRA, experts stored as one 3-D parameter.
 
     Raises:
-        AdapterError: for names that the model does not have, or experts that the method cannot take.
+        AdapterError: for names that the model does not have, or experts that the method does not support.
     """
     words, experts = names_of(args.target_modules), fused_experts(model)
     reason = no_experts_because(args)
@@ -57,7 +57,7 @@ def choose_targets(model: PreTrainedModel, args: AdapterArguments) -> Targets:
 
 
 def no_experts_because(args: AdapterArguments) -> str | None:
-    """Why the method cannot take experts that are held as one 3-D parameter, or None."""
+    """The reason why the method does not support experts stored as one 3-D parameter, or None."""
     if args.method == "adalora":
         return "AdaLoRA takes linear layers alone"
     if args.use_dora:
@@ -72,8 +72,8 @@ def no_experts_because(args: AdapterArguments) -> str | None:
 def linear_targets(model: PreTrainedModel) -> list[str]:
     """Names for `target_modules` of every linear layer: nn.Linear, its 4/8-bit forms, Conv1D, fused projections.
 
-    Left out: the output head, a reward model's head, routers, and the layers of pictures and sound. A name is the
-    last part of the module's path ("q_proj"), or its full path where the last part alone would also take a layer left
+    Left out: the output head, a reward model's head, routers, and the layers of images and audio. A name is the last
+    part of the module's path ("q_proj"), or its full path if the last part alone would also match a layer that is left
     out.
 
     Raises:
@@ -94,14 +94,14 @@ def linear_targets(model: PreTrainedModel) -> list[str]:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether the module chooses experts: some are derived from nn.Linear, yet give more than one tensor."""
+    """Whether the module is a router: some derive from nn.Linear but return several tensors."""
     return "router" in type(module).__name__.lower()
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Last parts of the names of 3-D expert parameters, which are no linear layers ("experts.gate_up_proj").
+    """Last parts of the names of 3-D expert parameters, which are not linear layers ("experts.gate_up_proj").
 
-    Those in 4 bit have three dimensions, too.
+    Those in 4 bit also have three dimensions.
     """
     names = (name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) == 3)
     return sorted({".".join(name.split(".")[-2:]) for name in names if "expert" in name})
@@ -114,7 +114,7 @@ def names_of(value: str | list[str] | None) -> list[str]:
 
 
 def check_names(model: nn.Module, flag: str, wanted: list[str], kinds: tuple[type, ...] | None) -> None:
-    """Raises AdapterError if a name matches no module of `kinds` (None: any that has weights of its own)."""
+    """Raises AdapterError if a name matches no module of `kinds` (None: any with its own weights)."""
     exist = {
         name
         for name, module in model.named_modules()
@@ -130,7 +130,7 @@ def check_names(model: nn.Module, flag: str, wanted: list[str], kinds: tuple[typ
 
 
 def check_pairs(model: PreTrainedModel, targets: list[str], kept: list[str]) -> None:
-    """Raises AdapterError for a module named twice, and for half of a tied pair."""
+    """Raises AdapterError for a module named twice, and for one half of a tied pair."""
     if both := sorted(set(targets) & set(kept)):
         raise AdapterError(
             f"--target_modules and --modules_to_save both name {', '.join(both)}: keep it in one of them"
@@ -143,7 +143,7 @@ def check_pairs(model: PreTrainedModel, targets: list[str], kept: list[str]) -> 
 
 
 def keep_tie(model: PreTrainedModel, kept: list[str]) -> tuple[list[str], bool]:
-    """On a tied model, embedding and head are trained as one weight, whichever of them was named."""
+    """On a tied model, embedding and head are trained as one weight, whichever was named."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not kept or head.weight is not embedding.weight:
         return kept, False
@@ -151,12 +151,12 @@ def keep_tie(model: PreTrainedModel, kept: list[str]) -> tuple[list[str], bool]:
     named = [k for k in kept if any(name == k or name.endswith(f".{k}") for name in pair)]
     if not named:
         return kept, False
-    # PEFT looks for the tie only where one of its own names (lm_head) is listed, so both always are.
+    # PEFT restores the tie only if one of its own names (lm_head) is listed, so both always are.
     lasts = [name.rsplit(".", 1)[-1] for name in pair]
     return [*(k for k in kept if k not in named), *lasts], True
 
 
 def all_conv1d(model: nn.Module, targets: list[str]) -> bool:
-    """Conv1D keeps its weight as (in, out); PEFT wants that said."""
+    """Whether all are Conv1D, whose weight is (in, out); PEFT needs to be told."""
     kinds = [type(m) for n, m in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets)]
     return bool(kinds) and all(issubclass(kind, Conv1D) for kind in kinds)

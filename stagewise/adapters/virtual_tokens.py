@@ -1,7 +1,7 @@
-"""Prompt tuning, P-tuning and prefix tuning: learned virtual tokens before the text; no weight of the base changes.
+"""Prompt tuning, P-tuning and prefix tuning: trained virtual tokens before the text; the base's weights do not change.
 
-prompt_tuning   v v v t t t      embeddings, learned as they are        Lester et al. 2021
-p_tuning        v v v t t t      embeddings, learned through a network  Liu et al. 2021
+prompt_tuning   v v v t t t      embeddings, trained directly           Lester et al. 2021
+p_tuning        v v v t t t      embeddings, trained through an encoder Liu et al. 2021
 prefix_tuning   each layer's keys and values of v v v                   Li and Liang 2021
 """
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from stagewise.config.arguments import AdapterArguments
 from stagewise.errors import AdapterError
 
-STATE = "prompt_encoder.pt"  # in a checkpoint: the network, of which the adapter keeps only the outcome
+STATE = "prompt_encoder.pt"  # in a checkpoint: the encoder, of which the adapter only keeps the output
 
 
 def virtual_config(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> PeftConfig:
@@ -30,16 +30,16 @@ def virtual_config(model: PreTrainedModel, args: AdapterArguments, task_type: st
     shape = {"encoder_hidden_size": width} if args.prefix_projection else {}
     text = model.config.get_text_config()
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        # Falcon: one head of keys and values for all, which PEFT does not read from its config.
+        # Falcon has one key and value head for all heads, which PEFT does not read from its config.
         shape |= {"num_attention_heads": 1, "token_dim": text.hidden_size // text.num_attention_heads}
     return PrefixTuningConfig(**common, prefix_projection=args.prefix_projection, **shape)
 
 
 def attach_virtual_tokens(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> PeftModel:
-    """Puts new virtual tokens before a model.
+    """Adds new virtual tokens to a model.
 
     Raises:
-        AdapterError: for an architecture in which they have no place.
+        AdapterError: for an architecture that does not support them.
     """
     name = type(model).__name__
     try:
@@ -59,9 +59,9 @@ def attach_virtual_tokens(model: PreTrainedModel, args: AdapterArguments, task_t
 
 @torch.no_grad()
 def probe(wrapped: PeftModel) -> float:
-    """How far the virtual tokens move the logits of two tokens, as training runs them.
+    """How far the virtual tokens move the logits of two tokens, run as in training.
 
-    Infinitely far in a model without weights, of which nothing can be said.
+    Infinite for a model without weights, which cannot be probed.
     """
     ids = torch.tensor([[0, 1]], device=wrapped.get_input_embeddings().weight.device)
     if ids.is_meta:
@@ -77,19 +77,19 @@ def probe(wrapped: PeftModel) -> float:
 
 
 def learn_again(wrapped: PeftModel) -> PeftModel:
-    """--peft_path: the virtual tokens are learned as they are; the network that made them is not in an adapter."""
+    """--peft_path: trains the virtual tokens directly; the encoder that produced them is not part of an adapter."""
     encoder = wrapped.prompt_encoder[wrapped.active_adapter]
     encoder.embedding.weight.requires_grad_(True)
     return wrapped.train()
 
 
 class EncoderState(TrainerCallback):
-    """Keeps the network behind the virtual tokens in checkpoints, so that a resumed run continues with it."""
+    """Saves the encoder of virtual tokens in checkpoints, so that a resumed run continues with it."""
 
     def __init__(self, wrapped: PeftModel):
         self.encoder = wrapped.prompt_encoder[wrapped.active_adapter]
         if len(list(self.encoder.children())) > 1:
-            # PEFT would load what the network made into its input, which has another shape or meaning.
+            # PEFT would load the encoder's output as its input, which has another shape or meaning.
             self.encoder._load_adapter_state_dict = lambda state: None
 
     def on_save(self, args, state, control, **kwargs):
@@ -98,7 +98,7 @@ class EncoderState(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
-            self._restore(args.resume_from_checkpoint)  # the run has put the checkpoint's folder there
+            self._restore(args.resume_from_checkpoint)  # the run has created the checkpoint's folder
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.load_best_model_at_end:

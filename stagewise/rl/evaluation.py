@@ -1,4 +1,4 @@
-"""PPO's evaluation: the model answers the validation prompts, and its answers are scored and measured."""
+"""PPO's evaluation: the model answers the validation prompts, and its responses are scored."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ COLUMNS = ("score", "kl", "length", "nll", "ended", "repetition")
 
 
 class EvaluatesAnswers:
-    """For a Trainer whose validation set holds prompts, and which can `generate`, `score` and `judge` answers."""
+    """Mixin for a Trainer with prompts as its validation set, and methods to `generate`, `score` and `judge`."""
 
-    eval_answers = 1  # to each prompt; its numbers are their means
-    answers: list[dict[str, Any]]  # of the last evaluation; while it continues, this process's
+    eval_answers = 1  # per prompt; the means over its responses
+    answers: list[dict[str, Any]]  # of the last evaluation; during one, those of this process
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Answers validation prompts, from the same random numbers each time: COLUMNS, (B, 6), and index, (B,).
+        """Answers validation prompts, with the same random numbers each time: COLUMNS, (B, 6), and index, (B,).
 
-        A prompt's row is the mean over its `eval_answers` answers.
+        A prompt's row is the mean over its `eval_answers` responses.
         """
         keys = [(i, number) for i in inputs["index"].tolist() for number in range(self.eval_answers)]
         prompts = [self.eval_dataset.examples[i] for i, _ in keys]
@@ -49,16 +49,16 @@ class EvaluatesAnswers:
         return None, rows, inputs["index"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Leaves the answers of all processes in `answers`."""
+        """Collects the responses of all processes in `answers`."""
         self.answers = []
         output = super().evaluation_loop(*args, **kwargs)
-        # Processes are handed whole batches, so the last ones may repeat a record.
+        # Processes get whole batches, so the last ones may repeat a record.
         answers = {(answer["where"], answer["number"]): answer for answer in gather_object(self.answers)}
         self.answers = list(answers.values())
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """With --save_eval_records the answers' texts are written, too: eval_records/answers-step-N.jsonl."""
+        """With --save_eval_records also writes the responses' texts: eval_records/answers-step-N.jsonl."""
         metrics = super().evaluate(*args, **kwargs)
         if self.args.save_eval_records and self.args.should_save:
             path = Path(self.args.output_dir) / "eval_records" / f"answers-step-{self.state.global_step}.jsonl"
@@ -66,7 +66,7 @@ class EvaluatesAnswers:
         return metrics
 
     def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
-        """A few of the answers that the last evaluation scored (--eval_samples)."""
+        """Some of the responses that the last evaluation scored (--eval_samples)."""
         answers = {answer["where"]: answer for answer in self.answers if answer["number"] == 0}
         samples = []
         for place in chosen(self, count):
@@ -78,7 +78,7 @@ class EvaluatesAnswers:
 
 
 def answer_metrics(rows: np.ndarray) -> dict[str, float]:
-    """COLUMNS of all answers -> their means, and the perplexity of their tokens under the reference."""
+    """COLUMNS of all responses -> their means, and the perplexity of their tokens under the reference."""
     means = dict(zip(COLUMNS, rows.mean(axis=0).tolist(), strict=True))
     return {
         "reward": means["score"],

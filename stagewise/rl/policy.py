@@ -1,8 +1,8 @@
-"""Policy, value head and reference on one set of weights.
+"""Policy, value head and reference with one set of weights.
 
-prompt and answer ─► base + adapter ─► last hidden states ─┬─► output head ─► log-probabilities of the answer
-                                                           └─► value head  ─► what reward is still to come
-                 └─► base alone ────────────────────────────► output head ─► the reference's log-probabilities
+prompt and response ─► base + adapter ─► last hidden states ─┬─► output head ─► log-probabilities of the response
+                                                             └─► value head  ─► expected future reward
+                   └─► base alone ────────────────────────────► output head ─► the reference's log-probabilities
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Batch = dict[str, torch.Tensor]
 
 
 def answer_batch(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int) -> Batch:
-    """Prompts with their answers, whose tokens are the labels: input_ids, labels, attention_mask of shape (B, T).
+    """Prompts with their responses, which have labels: input_ids, labels, attention_mask of shape (B, T).
 
-    All answers begin at one column, so that the output head, the widest matrix, runs at answers alone:
+    All responses begin at the same column, so logits, the largest matrix product, are only computed for responses:
 
         . . p p p | a a a a
         p p p p p | a a . .
@@ -41,12 +41,12 @@ def answer_batch(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad
 
 
 class Policy:
-    """What PPO asks of a causal language model, which gets a `value_head` for it.
+    """What PPO needs from a causal language model, which gets a `value_head`.
 
     Args:
-        model: with an adapter, or whole; the value head becomes a part of it, and so is trained.
-        reference: None where the reference is the model without its adapter; else a frozen copy.
-        temperature: at which answers are drawn, and log-probabilities taken.
+        model: with an adapter, or without; the value head becomes a part of it, and is trained with it.
+        reference: None if the reference is the model without its adapter; else a frozen copy.
+        temperature: of sampling and of log-probabilities.
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module | None, temperature: float):
@@ -54,7 +54,7 @@ class Policy:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.keep_logits = takes_kept_logits(model)
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
-        self.hidden: torch.Tensor | None = None  # what an output head has just read
+        self.hidden: torch.Tensor | None = None  # the last input of the output head
         weight = model.get_output_embeddings().weight
         model.value_head = Float32Linear(weight.shape[1], 1, device=weight.device)
         nn.init.zeros_(model.value_head.weight)
@@ -67,14 +67,14 @@ class Policy:
         self.hidden = args[0]
 
     def logps_and_values(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each answer token's log-probability at the policy's temperature, and the value from before it on.
+        """Each response token's log-probability at the policy's temperature, and the value before it.
 
         Args:
             model: the model, wrapped (DDP, DeepSpeed) or not.
-            batch: what `answer_batch` made, on the model's device.
+            batch: from `answer_batch`, on the model's device.
 
         Returns:
-            (N,) and (N,) in float32, for the N tokens of the batch's answers, row after row.
+            (N,) and (N,) in float32, for the N tokens of the batch's responses, row after row.
         """
         logits, hidden, targets = self._before_answers(model, batch)
         answered = targets != IGNORE_INDEX
@@ -83,7 +83,7 @@ class Policy:
 
     @torch.no_grad()
     def reference_logps(self, batch: Batch, *others: float) -> list[torch.Tensor]:
-        """Log-probabilities of the answers' tokens under the reference, at the policy's and at other temperatures.
+        """Log-probabilities of the response tokens under the reference, at the policy's and at other temperatures.
 
         Returns:
             (N,) for the policy's temperature, then one for each of `others`.
@@ -94,7 +94,9 @@ class Policy:
         return [found[temperature] for temperature in (self.temperature, *others)]
 
     def _before_answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits (B, A, V) and hidden states (B, A, H) at the columns before answers' tokens, and those, (B, A)."""
+        """Logits (B, A, V) and hidden states (B, A, H) at the columns before response tokens, and those tokens, (B,
+        A).
+        """
         features = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         places = learned_positions(batch["labels"])
         if self.takes_positions:
@@ -109,6 +111,6 @@ class Policy:
 
 
 def _logps(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities of the targets that are tokens: (B, A, V), (B, A) -> (N,)."""
+    """Log-probabilities of the targets that are not padding: (B, A, V), (B, A) -> (N,)."""
     logps = -token_nll(logits if temperature == 1 else logits.float() / temperature, targets)
     return logps[targets != IGNORE_INDEX]

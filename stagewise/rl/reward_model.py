@@ -1,10 +1,10 @@
-"""The reward model of PPO: any sequence classifier, read through its own tokenizer and chat form.
+"""The reward model of PPO: any sequence classifier, used with its own tokenizer and chat template.
 
-has a chat template     the conversation with the answer, as `apply_chat_template` encodes it
-has none                prompt and answer as a pair of texts
+has a chat template     the conversation with the response, as `apply_chat_template` encodes it
+has none                prompt and response as a pair of texts
 
-An answer's tokens become text first, also where both models have one tokenizer: a reward model is trained on encoded
-texts, and sampled tokens may spell a text in another way.
+Response tokens are decoded first, even if both models share a tokenizer: a reward model is trained on encoded texts,
+and sampled tokens may spell a text differently.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from stagewise.models.tokenizer import check_vocabulary, load_tokenizer
 
 FLAG = "--reward_model_name_or_path"
 PAIR = "prompt and answer as a pair"
-ROWS = 16  # answers scored at a time
+ROWS = 16  # responses scored at a time
 
 
 @dataclass
 class Scorer:
-    """Scores answers.
+    """Scores responses.
 
     Args:
         model: a sequence classifier in eval mode.
         tokenizer: its own tokenizer, whose chat template makes its rows.
-        template: the chat form of a reward model that an older version made; None elsewhere.
-        policy_tokenizer: of the answers.
-        policy_template: the chat form of the prompts where it is the reward model's too, and so is the tokenizer.
-        ends: the ids that the policy's answers end with.
+        template: the chat template of a reward model from an older version; otherwise None.
+        policy_tokenizer: of the responses.
+        policy_template: the chat template of the prompts if the reward model shares it and the tokenizer.
+        ends: the ids that end the policy's responses.
         label: the score is this label's logit.
     """
 
@@ -71,12 +71,12 @@ class Scorer:
     def __call__(
         self, prompts: Sequence[Conversation], prompt_ids: Sequence[list[int]], answers: Sequence[list[int]]
     ) -> torch.Tensor:
-        """Scores of answers, (B,) in float32 on the model's device.
+        """Scores of responses, (B,) in float32 on the model's device.
 
         Args:
-            prompts: conversations that end with what is answered.
-            prompt_ids: the same as the policy's tokens, perhaps without their first exchanges.
-            answers: the policy's tokens, with the end marker where the answer ended by itself.
+            prompts: conversations to be answered.
+            prompt_ids: the same as the policy's tokens, possibly without their first exchanges.
+            answers: the policy's tokens, including the end marker of a complete response.
         """
         rows = [self.encode(*row) for row in zip(prompts, prompt_ids, answers, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -96,9 +96,9 @@ class Scorer:
         return scores
 
     def encode(self, prompt: Conversation, prompt_ids: list[int], answer: list[int]) -> dict[str, list[int]]:
-        """One answer as the reward model's input; an answer that was cut off is closed, as those it learned from."""
+        """One response as the reward model's input; a response that was cut off is closed, as in its training."""
         ended = answer[-1] in self.ends
-        # Special tokens in the middle of an answer are seen where they mean the same to both models.
+        # Special tokens within a response are kept if they mean the same to both models.
         hidden = self.policy_template is None
         text = self.policy_tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=hidden).strip()
         text = text if ended else text.rstrip(BROKEN)
@@ -118,7 +118,7 @@ class Scorer:
             messages = messages[later[0] :]
 
     def _asked(self, prompt: Conversation, prompt_ids: list[int]) -> tuple[Message, ...]:
-        """The messages that the policy was shown, where that can be told: its prompt may lack the first exchanges."""
+        """The messages of the policy's prompt, if they can be determined: it may lack the first exchanges."""
         messages = prompt.messages
         while self.policy_template is not None:
             later = [number for number, message in enumerate(messages) if message.role == "user" and number > 0]
@@ -144,7 +144,7 @@ class Scorer:
                               f"conversation: {error}") from error  # fmt: skip
 
     def _pair(self, question: str, answer: str, limit: int | None, where: str) -> dict[str, list[int]]:
-        """Prompt and answer as a pair of texts; of a long prompt the end is kept, which is what is answered."""
+        """Prompt and response as a pair of texts; a long prompt keeps its end."""
         pair = dict(self.tokenizer(question, answer))
         if limit is None or len(pair["input_ids"]) <= limit:
             return pair
@@ -157,7 +157,7 @@ class Scorer:
 
 
 def position_limit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most tokens a model reads, or None if nothing says so."""
+    """The most tokens a model reads, or None if unknown."""
     known = [context_of(config), tokenizer.model_max_length]
     return min((n for n in known if n and 0 < n < 10**9), default=None)
 
@@ -172,23 +172,25 @@ def load_scorer(
     device: torch.device,
     longest: int,
 ) -> Scorer:
-    """Loads a reward model: this project's, merged or as its adapter, or any sequence classifier.
+    """Loads a reward model: this project's, merged or as an adapter, or any sequence classifier.
 
     Args:
         name: directory or hub name.
         args: the policy's model flags, for precision, cache and access.
-        label: which label's logit is the score; None for a model with one.
+        label: the label whose logit is the score; None for a model with one label.
         tokenizer: the policy's.
         template: the policy's.
-        device: where it runs.
-        longest: the most tokens of prompt and answer.
+        device: for the reward model.
+        longest: the most tokens of prompt and response.
 
     Raises:
-        RewardError: naming what was found and what to do.
+        RewardError: with what was found and what to do.
     """
     own = replace(args, model_name_or_path=name, tokenizer_name_or_path=None, model_type="auto", model_revision="main")
     own.device_map = None
-    own.qlora = own.load_in_4bit = own.load_in_8bit = False  # the scores are what is learned from: not rounded
+    own.qlora = own.load_in_4bit = own.load_in_8bit = (
+        False  # the policy is trained on the scores: they should not be rounded
+    )
     own.router_aux_loss, own.router_aux_loss_coef = False, None
     own.rope_scaling, own.rope_factor, own.rope_factors_file, own.shift_attn = None, None, None, False
     folder = Path(name)
@@ -224,7 +226,7 @@ def load_scorer(
 
 
 def _form_of(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[AnyTemplate | None, Reading]:
-    """The chat form that a reward model was trained in, None where it can't be told, and which rows it reads."""
+    """The chat template that a reward model was trained with, None if unknown, and the rows it reads."""
     reading, saved = reading_of(tokenizer, name), tokenizer.chat_template
     if not saved:
         return None, reading
@@ -241,7 +243,7 @@ def _form_of(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[AnyTemplate
 
 
 def _adapter(args: ModelArguments, label: int | None) -> tuple[nn.Module, PreTrainedTokenizerBase, int]:
-    """The base that the adapter names, with the adapter and its head on it."""
+    """The base that the adapter names, with the adapter and its head."""
     folder = args.model_name_or_path
     config = read_adapter_config(folder)
     if task_of(config) != "SEQ_CLS":
@@ -273,7 +275,7 @@ def _classifier(args: ModelArguments, label: int | None) -> tuple[nn.Module, Pre
     check_vocabulary(model, tokenizer)
     head = getattr(model, "score", None)
     if isinstance(head, nn.Linear) and head.weight.dtype != torch.float32:
-        # Scores in 16 bit would be rounded to steps as large as what answers differ by.
+        # Scores in 16 bit would be rounded to steps as large as the differences between responses.
         model.score = Float32Linear(head.in_features, head.out_features, bias=head.bias is not None)
         model.score.load_state_dict(head.state_dict())
     return model, tokenizer, label
@@ -291,7 +293,7 @@ def _label(count: int, asked: int | None, names: Mapping[int, str]) -> int:
 
 
 def _alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers turn every text into the same ids, but for the text of a pad token."""
+    """Whether two tokenizers encode every text to the same ids, except the text of a pad token."""
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
     if None in backends:
         return False

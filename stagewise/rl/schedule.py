@@ -1,4 +1,4 @@
-"""How long a PPO run is, and how a rollout is cut into minibatches and updates."""
+"""The length of a PPO run, and how a rollout is split into minibatches and updates."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def settle_batches(
     passes: int,
     rollouts: int | None,
 ) -> int:
-    """Settles how a rollout is cut into minibatches, and the Trainer's flags that would have a say in it.
+    """Determines how a rollout is split into minibatches, and sets the Trainer's related flags.
 
     Args:
-        args: the Trainer's flags; `per_device_train_batch_size` and others are set.
+        args: the Trainer's arguments; `per_device_train_batch_size` and others are set.
         given: the flags of the command line, with their values.
-        batch_size: prompts of a rollout, a process.
+        batch_size: prompts of a rollout, per process.
         mini_batch_size: --mini_batch_size; None: --per_device_train_batch_size.
-        passes: times that a rollout is learned from.
+        passes: passes over each rollout.
         rollouts: --rollouts.
 
     Returns:
-        the answers of a forward pass, a process.
+        the responses of a forward pass, per process.
 
     Raises:
         ArgumentError: for sizes that don't fit together, and flags that would have no effect.
@@ -50,21 +50,21 @@ def settle_batches(
     for name in ("auto_find_batch_size", "dataloader_drop_last", "dataloader_num_workers", "train_sampling_strategy"):
         if given.get(name) not in (None, False, 0, "random"):
             raise ArgumentError(f"--{name} has no effect: the batches of a rollout are made here; leave it out")
-    if args.metric_for_best_model == "loss":  # the default of --load_best_model_at_end; validation has no loss here
+    if args.metric_for_best_model == "loss":  # set by --load_best_model_at_end; there is no validation loss here
         args.metric_for_best_model, args.greater_is_better = "reward", True
     args.per_device_train_batch_size = mini
-    args.ignore_data_skip = True  # a resumed run knows by itself which prompts are next
+    args.ignore_data_skip = True  # a resumed run restores its place in the prompts itself
     return mini
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many prompts, updates and rollouts there are.
+    """The numbers of prompts, updates and rollouts.
 
     Args:
-        batch_size: prompts of a rollout, a process.
-        mini_batch_size: answers of a forward pass, a process.
-        passes: times that a rollout is learned from.
+        batch_size: prompts of a rollout, per process.
+        mini_batch_size: responses of a forward pass, per process.
+        passes: passes over each rollout.
         an_epoch: rollouts of about one pass over the prompts.
         last: rollouts of the whole run.
     """
@@ -85,7 +85,7 @@ class Schedule:
         rollouts: int | None,
         prompts: Sequence[Example],
     ) -> Schedule:
-        """The schedule of `rollouts`, else --max_steps, else --num_train_epochs; sets `args.max_steps` to it.
+        """The schedule of `rollouts`, else --max_steps, else --num_train_epochs; sets `args.max_steps` accordingly.
 
         Raises:
             ArgumentError: a rollout takes more prompts than there are.
@@ -107,5 +107,5 @@ class Schedule:
 
     @property
     def minibatches(self) -> int:
-        """Forward passes with gradients of a rollout."""
+        """Forward passes with gradients per rollout."""
         return self.passes * self.batch_size // self.mini_batch_size

@@ -1,1 +1,1 @@
-"""A training run: Trainers, callbacks, settings, samples."""
+"""Training runs: Trainers, callbacks, settings, samples."""

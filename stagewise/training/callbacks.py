@@ -1,4 +1,4 @@
-"""What happens around the steps: complete checkpoints, resuming, rows of an evaluation."""
+"""Callbacks around the steps: complete checkpoints, resuming, records of an evaluation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from stagewise.training.evaluation_set import EvaluationTable
 
 
 def _load_on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
-    """The storage itself for "cpu:0": torch.load reads to "cpu" alone, and accelerate numbers the CPU of each of
-    several processes, to which transformers before 5.23 loads the optimizer's state."""
+    """Loads storages for "cpu:0": torch.load only knows "cpu", and accelerate numbers the CPU of each of several
+    processes, which transformers before 5.23 uses for the optimizer's state.
+    """
     return storage if re.fullmatch(r"cpu:\d+", location) else None
 
 
-register_package(11, lambda storage: None, _load_on_cpu)  # asked after torch's own for "cpu", whose priority is 10
+register_package(
+    11, lambda storage: None, _load_on_cpu
+)  # consulted after torch's own handler for "cpu", whose priority is 10
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -41,11 +44,11 @@ class WholeCheckpoints(TrainerCallback):
 
 
 class Resumes:
-    """For a Trainer: a resumed run follows the flags that it is given, and ends at its last step.
+    """Mixin for a Trainer: a resumed run follows its own flags, and ends at its last step.
 
-    transformers takes learning rate, weight decay and betas from the checkpoint whatever the flags say, and a run that
-    is resumed behind its last step takes one more. DeepSpeed loads its optimizer itself and keeps the checkpoint's. A
-    schedule that goes by the loss (reduce_lr_on_plateau, greedy) continues from the learning rate that it has come to.
+    transformers takes learning rate, weight decay and betas from the checkpoint, ignoring the flags, and a run resumed
+    after its last step takes one more. DeepSpeed loads its optimizer itself and keeps the checkpoint's settings. A
+    loss-based schedule (reduce_lr_on_plateau, greedy) continues from its current learning rate.
     """
 
     FROM_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
@@ -61,7 +64,7 @@ class Resumes:
         except KeyError as missing:
             if missing.args != ("lr_lambdas",):
                 raise
-            schedule.last_epoch = self.state.global_step  # the checkpoint's schedule went by the loss
+            schedule.last_epoch = self.state.global_step  # the checkpoint had a loss-based schedule
         groups = self.optimizer.param_groups
         changes = {
             f"{name.replace('initial_lr', 'learning rate')} {value}, the checkpoint had {group[name]}": None
@@ -73,14 +76,14 @@ class Resumes:
             logger.info(f"continues with {change}")
         for group, flags in zip(groups, asked, strict=True):
             group.update(flags)
-        if isinstance(schedule, LambdaLR):  # what the schedule of now says of this step
+        if isinstance(schedule, LambdaLR):  # the current schedule's value at this step
             schedule.base_lrs = [group["initial_lr"] for group in groups]
             for group, share in zip(groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
             schedule._last_lr = [group["lr"] for group in groups]
             return
         for group, rate in zip(groups, rates, strict=True):
-            if group.pop("initial_lr", None) is not None:  # the checkpoint's schedule went by steps
+            if group.pop("initial_lr", None) is not None:  # the checkpoint had a step-based schedule
                 group["lr"] = rate
             elif group["lr"] != rate:
                 logger.info(f"continues with the checkpoint's learning rate {group['lr']:g}, not {rate:g}")
@@ -92,21 +95,23 @@ class Resumes:
         return super().get_batch_samples(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """One that is written over, by a run resumed from an earlier one, does not count until it is whole again."""
+        """Unmarks a checkpoint that is being overwritten; it does not count until it is complete again."""
         if self.args.should_save:
             unmark(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(*args, **kwargs)
 
 
 class IntervalsOfNow(TrainerCallback):
-    """A resumed run logs, evaluates and saves as often as it is told; transformers takes that from the checkpoint."""
+    """A resumed run logs, evaluates and saves as often as its flags say; transformers would use the checkpoint's
+    settings.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
 
 
 class EvaluationRows(TrainerCallback):
-    """Writes the numbers of each validation record beside the run (--save_eval_records)."""
+    """Writes the numbers of each validation record to the output directory (--save_eval_records)."""
 
     def __init__(self, table: EvaluationTable) -> None:
         self.table = table

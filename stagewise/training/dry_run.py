@@ -1,4 +1,4 @@
-"""--dry_run: a little of one batch, and what the run will take by it."""
+"""--dry_run: measures part of a batch and estimates the run's time and memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dry_run(trainer: Trainer, peak_gib: Callable[[], float]) -> None:
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     loader = trainer.get_train_dataloader()
     steps = args.max_steps
-    if steps <= 0:  # a stream has no length, and --max_steps
+    if steps <= 0:  # a stream has no length, and needs --max_steps
         updates = math.ceil(len(loader) / args.gradient_accumulation_steps)
         steps = math.ceil(args.num_train_epochs * updates)
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
@@ -62,13 +62,13 @@ def dry_run(trainer: Trainer, peak_gib: Callable[[], float]) -> None:
         f"({args.device.type})"
     )
     if trainer.is_world_process_zero() and output_dir.is_dir() and not any(output_dir.iterdir()):
-        output_dir.rmdir()  # the Trainer made it
+        output_dir.rmdir()  # the Trainer created it
 
 
 def measure_optimizer(trainer: Trainer) -> tuple[float, int]:
-    """Seconds of an optimizer step, and bytes of the optimizer's state; weights do not change.
+    """Seconds of an optimizer step, and bytes of the optimizer's state; the weights do not change.
 
-    A gradient is there from `measure`. The first step allocates the state, the second one is timed.
+    Uses the gradients of `measure`. The first step allocates the state, the second one is timed.
     """
     optimizer = trainer.create_optimizer()
     if not isinstance(optimizer, torch.optim.Optimizer):  # a placeholder for the one that DeepSpeed makes
@@ -92,12 +92,12 @@ def measure_optimizer(trainer: Trainer) -> tuple[float, int]:
 
 
 def short_batch(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first SHORT tokens of a packed batch, or the training set's first record; None where neither is shorter.
+    """The first SHORT tokens of a packed batch, or the training set's first record; None if neither is shorter.
 
-    A packed row (1, T) is cut behind a token with a label, a padded record or a pair of answers is taken whole.
+    A packed row (1, T) is cut after a token with a label; a padded record or a pair of answers is used as a whole.
     """
     if hasattr(trainer, "schedule"):
-        return None  # a rollout's batch is made of answers
+        return None  # a rollout's batch consists of responses
     length = batch["input_ids"].shape[-1]
     if "position_ids" in batch and "attention_mask" not in batch:
         labeled = (batch["labels"][0] != IGNORE_INDEX).nonzero()
@@ -112,7 +112,7 @@ def short_batch(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def measure(trainer: Trainer, batch: Mapping[str, Any]) -> tuple[float, float, int, int]:
-    """Loss, seconds, bytes the process held before, and bytes it grew by, in one forward and backward."""
+    """Loss, seconds, bytes held before, and bytes grown by, of one forward and backward pass."""
     process, most, done = psutil.Process(), [0], threading.Event()
     release_freed_memory()
     before = process.memory_info().rss
@@ -136,14 +136,14 @@ def measure(trainer: Trainer, batch: Mapping[str, Any]) -> tuple[float, float, i
 
 
 def release_freed_memory() -> None:
-    """Returns freed memory to the system where the C library can (glibc); memory kept for reuse hides growth."""
+    """Returns freed memory to the system if the C library can (glibc); memory kept for reuse hides growth."""
     gc.collect()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
 
 def work(batch: Mapping[str, Any], model: PreTrainedModel) -> float:
-    """Floating-point operations of a batch, up to a factor: 6 a weight and token, 12 d a layer and pair of tokens."""
+    """Floating-point operations of a batch, up to a factor: 6 per weight and token, 12 d per layer and token pair."""
     rows, length = batch["input_ids"].shape
     config = model.config.get_text_config()
     weights = sum(p.numel() for p in model.parameters())
@@ -155,7 +155,7 @@ def work(batch: Mapping[str, Any], model: PreTrainedModel) -> float:
 
 
 def words_of(short: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> str:
-    """What is measured: "256 tokens for a batch of 1 × 2048"."""
+    """A description of what is measured: "256 tokens for a batch of 1 × 2048"."""
     if short is not None:
         rows, length = batch["input_ids"].shape
         return f"{short['input_ids'].numel()} tokens for a batch of {rows} × {length}"

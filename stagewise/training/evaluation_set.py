@@ -1,4 +1,4 @@
-"""Validation records through the Trainer: each batch knows its records, so that each record's numbers are kept."""
+"""Validation records in the Trainer: each batch knows its records, so every record's numbers are kept."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stagewise.formats.json_lines import write_json_lines
 
 
 def padded_length(example: Example | PreferenceExample) -> int:
-    """Tokens that a row, or each of a pair's two rows, takes in a batch of its own."""
+    """Tokens of a row, or of each row of a pair, in a batch of its own."""
     if isinstance(example, PreferenceExample):
         return max(len(example.chosen.input_ids), len(example.rejected.input_ids))
     return len(example.input_ids)
 
 
 class ValidationSet(Dataset):
-    """Validation examples, longest first so that a batch holds like lengths; an item is (index, example)."""
+    """Validation examples, longest first so that a batch has similar lengths; an item is (index, example)."""
 
     def __init__(self, examples: Sequence[Example | PreferenceExample]):
         self.examples = sorted(examples, key=padded_length, reverse=True)
@@ -40,13 +40,13 @@ class ValidationSet(Dataset):
 
 
 class WithIndex:
-    """A collator of training items and of validation items with their index.
+    """A collator for training items, and for validation items with their index.
 
     A validation batch has `index` (B,), a training batch `where`: each record's file and line.
     """
 
     def __init__(self, collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]], rows: bool):
-        """`rows`: a training item is a list of examples, so a validation example goes in as a row of its own."""
+        """`rows`: a training item is a list of examples, so a validation example becomes a row of its own."""
         self.collate, self.rows = collate, rows
 
     def __call__(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ class EvaluationTable:
     validation set as `labels` (B,); the Trainer gathers them over all processes.
 
     Args:
-        wheres: each validation record's place, "english.jsonl:17", by index.
+        wheres: each validation record's location, "english.jsonl:17", by index.
         columns: names of the numbers.
         summarize: rows (N, columns) -> metrics.
     """
@@ -77,13 +77,13 @@ class EvaluationTable:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         rows = np.asarray(prediction.predictions, dtype=np.float64)
         index = np.asarray(prediction.label_ids)
-        # Processes are handed whole batches, so the last ones may repeat a record: each counts once.
+        # Processes get whole batches, so the last ones may repeat a record: each counts once.
         self.order, first = np.unique(index, return_index=True)
         self.rows = rows[first]
         return self.summarize(self.rows)
 
     def write(self, path: Path) -> None:
-        """The rows of the last evaluation as jsonl, one record a line."""
+        """Writes the rows of the last evaluation as jsonl, one record per line."""
         rows = zip(self.order, self.rows, strict=True)
         numbers = ((self.wheres[index], zip(self.columns, map(float, row), strict=True)) for index, row in rows)
         write_json_lines(path, ({"where": where, **dict(columns)} for where, columns in numbers))

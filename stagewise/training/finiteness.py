@@ -1,11 +1,11 @@
-"""Steps whose loss or gradient is NaN or infinite are skipped, and weights that are not finite are never saved.
+"""Skips steps whose loss or gradient is NaN or infinite; non-finite weights are never saved.
 
     loss ──► backward ──► gradient norm ──► optimizer step ──► weights ──► checkpoint, evaluation, result
-     │ × NaN if it is        │ the one place   │ skipped on the    │ their norm is looked at
-     └─not finite            └─that decides    └─device            └─before each of these
+     │ × NaN if it is        │ the only         │ skipped on the    │ their norm is checked
+     └─not finite            └─decision         └─device            └─before each of these
 
-A loss that is not finite makes the whole gradient NaN, and averaging over the processes hands a NaN on to all of them.
-So the gradient norm says the same to every process, and all of them skip the same steps without asking each other.
+A non-finite loss makes the whole gradient NaN, and averaging over the processes spreads a NaN to all of them. So all
+processes see the same gradient norm and skip the same steps without communication.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from transformers import TrainerCallback
 from stagewise.artifacts.processes import is_distributed
 from stagewise.errors import NonFiniteError
 
-# A broken batch or a spike passes within a step or two. What is still there after five is not going to pass: each
-# further step would only burn time, as nothing is learned from it.
+# A broken batch or a spike passes within a step or two. A problem that lasts five steps will not pass: each further
+# step would only waste time.
 PATIENCE = 5
-# Loss scaling for float16 looks for its scale by overflowing: from 65536 down to 1 in 16 halvings.
+# Loss scaling for float16 finds its scale by overflowing: from 65536 down to 1 in 16 halvings.
 FP16_PATIENCE = 16
 NAMED = 8  # records named in a message
 SKIPPED = "skipped_steps"  # in run.json, in trainer_state.json of a checkpoint, and in a training log
 
 
 def gathered(mine: list[Any]) -> list[Any]:
-    """The lists of all processes, one behind the other, on each of them."""
+    """The concatenated lists of all processes, on each of them."""
     if not is_distributed():
         return mine
     lists: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
@@ -51,10 +51,10 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
 def are_finite(model: nn.Module) -> bool:
     """Whether all trained weights are finite, on every process: one reduction, and one wait for the device.
 
-    Their squares are summed in float32, so a weight beyond about 1e19 counts as infinite, too: no model computes with
-    it, and nothing but a diverged step makes one.
+    The squares are summed in float32, so a weight beyond about 1e19 counts as infinite, too: no model computes with
+    it, and only a diverged step produces one.
     """
-    # Under ZeRO-3 a process holds its part of each weight in `ds_tensor`.
+    # Under ZeRO-3 a process holds its shard of each weight in `ds_tensor`.
     trained = [getattr(p, "ds_tensor", p) for p in model.parameters() if p.requires_grad]
     norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float32) for p in trained if p.numel()]
     sound = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all() if norms else torch.tensor(True)
@@ -63,7 +63,7 @@ def are_finite(model: nn.Module) -> bool:
 
 @dataclass
 class Verdict:
-    """What was found of a step, on its way from the device to the host."""
+    """The verdict on a step, on its way from the device to the host."""
 
     step: int
     bad: torch.Tensor
@@ -72,30 +72,30 @@ class Verdict:
 
     def is_bad(self) -> bool:
         if self.arrived is not None:
-            self.arrived.synchronize()  # of the step before: the device has long been there
+            self.arrived.synchronize()  # of the previous step: the device has finished it long ago
         return bool(self.bad)
 
 
 class NonFiniteGuard(TrainerCallback):
     """Skips optimizer steps whose gradient norm is NaN or infinite, and ends the run after a few in a row.
 
-    On a GPU fused Adam, the default, leaves the step out by itself; the host hears of it a step later and never waits.
-    Other optimizers get no gradients for that step, for which the host has to know: it waits. DeepSpeed skips such
-    steps on its own. Optimizers that step inside the backward pass (LOMO, layerwise GaLore) cannot be held back; the
-    weights are looked at before they are saved all the same.
+    On a GPU, fused Adam (the default) skips the step by itself; the host hears of it one step later and never waits.
+    Other optimizers get no gradients for that step, so the host has to wait for the norm. DeepSpeed skips such steps
+    on its own. Optimizers that step within the backward pass (LOMO, layerwise GaLore) cannot be held back; the weights
+    are still checked before they are saved.
     """
 
     def __init__(self) -> None:
-        self.skipped = 0  # steps since the run began, those before it was resumed included
+        self.skipped = 0  # steps since the run began, including those before it was resumed
         self.in_a_row = 0
         self.patience = PATIENCE
         self.fp16 = False
-        self.records: Sequence[str] = ()  # of the batch that goes through the model now
+        self.records: Sequence[str] = ()  # of the batch in the model now
         self.seen: list[tuple[Sequence[str], torch.Tensor]] = []
-        self.bad: torch.Tensor | None = None  # of the step that is about to be taken: 1.0 or 0.0, ()
+        self.bad: torch.Tensor | None = None  # of the next step: 1.0 or 0.0, ()
         self.pending: Verdict | None = None
         self.held_back = False  # under DeepSpeed without ZeRO: the last step
-        self.lent = False  # whether `found_inf` of the optimizer is ours
+        self.lent = False  # whether the optimizer's `found_inf` is ours
         self.hooks: list[Any] = []
         self.model: nn.Module | None = None
 
@@ -105,7 +105,7 @@ class NonFiniteGuard(TrainerCallback):
         self.fp16 = args.fp16
         self.patience = FP16_PATIENCE if args.fp16 else PATIENCE
         while hasattr(optimizer, "optimizer") and not hasattr(optimizer, "overflow"):
-            optimizer = optimizer.optimizer  # out of accelerate's wrapper; ZeRO's has `overflow` and skips by itself
+            optimizer = optimizer.optimizer  # unwrapped from accelerate; ZeRO's has `overflow` and skips by itself
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
@@ -114,13 +114,13 @@ class NonFiniteGuard(TrainerCallback):
             self.hooks = [before(self._before_step), after(self._after_step)]
 
     def watch(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch as it is; one that is not finite in a form that makes every gradient NaN."""
+        """Passes a finite loss through; turns a non-finite one into a form that makes every gradient NaN."""
         finite = loss.detach().isfinite()
         self.seen.append((self.records, finite))
         return loss * torch.where(finite, 1.0, math.nan).to(loss.dtype)
 
     def judge(self, step: int, bad: torch.Tensor) -> None:
-        """Notes whether a step is to be skipped: `bad` is 1.0 or 0.0, (); the last one's verdict is in by now."""
+        """Decides whether to skip a step: `bad` is 1.0 or 0.0, (); by now the previous verdict has arrived."""
         self.settle()
         self.bad, arrived = bad, None
         on_host = bad.to("cpu", non_blocking=True)
@@ -135,7 +135,7 @@ class NonFiniteGuard(TrainerCallback):
             self.held_back = bool(bad)
         if isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False):
             found = getattr(optimizer, "found_inf", None)
-            self.lent = found is None  # else a GradScaler has set it, and takes it away again
+            self.lent = found is None  # otherwise a GradScaler has set it, and removes it
             optimizer.found_inf = bad if found is None else torch.maximum(found, bad.to(found))
         elif bool(bad):
             optimizer.zero_grad(set_to_none=True)
@@ -150,7 +150,7 @@ class NonFiniteGuard(TrainerCallback):
         return self.pending.is_bad() if self.pending is not None else self.in_a_row > 0
 
     def settle(self) -> None:
-        """Takes the last step's verdict in.
+        """Processes the last step's verdict.
 
         Raises:
             NonFiniteError: it was the last of too many in a row.
@@ -197,14 +197,14 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def _named(records: Sequence[str]) -> str:
-    """A few records by file and line, and how many more there are."""
+    """A few records by file and line, and the number of the others."""
     found = list(dict.fromkeys(records))
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return (", ".join(found[:NAMED]) or "not known") + more
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """Raises NonFiniteError, on all processes alike, where a trained weight is NaN or infinite."""
+    """Raises NonFiniteError, on all processes, if a trained weight is NaN or infinite."""
     if not are_finite(model):
         raise NonFiniteError(
             f"weights are NaN or infinite after step {step}; they were not saved. Lower --learning_rate, and continue "
@@ -213,10 +213,11 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 
 class SkipsNonFinite:
-    """For a Trainer: hands the guard each step's gradient norm and records, and looks at weights before they are used.
+    """Mixin for a Trainer: passes each step's gradient norm and records to the guard, and checks weights before they
+    are used.
 
-    A training batch may name its records as `where`, which no model sees. A loss that is not finite goes into the
-    log's mean as the last one before it that was; with --logging_nan_inf_filter False the log says NaN.
+    A training batch may name its records as `where`, which no model sees. In the logged mean a non-finite loss counts
+    as the last finite one before it; with --logging_nan_inf_filter False the log shows NaN.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -224,7 +225,7 @@ class SkipsNonFinite:
         self.guard = NonFiniteGuard()
         self.add_callback(self.guard)
         self.last_loss = torch.zeros((), device=self.args.device)
-        self.lost = torch.zeros((), device=self.args.device)  # losses since the last log that were not finite
+        self.lost = torch.zeros((), device=self.args.device)  # non-finite losses since the last log
 
     def _prepare_inputs(self, inputs):
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "where"})
@@ -238,7 +239,7 @@ class SkipsNonFinite:
         return self.last_loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called once an optimizer step, before it, with clipping and without; under DeepSpeed behind it."""
+        """Called once per optimizer step, before it, with or without clipping; under DeepSpeed after it."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.is_deepspeed_enabled:
             bad = torch.tensor(self.accelerator.optimizer_step_was_skipped or self.guard.held_back)
@@ -258,7 +259,7 @@ class SkipsNonFinite:
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the number of steps skipped so far, if there are any, to a training log."""
+        """Adds the number of skipped steps, if any, to a training log."""
         if "loss" in logs:
             if self.guard.skipped:
                 logs[SKIPPED] = self.guard.skipped

@@ -1,8 +1,8 @@
-"""What a script can answer before torch has loaded: --help, flags that are wrong, and paths that lead nowhere.
+"""What a script can answer before torch is imported: --help, wrong flags, and missing paths.
 
-torch and transformers take several seconds to import, a mistyped flag should not. A script calls `first_look` above
-the imports that need them; the command line is parsed once more, with transformers' own classes, where it is used.
-The checks are the ones that are made later in any case, by the same functions where these need no torch.
+torch and transformers take several seconds to import; a mistyped flag should not. A script calls `first_look` above
+the imports that need them; the command line is parsed again later, with transformers' own classes. The checks are
+those of the actual run, by the same functions where these need no torch.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from stagewise.formats.readers import RECORD_FILES
 from stagewise.models.hub import check_adapter, find_adapter_config, local_source, refuse_adapter, refuse_family
 from stagewise.reports.terminal_text import print_error
 
-ALONE = 10  # seconds after which a process that failed, and was not ended by its launcher, is the only one that did
+ALONE = 10  # seconds after which a process that failed, and was not stopped by its launcher, is the only one that did
 MODELS = ("model_name_or_path", "ref_model_name_or_path", "base_model", "reward_model_name_or_path")
 TOKENIZERS = ("tokenizer_name_or_path", "tokenizer_path")
 FILES = ("data_file", "text_file")
 
 
 def say_error(text: str) -> None:
-    """An error in one line, once a machine.
+    """Prints an error in one line, once per machine.
 
-    Processes that fail alike come here at about the same time: the machine's first says it, and its launcher then ends
-    the others while they wait, which must not end before it did. One that failed alone says so after a while.
+    Processes with the same error get here at about the same time: the first of the machine prints it, and its launcher
+    then stops the others, which wait so as not to end before it. One that failed alone prints its error after a while.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(ALONE)
@@ -55,20 +55,20 @@ def first_look(
     argv: list[str] | None = None,
     before: Callable[[Given], Given] = lambda given: given,
 ) -> None:
-    """Ends the program if its command line cannot be followed: with exit code 2 for a flag, `code` for a path.
+    """Ends the program if its command line is wrong: with exit code 2 for a flag, `code` for a path.
 
     Args:
         kinds: the script's dataclasses of flags.
         about: the script's docstring, for --help.
         stage: whether transformers' TrainingArguments are flags, too.
-        texts: endings of the data files that the script reads; none: it reads no data.
-        code: the script's exit code for what is wrong beyond the flags.
-        argv: the words that are looked at; default `sys.argv[1:]`.
+        texts: suffixes of the data files that the script reads; none if it reads no data.
+        code: the script's exit code for errors other than wrong flags.
+        argv: the command line; default `sys.argv[1:]`.
         before: changes the flags before they are read; see `parse`.
     """
     training = training_arguments() if stage else None
     if stage and training is None:
-        return  # a transformers whose source is written in another way: the class itself will tell
+        return  # a transformers version whose source is written differently: the class itself will be used
     if training:
         kinds = [dataclasses.make_dataclass("StageArguments", [], bases=(RunArguments, training)), *kinds]
     status, given = 2, {}
@@ -77,7 +77,7 @@ def first_look(
         given.update(flags := before(flags))
         return flags
 
-    logger.disable("stagewise")  # what is noted about flags and files is said when they are read in earnest
+    logger.disable("stagewise")  # notes about flags and files are logged when they are read for the run
     try:
         parts = parse(list(kinds), argv, before=noted, description=about)
         for part in parts:
@@ -102,7 +102,7 @@ def first_look(
 
 
 def look_at_models(flags: Any) -> None:
-    """Ends the program with exit code 1 if `flags`, parsed by argparse, name a model that cannot be used."""
+    """Ends the program with exit code 1 if `flags`, parsed by argparse, name an unusable model."""
     try:
         _check_models(flags)
     except ArgumentError as error:
@@ -111,7 +111,7 @@ def look_at_models(flags: Any) -> None:
 
 
 def _check_models(part: Any) -> None:
-    """Raises ArgumentError for a local model that is missing, or of a family that is refused, and for no adapter."""
+    """Raises ArgumentError for a local model that is missing or of a refused family, and for a missing adapter."""
     for flag in (*MODELS, *TOKENIZERS):
         name = getattr(part, flag, None)
         folder = local_source(name, flag) if name else None
@@ -127,7 +127,7 @@ def _check_models(part: Any) -> None:
 
 
 def _check_files(part: Any) -> None:
-    """Raises ArgumentError for a file that is not there."""
+    """Raises ArgumentError for a missing file."""
     for flag in FILES:
         path = getattr(part, flag, None)
         if path and not Path(path).is_file():
@@ -139,7 +139,7 @@ def _check_files(part: Any) -> None:
 
 
 def _check_data(data: DataArguments, given: Mapping[str, list[str]], texts: Sequence[str]) -> None:
-    """Raises ArgumentError for data files that are not there, of the splits that the run reads."""
+    """Raises ArgumentError for missing data files of the splits that the run reads."""
 
     def says(name: str, usual: bool) -> bool:
         words = given.get(name)

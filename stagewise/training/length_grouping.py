@@ -1,4 +1,4 @@
-"""The order of training rows: rows of like lengths together, where the user asks for it."""
+"""The order of training rows: grouped by length, if the user asks for it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from stagewise.training.evaluation_set import padded_length
 
 
 class LengthGroups(Sampler[int]):
-    """Every row once an epoch, shuffled, but with rows of like lengths beside each other; the longest rows first.
+    """Every row once per epoch, shuffled, but grouped by similar length; the longest rows first.
 
-    The order follows from the seed and the epoch alone, so that all processes, and a resumed run, have the same one;
-    transformers' own LengthGroupedSampler draws from the global state of each process.
+    The order depends only on seed and epoch, so all processes, and a resumed run, have the same one; transformers' own
+    LengthGroupedSampler draws from the global state of each process.
     """
 
     def __init__(self, lengths: Sequence[int], step_rows: int, seed: int):
-        """`step_rows`: rows of one optimizer step over all processes, which shall be of like lengths."""
+        """`step_rows`: rows of one optimizer step over all processes, which should have similar lengths."""
         self.lengths, self.step_rows, self.seed, self.epoch = list(lengths), step_rows, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -39,9 +39,9 @@ class LengthGroups(Sampler[int]):
 
 
 class GroupsByLength:
-    """For a Trainer whose rows are examples or pairs: --train_sampling_strategy group_by_length takes effect.
+    """Mixin for a Trainer whose rows are examples or pairs: makes --train_sampling_strategy group_by_length work.
 
-    transformers finds lengths only in rows that are dictionaries, or in a column of a `datasets` set.
+    transformers finds lengths only in rows that are dictionaries, or in a column of a dataset.
     """
 
     def _get_train_sampler(self, train_dataset=None):
@@ -57,15 +57,17 @@ class GroupsByLength:
         return LengthGroups([padded_length(row) for row in rows], step_rows, seed)
 
     def get_train_dataloader(self):
-        """transformers' own, but a signal to all processes does not end the workers of --dataloader_num_workers."""
+        """transformers' own, except that a signal to all processes does not end the workers of
+        --dataloader_num_workers.
+        """
         loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
-            own = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper iterates over the one inside
+            own = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper iterates over the inner loader
             own.worker_init_fn = partial(outlive_termination, before=own.worker_init_fn)
         return loader
 
     def step_contents(self) -> Step:
-        """What an optimizer step will hold."""
+        """The contents of an optimizer step."""
         rows, size = self.train_dataset, StepSize.of(self.args, self.args.world_size)
         if not isinstance(rows, PackedRows):
             return padded_step(measure(rows), size)

@@ -1,4 +1,4 @@
-"""What pretraining and supervised finetuning share: rows, and a Trainer with an exact validation loss."""
+"""Shared by pretraining and supervised finetuning: rows, and a Trainer with an exact validation loss."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def training_rows(
     packing: bool,
     padded_because: str | None = None,
 ) -> tuple[Dataset | Sequence[Example], WithIndex, str]:
-    """Packs examples into rows of at most `capacity` tokens where that is exact for the model, else leaves them alone.
+    """Packs examples into rows of at most `capacity` tokens if that is exact for the model, otherwise leaves them
+    alone.
 
-    A stream is told which of the two it shall do while training runs. `padded_because` says why the training method
-    cannot have packed rows, or is None.
+    A stream packs during training. `padded_because` is the reason why the training method cannot use packed rows, or
+    None.
 
     Returns:
-        the training set, the collator of both splits, and what was chosen, in words for the log and run.json.
+        the training set, the collator of both splits, and a description of the choice for the log and run.json.
     """
     exact, reason = False, "--packing False" if not packing else padded_because
     if reason is None:
@@ -72,7 +73,7 @@ def training_rows(
 class LanguageModelTrainer(
     TakesStreams, KeepsPlace, GroupsByLength, BalancesExperts, SkipsNonFinite, Resumes, TellsSpeed, Trainer
 ):
-    """The token loss of the stages that learn text; the stage's own subclass holds `compute_loss`."""
+    """The token loss of the stages that train on text; the stage's own subclass has `compute_loss`."""
 
     loss_is_scaled_for_ga = True
 
@@ -85,23 +86,23 @@ class LanguageModelTrainer(
     ):
         super().__init__(*args, **kwargs)
         self.router = router
-        self.model_accepts_loss_kwargs = True  # the Trainer then counts the learned tokens of the whole batch
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the labels of the whole batch
         self.noise = EmbeddingNoise(self.model, neft_alpha) if neft_alpha else None
         self.keep_logits = takes_kept_logits(self.model)
 
     def token_losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negative log-likelihoods of the learned tokens, and those tokens (-100 elsewhere): (B, K), (B, K)."""
+        """Negative log-likelihoods of the tokens with labels, and those tokens (-100 elsewhere): (B, K), (B, K)."""
         if self.noise:
             self.noise.see(inputs)
         logits, targets = learned_logits(model, inputs, self.keep_logits)
         return token_nll(logits, targets), targets
 
     def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
-        """What the model says to a few validation records, beside what stands there (--eval_samples)."""
+        """The model's answers to a few validation records, beside the reference answers (--eval_samples)."""
         return continued(self, chosen(self, count), stops, synced)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Each record's summed loss and learned tokens, (B, 2), and its index, (B,)."""
+        """Each record's summed loss and number of labels, (B, 2), and its index, (B,)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             nll, targets = self.token_losses(model, inputs)

@@ -1,4 +1,4 @@
-"""Numbers that say how good a model is, with what is needed to say whether two of them differ."""
+"""Metrics of a model, with the standard errors that show whether two of them differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def perplexity(nll: float) -> float:
-    """exp of a mean negative log-likelihood in nats; infinity where exp overflows."""
+    """exp of a mean negative log-likelihood in nats; infinity if exp overflows."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
@@ -20,13 +20,13 @@ def standard_error(values: Sequence[float] | np.ndarray) -> float:
 
 
 def language_model_metrics(rows: np.ndarray) -> dict[str, float]:
-    """Columns nll (summed over a record's learned tokens), tokens -> loss a token, perplexity, learned tokens."""
+    """Columns nll (summed over a record's labels), tokens -> loss per token, perplexity, number of labels."""
     nll, tokens = rows[:, 0].sum(), rows[:, 1].sum()
     return {"loss": float(nll / tokens), "perplexity": perplexity(nll / tokens), "tokens": int(tokens)}
 
 
 def pair_metrics(rows: np.ndarray) -> dict[str, float]:
-    """Columns reward of chosen, reward of rejected -> accuracy (a tie counts one half), mean margin, losses.
+    """Columns chosen reward, rejected reward -> accuracy (a tie counts one half), mean margin, losses.
 
     The loss is the pairwise one, -log sigmoid(chosen - rejected).
     """

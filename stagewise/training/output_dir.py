@@ -1,4 +1,4 @@
-"""The output directory before a run: what it may hold, and what --overwrite_output_dir takes away."""
+"""The output directory before a run: what it may contain, and what --overwrite_output_dir removes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from stagewise.training.settings import StageArguments
 
 
 def check_output_dir(args: StageArguments) -> None:
-    """Raises ArgumentError if the run would write over what is there."""
+    """Raises ArgumentError if the run would overwrite existing results."""
     folder = Path(args.output_dir)
-    # pathlib's own would end with PermissionError below a folder that may not be looked into
+    # pathlib's own raises PermissionError below a folder without permissions
     if os.path.isfile(folder):
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
@@ -45,15 +45,15 @@ def check_output_dir(args: StageArguments) -> None:
         raise ArgumentError(f"--output_dir {folder}: holds a model that this run did not make; {way_out}")
 
 
-HOW = ("resume_from_checkpoint", "quiet")  # flags that say how a run is made, not which
+HOW = ("resume_from_checkpoint", "quiet")  # flags that affect how a run is executed, not its result
 
 
 def says_finished(args: StageArguments, stage: str, flags: dict[str, Any]) -> bool:
-    """Whether --resume_from_checkpoint True meets a finished run of the same flags or steps; the log then says so.
+    """Whether --resume_from_checkpoint True finds a finished run with the same flags or steps; logs it then.
 
     Args:
-        args: the Trainer's flags.
-        stage: which stage this is.
+        args: the Trainer's arguments.
+        stage: the name of this stage.
         flags: the flags of the command line, with their values.
     """
     if args.resume_from_checkpoint is None or args.overwrite_output_dir or args.dry_run or not args.do_train:
@@ -73,7 +73,7 @@ def _is_same(args: StageArguments, flags: dict[str, Any]) -> bool:
 
 
 def is_finished(folder: str | Path, stage: str) -> bool:
-    """Whether a directory holds all that a finished run of the stage leaves; the log then says so."""
+    """Whether a directory holds all results of a finished run of the stage; logs it then."""
     folder, manifest = Path(folder), _manifest(folder)
     has_model = any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
     if (manifest.get("status"), manifest.get("stage")) != ("finished", stage) or not has_model:
@@ -86,12 +86,12 @@ def is_finished(folder: str | Path, stage: str) -> bool:
 
 
 def _manifest(folder: str | Path) -> dict[str, Any]:
-    # Path.is_file would end with PermissionError below a folder that may not be looked into
+    # Path.is_file raises PermissionError below a folder without permissions
     return (read_manifest(folder) or {}) if os.path.isfile(os.path.join(folder, MANIFEST)) else {}
 
 
-# What a run writes; --overwrite_output_dir removes these and nothing else. rejected.jsonl is not among them: when this
-# happens the data has been read, and the file is this run's.
+# What a run writes; --overwrite_output_dir removes these and nothing else. rejected.jsonl is not among them: at this
+# point the data has been read, and the file belongs to this run.
 WRITTEN = (
     *("checkpoint-*", "eval_records", "logs", "rejected-*.jsonl", "*_results.json", "*_results.txt", "loss.png"),
     *("curves.png", "report.html", "eval_samples"),
@@ -101,7 +101,7 @@ WRITTEN = (
 
 
 def remove_earlier_run(output_dir: str | Path) -> None:
-    """Removes what an earlier run wrote; other files stay."""
+    """Removes the results of an earlier run; other files stay."""
     for path in (path for pattern in WRITTEN for path in Path(output_dir).glob(pattern)):
         if path.is_dir():
             shutil.rmtree(path)

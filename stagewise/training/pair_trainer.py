@@ -1,4 +1,4 @@
-"""What reward modeling and DPO share: pairs as they are read, and a Trainer with exact, pair by pair, validation."""
+"""Shared by reward modeling and DPO: reading pairs, and a Trainer with exact validation, pair by pair."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_pairs(
     pair_args: PairArguments,
     ending: Ending | None = None,
 ) -> Splits:
-    """Preferences as encoded pairs of answers within the length limits; with `ending` as a reward model's rows."""
+    """Preferences as encoded pairs of answers within the length limits; with `ending`, rows of a reward model."""
     limits = {"max_source_length": pair_args.max_source_length, "max_target_length": pair_args.max_target_length}
     encoding = Encoding(
         parse_preference,
@@ -46,17 +46,17 @@ def read_pairs(
 
 
 class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpeed, Trainer):
-    """Batches are (2B, T), the B chosen rows first. The stage's subclass holds `rewards` and `compute_loss`.
+    """Batches are (2B, T), the B chosen rows first. The stage's subclass has `rewards` and `compute_loss`.
 
-    `compute_loss` is given the pairs of the whole batch, over all micro-batches and processes, as
-    `num_items_in_batch`, so that its loss is the mean over pairs however they are dealt out.
+    `compute_loss` gets the number of pairs of the whole batch, over all micro-batches and processes, as
+    `num_items_in_batch`, so its loss is the mean over pairs however they are distributed.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Since the last log: pairs, chosen rewards, rejected rewards, pairs in the right order (a tie counts half).
+        # Since the last log: pairs, chosen rewards, rejected rewards, correctly ordered pairs (a tie counts half).
         self.seen = torch.zeros(4, device=self.args.device)
 
     def rewards(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpee
         raise NotImplementedError
 
     def see(self, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
-        """Counts a training batch's rewards, (B,) each, into the next log."""
+        """Adds a training batch's rewards, (B,) each, to the next log."""
         with torch.no_grad():
             right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
             count = torch.tensor(float(len(chosen)), device=chosen.device)
@@ -80,7 +80,7 @@ class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpee
         super().log(logs, start_time)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> int:
-        """The pairs of an optimizer step, over all processes; transformers would count learned tokens."""
+        """The pairs of an optimizer step, over all processes; transformers would count labels."""
         pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
         return int(self.accelerator.gather(pairs).sum())
 

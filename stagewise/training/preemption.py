@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: it saves a complete checkpoint first, so that the same command can continue.
+"""Signals that ask a run to stop: it saves a complete checkpoint first, so the same command can continue.
 
 SIGTERM          a scheduler or an operator ends the job
 SIGUSR1, SIGUSR2 a scheduler's warning before it does (Slurm's --signal)
-SIGHUP           the terminal was closed; one that nohup has the run ignore stays ignored
+SIGHUP           the terminal was closed; if nohup made the run ignore it, it stays ignored
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from transformers import TrainerCallback
 from stagewise.artifacts.processes import is_distributed
 from stagewise.data.worker_signals import SIGNALS
 
-PREEMPTED = 143  # exit code of a run that a signal has stopped
+PREEMPTED = 143  # exit code of a run stopped by a signal
 
 
 class Preemption(TrainerCallback):
-    """While it trains, a signal ends the run behind the step at hand, with a checkpoint; before that, at once.
+    """During training, a signal ends the run after the current step, with a checkpoint; before training, immediately.
 
-    Processes agree on it at the end of each step. Behind the last step there is nothing to stop: the run finishes.
+    Processes agree on it at the end of each step. After the last step there is nothing to stop: the run finishes.
     """
 
     def __init__(self) -> None:
-        self.asked: str | None = None  # the signal that came
+        self.asked: str | None = None  # the signal received
         self.training = self.stopped = self.trained = False
         self.process = os.getpid()
         for number in SIGNALS:
@@ -36,13 +36,13 @@ class Preemption(TrainerCallback):
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a worker that was forked: it ends with the process that trains
+        if os.getpid() != self.process:  # a forked worker: it ends with the training process
             if number == signal.SIGTERM:
                 os._exit(PREEMPTED)
             return
         self.asked = signal.Signals(number).name
         if not (self.training or self.trained):
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # past the log, which may be in the middle of a line
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # bypasses the log, which may be in the middle of a line
                 os.write(2, f"stopped by {self.asked} before training began; start the same command again\n".encode())
             raise SystemExit(PREEMPTED)
 

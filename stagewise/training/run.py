@@ -54,11 +54,11 @@ from stagewise.training.settings import (
     StageArguments,
 )
 
-INTERRUPTED = 130  # of one that Ctrl-C ended
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 class Run:
-    """One run and its manifest. Use it as a context: an error ends up in run.json and, if expected, in one line.
+    """One run and its manifest. Used as a context: an error goes to run.json and, if expected, is printed in one line.
 
     `note(key=value)` adds to the manifest; it is written at the start, at the end, and when the run fails.
     """
@@ -113,17 +113,19 @@ class Run:
         if error is None or (preempted and self.preemption.stopped):
             leave_processes(PREEMPTED if error else 0)
         elif preempted and dist.is_initialized():
-            leave_with_status.append(PREEMPTED)  # the others may not have had the signal yet: this one waits for none
+            leave_with_status.append(
+                PREEMPTED
+            )  # the others may not have received the signal yet: this process waits for none
         if error is None or isinstance(error, SystemExit):
             return False
         advice = advice_on(error, self.output_dir)
-        # What an earlier, finished run left is not written over by a run that failed before it trained.
+        # A run that failed before training does not overwrite the results of an earlier, finished one.
         if self.manifest.get("began"):
             message = ": ".join(filter(None, (kind.__name__, advice or str(error))))
             self.note(status="failed", error=message, **self._steps(), **self._costs())
             try:
                 self.write()
-            except OSError as full:  # the disk, most likely; what is said below is what ended the run
+            except OSError as full:  # the disk, most likely; the message below names what ended the run
                 logger.warning(f"{MANIFEST} was not written: {full}")
             self.show(pictures=True)
         expected = isinstance(error, (ValueError, NonFiniteError)) and type(error).__module__.startswith("stagewise")
@@ -136,9 +138,9 @@ class Run:
         return False
 
     def show(self, pictures: bool = False) -> None:
-        """report.html as the run is now, and with `pictures` the curves as PNG files; on the main process.
+        """Writes report.html in its current state and, with `pictures`, the curves as PNG files; on the main process.
 
-        What is only to be looked at does not end a run: where it can't be made, the log says why.
+        A report is not worth ending a run: if it can't be written, the log says why.
         """
         if self.args.dry_run or not is_main() or self.trainer is None:
             return
@@ -169,7 +171,7 @@ class Run:
         return is_deepspeed_zero3_enabled()
 
     def show_sample(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example | PreferenceExample]) -> None:
-        """Prints the first example, learned tokens marked, on the main process."""
+        """Prints the first example, with labels marked, on the main process."""
         if examples and is_main():
             first = examples[0]
             show_sample(tokenizer, first.chosen if isinstance(first, PreferenceExample) else first)
@@ -178,13 +180,13 @@ class Run:
         """Compares the training records, or their stream, with those of the checkpoint to resume from.
 
         Raises:
-            ArgumentError: they are others, or so is the template or the model.
+            ArgumentError: they differ, or the template or the model does.
         """
         if self.args.do_train and not self.args.dry_run:
             self.identity.check_data(examples, template)
 
     def attach(self, trainer: Trainer, table: EvaluationTable | None) -> None:
-        """Puts the callbacks of every stage onto a trainer."""
+        """Adds the callbacks of every stage to a trainer."""
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         keep, self.args.save_total_limit = self.args.save_total_limit, None
@@ -205,7 +207,8 @@ class Run:
             self.note(rope=kept_rope(config))
 
     def train(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
-        """Evaluates, trains, saves and writes the results as the flags say; ends the program if it was preempted.
+        """Evaluates, trains, saves and writes the results, depending on the flags; ends the program if it was
+        preempted.
 
         Args:
             trainer: the stage's trainer, with its callbacks attached.
@@ -225,7 +228,9 @@ class Run:
         self.identity.check_trainer(trainer)
         if resume and not self._has_steps_left(trainer, resume):
             return
-        before = trained_steps(resume) if resume else 0  # --save_total_limit may remove that checkpoint in training
+        before = (
+            trained_steps(resume) if resume else 0
+        )  # --save_total_limit may remove that checkpoint during training
         self._watch(trainer, stop)
         if resume and is_main():
             leave_later(args.output_dir, resume)
@@ -244,7 +249,7 @@ class Run:
             )
             raise SystemExit(PREEMPTED)
         metrics = {"train": self._train_metrics(result.metrics, before)}
-        self._save(trainer, stop)  # before evaluation, for which --bf16_full_eval rounds the weights
+        self._save(trainer, stop)  # before the evaluation, in which --bf16_full_eval rounds the weights
         if args.do_eval:
             metrics["eval"] = self._evaluated_at_end() or trainer.evaluate()
         at_start = [log for log in trainer.state.log_history if log.get("step") == 0 and "eval_runtime" in log]
@@ -264,10 +269,10 @@ class Run:
         logger.info(f"to look at: {folder}/{PAGE} in a browser")
 
     def _has_steps_left(self, trainer: Trainer, resume: Path) -> bool:
-        """Whether training, or what follows it, is still to be done; of a finished run nothing is touched.
+        """Whether training, or what follows it, still has to be done; a finished run is not touched.
 
         Raises:
-            ArgumentError: the checkpoint lies beyond the end that the flags ask for.
+            ArgumentError: the checkpoint is beyond the end that the flags set.
         """
         left = trainer.steps_left(resume)
         if left < 0:
@@ -280,32 +285,32 @@ class Run:
         return left > 0 or not from_first_process(lambda: is_finished(self.output_dir, self.stage))
 
     def _train_metrics(self, metrics: dict[str, float], before: int) -> dict[str, float]:
-        """The metrics of training; those that stand in the results already if no step was left after `before`."""
+        """The metrics of training; those of the existing results if no step was left after `before`."""
         if before == 0 or self.trainer.state.global_step > before:
             return metrics
         there = from_first_process(lambda: read_results(self.output_dir, "train"))
         return there or {name: value for name, value in metrics.items() if name != "train_loss"}
 
     def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
-        """Callbacks that show a run while it trains: samples, TensorBoard and the page, in this order."""
+        """Adds the callbacks that show a run during training: samples, TensorBoard and the page, in this order."""
         self._watch_evaluations(trainer, stop)
         trainer.add_callback(Showing(self))
 
     def _watch_evaluations(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
-        """Samples first: TensorBoard shows them, too."""
+        """Samples come first: TensorBoard shows them, too."""
         if self.args.eval_samples and trainer.eval_dataset is not None:
             trainer.add_callback(EvaluationSamples(trainer, self.args.eval_samples, stop or (), self.zero3))
         if trainer.pop_callback(TensorBoardCallback):
             from stagewise.reports.tensorboard import (
-                Board,  # a run that writes no such files need not have tensorboard
+                Board,  # a run without such files does not need tensorboard
             )
 
             trainer.add_callback(Board(self.manifest))
 
     def _evaluated_at_end(self) -> dict[str, Any] | None:
-        """The evaluation that training made of the weights that are there now; None if it made none.
+        """The last evaluation during training, if it was of the final weights; None otherwise.
 
-        With --load_best_model_at_end these are of an earlier step, at which the curves show the numbers.
+        With --load_best_model_at_end these are from an earlier step, at which the curves show the numbers.
         """
         state = self.trainer.state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
@@ -316,7 +321,7 @@ class Run:
         return {name: value for name, value in found[-1].items() if name != "step"} if found else None
 
     def _save(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
-        """The adapter or the model, the tokenizer with its chat template, and where generation ends."""
+        """Saves the adapter or the model, the tokenizer with its chat template, and the generation config."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(model, "generation_config") or hasattr(model, "get_base_model"):
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -337,7 +342,7 @@ class Run:
 
 
 class Showing(TrainerCallback):
-    """Writes the page anew where something of a running run is to be seen, so that a killed one leaves it, too."""
+    """Updates the page during a run, so that a killed run has one, too."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -353,5 +358,5 @@ class Showing(TrainerCallback):
 
 
 def peak(costs: dict[str, Any]) -> float:
-    """The most memory of a run, in GiB: the GPU's where there is one."""
+    """The peak memory of a run in GiB: the GPU's if there is one."""
     return costs.get("peak_gpu_memory_gib", costs["peak_memory_gib"])

@@ -1,7 +1,7 @@
-"""What the model says to a few validation records, at each evaluation: eval_samples/step-N.jsonl (--eval_samples).
+"""The model's answers to a few validation records at each evaluation: eval_samples/step-N.jsonl (--eval_samples).
 
-The same records every time, spread from the longest to the shortest, and the likeliest answer, so that two evaluations
-differ by what the model has learned alone. No random number is drawn: training continues as it would without.
+The records are the same every time, spread from the longest to the shortest, and decoding is greedy, so evaluations
+only differ by the training in between. No random number is drawn: training is not affected.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from stagewise.models.attention.choose import attention_for_generation
 from stagewise.models.attention.rope import context_of
 from stagewise.reports.only_shown import only_shown
 
-LONGEST = 128  # tokens of an answer that is only looked at
-ROOM = LONGEST + 128  # tokens of the context that an answer, and virtual tokens, may need
-BEGINNING = 64  # tokens of a text that is gone on with
+LONGEST = 128  # tokens of such an answer
+ROOM = LONGEST + 128  # tokens of the context reserved for an answer and virtual tokens
+BEGINNING = 64  # tokens of a text that is continued
 
 
 @dataclass(frozen=True)
 class Text:
-    """One of a sample's texts: "answer" and "reference", "chosen" and "rejected" …, with its score if it has one."""
+    """One of a sample's texts: "answer" and "reference", "chosen" and "rejected" …, with its score, if any."""
 
     label: str
     text: str
     score: float | None = None
-    ended: bool = True  # False: the answer went on beyond LONGEST tokens
+    ended: bool = True  # False: the answer was cut after LONGEST tokens
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Sample:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of the numbers 0 to count - 1, evenly spread over them."""
+    """At most `wanted` of the numbers 0 to count - 1, evenly spread."""
     wanted = min(count, wanted)
     return [(2 * n + 1) * count // (2 * wanted) for n in range(wanted)]
 
 
 def question_and_answer(example: Example) -> tuple[list[int], list[int], bool]:
-    """An example's ids before its last learned stretch, that stretch, and whether it answers something.
+    """An example's ids before its last span with labels, that span, and whether it is an answer.
 
-    Of an example that is learned from its start, as texts are, a beginning takes the place of the question.
+    If the labels start at the beginning, as in texts, the first tokens take the place of the question.
     """
     ids, labels = example.input_ids, example.labels
     end = len(labels)
@@ -66,7 +66,7 @@ def question_and_answer(example: Example) -> tuple[list[int], list[int], bool]:
         start -= 1
     if not end:  # a prompt
         return ids, [], True
-    if start > 1:  # a start token alone asks nothing
+    if start > 1:  # a start token alone is no prompt
         return ids[:start], ids[start:end], True
     cut = max(1, min(BEGINNING, end // 2))
     return ids[:cut], ids[cut : min(end, cut + LONGEST)], False
@@ -81,15 +81,15 @@ def likeliest_answers(
     longest: int = LONGEST,
     synced: bool = False,
 ) -> list[tuple[str, bool]]:
-    """The likeliest answer to each prompt, and whether it ended by itself.
+    """The greedy answer to each prompt, and whether it ended before the limit.
 
     Args:
-        model: a causal language model, with an adapter of any kind or none; left in the mode that it is in.
+        model: a causal language model, with any adapter or none; its mode is restored.
         tokenizer: of the model.
         prompts: token ids.
         stops: texts at which an answer ends, beside the tokenizer's end token.
         longest: tokens of an answer.
-        synced: every process takes part, because each holds a part of the weights (ZeRO-3).
+        synced: every process takes part, because each holds a shard of the weights (ZeRO-3).
     """
     markers = [(stop, tokenizer.encode(stop, add_special_tokens=False)) for stop in stops]
     ends = {ids[0] for _, ids in markers if len(ids) == 1} | {tokenizer.eos_token_id} - {None}
@@ -98,7 +98,7 @@ def likeliest_answers(
     how = GenerationConfig(
         do_sample=False,
         num_beams=1,
-        repetition_penalty=1.0,  # of the model's own settings only the likeliest token counts
+        repetition_penalty=1.0,  # overrides the model's own settings
         no_repeat_ngram_size=0,
         max_new_tokens=longest,
         use_cache=True,
@@ -127,13 +127,13 @@ def likeliest_answers(
 
 
 def chosen(trainer: Any, count: int) -> list[int]:
-    """Which validation examples are looked at, by index: at most `count` that leave an answer room in the context."""
+    """The indices of the validation examples to show: at most `count` whose context leaves room for an answer."""
     examples = trainer.eval_dataset.examples
     context = context_of(trainer.model.config)
     places: list[int] = []
     for place in spread(len(examples), count):
         while place < len(examples) and context and len(asked(examples[place])[0]) > context - ROOM:
-            place += 1  # shorter ones stand behind
+            place += 1  # shorter ones follow
         if place < len(examples) and place not in places:
             places.append(place)
     return places
@@ -145,7 +145,7 @@ def asked(example: Example | PreferenceExample) -> tuple[list[int], list[int], b
 
 
 def continued(trainer: Any, places: Sequence[int], stops: Sequence[str], synced: bool) -> list[Sample]:
-    """What the model says to validation examples, and what they say themselves."""
+    """The model's answers to validation examples, and the reference answers."""
     tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
     found = [asked(trainer.eval_dataset.examples[place]) for place in places]
     if not found:
@@ -155,7 +155,7 @@ def continued(trainer: Any, places: Sequence[int], stops: Sequence[str], synced:
     samples = []
     for place, (ids, reference, answers_it), (text, ended) in zip(places, found, answers, strict=True):
         expected = tokenizer.decode(reference, skip_special_tokens=True)
-        # Where LONGEST tokens end within a character, its part is no answer.
+        # LONGEST tokens may end within a character, whose part is dropped
         own = Text("answer", text if ended else text.rstrip("\ufffd"), ended=ended)
         texts = [own, Text("reference", expected, ended=answers_it)]
         samples.append(Sample(trainer.eval_dataset.wheres[place], tokenizer.decode(ids), texts))
@@ -163,7 +163,7 @@ def continued(trainer: Any, places: Sequence[int], stops: Sequence[str], synced:
 
 
 def scored_pairs(trainer: Any, places: Sequence[int]) -> list[Sample]:
-    """Validation pairs with the rewards that the last evaluation gave them."""
+    """Validation pairs with their rewards in the last evaluation."""
     tokenizer, table = trainer.processing_class, trainer.compute_metrics
     rewards = dict(zip(table.order.tolist(), table.rows.tolist(), strict=True))
     samples = []
@@ -180,7 +180,7 @@ def scored_pairs(trainer: Any, places: Sequence[int]) -> list[Sample]:
 
 
 class EvaluationSamples(TrainerCallback):
-    """Writes what the stage's trainer has to show (`trainer.eval_samples`) after each evaluation."""
+    """Writes the samples of the stage's trainer (`trainer.eval_samples`) after each evaluation."""
 
     def __init__(self, trainer: Any, count: int, stops: Sequence[str], zero3: bool):
         self.trainer, self.count, self.stops, self.zero3 = trainer, count, stops, zero3

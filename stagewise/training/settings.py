@@ -1,5 +1,6 @@
-"""What every stage's command line says beside its data and model: transformers' TrainingArguments with this project's
-defaults, and the flags among them that must be settled or refused before anything is read."""
+"""transformers' TrainingArguments with this project's defaults, and the flags among them that have to be set or
+refused before anything is read.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +29,10 @@ USER_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
 @dataclass
 class StageArguments(RunArguments, TrainingArguments):
-    """transformers' TrainingArguments with the defaults and the few additions that every stage has."""
+    """transformers' TrainingArguments with this project's defaults and a few additions for every stage."""
 
     def __post_init__(self):
-        self.started = time.time()  # before the run's processes meet: what one of them wrote later is of this run
+        self.started = time.time()  # before the run's processes meet: anything written later belongs to this run
         self.check()
         if self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -39,7 +40,7 @@ class StageArguments(RunArguments, TrainingArguments):
             self.resume_from_checkpoint = None
         if isinstance(self.report_to, str):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
-        # transformers 5 takes the folder of TensorBoard's files from the environment alone.
+        # transformers 5 takes the folder of TensorBoard's files only from the environment
         self.logging_dir = self.logging_dir or USER_LOGGING_DIR or os.path.join(self.output_dir, "logs")
         if os.path.isfile(self.logging_dir):
             raise ArgumentError(f"--logging_dir {self.logging_dir}: is a file; give a folder")
@@ -48,13 +49,13 @@ class StageArguments(RunArguments, TrainingArguments):
 
 
 def says_yes(given: Given, flag: str) -> bool:
-    """Whether a yes-or-no flag is given and says yes; of several the last one counts."""
+    """Whether a boolean flag is given as true; the last one counts."""
     words = dict(given).get(flag, ["no"])
     return not words or words[0].lower() not in NO
 
 
 def device_flags(given: Given) -> Given:
-    """Flags that make the same command run where there is no accelerator, DeepSpeed included."""
+    """Adds flags that make the same command run without an accelerator, including DeepSpeed."""
     if torch.accelerator.is_available() and not says_yes(given, "use_cpu"):
         return given
     if says_yes(given, "fp16"):
@@ -66,7 +67,7 @@ def device_flags(given: Given) -> Given:
     if "deepspeed" not in names:
         extra = [] if says_yes(given, "use_cpu") else [("use_cpu", ["True"])]
         return [*given, *extra, *([("ddp_backend", ["gloo"])] if distributed and "ddp_backend" not in names else [])]
-    # DeepSpeed starts on a CPU only when accelerate's state is made first, by hand, over gloo.
+    # DeepSpeed only starts on a CPU if accelerate's state is created first, over gloo
     from accelerate import PartialState
 
     os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
@@ -78,12 +79,12 @@ def device_flags(given: Given) -> Given:
 
 
 def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: Given) -> None:
-    """--do_train and --do_eval as given; neither given: train, and evaluate if there are validation records.
+    """Sets --do_train and --do_eval: as given, or else train, and evaluate if there are validation records.
 
     `given`: the flags of the command line, by today's names.
     """
     has_validation = bool(data and (data.validation_file_dir or data.validation_split_percentage or data.dataset_name))
-    between = args.eval_strategy != IntervalStrategy.NO  # for which transformers turns --do_eval on by itself
+    between = args.eval_strategy != IntervalStrategy.NO  # for which transformers turns on --do_eval
     said_no = {name for name in ("do_train", "do_eval") if name in dict(given) and not getattr(args, name)}
     if "do_train" not in said_no and not args.do_train and (not args.do_eval or between):
         args.do_train, args.do_eval = True, has_validation and "do_eval" not in said_no
@@ -104,7 +105,7 @@ def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: G
 
 
 def check_eval_samples(args: StageArguments, given: bool) -> None:
-    """Raises ArgumentError for an --eval_samples that is below 0, or that no evaluation would show."""
+    """Raises ArgumentError for an --eval_samples below 0, or that no evaluation would show."""
     if args.eval_samples < 0:
         raise ArgumentError(f"--eval_samples: expected 0 (none) or more, found {args.eval_samples}")
     if given and args.eval_samples and not args.do_eval:
@@ -115,7 +116,7 @@ def check_eval_samples(args: StageArguments, given: bool) -> None:
 
 
 def settle_long_context(stage: str, parts: Sequence[Any]) -> None:
-    """Scaled positions must be those of an adapter that the run continues from; --shift_attn must be able to act."""
+    """Checks that scaled positions match those of an adapter to continue from, and that --shift_attn has an effect."""
     model = next((part for part in parts if isinstance(part, ModelArguments)), None)
     adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
     if not (model and adapter):
@@ -141,11 +142,11 @@ def settle_long_context(stage: str, parts: Sequence[Any]) -> None:
 
 
 def settle_precision(args: StageArguments, parts: Sequence[Any]) -> None:
-    """Mixed precision and the weights' precision must not be two different 16-bit formats."""
+    """Checks that mixed precision and the weights' precision are not two different 16-bit formats."""
     model = next((part for part in parts if isinstance(part, ModelArguments)), None)
     adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
     if model and args.bf16 and model.torch_dtype == "float16":
-        # Commands of earlier pipelines say both; layer norms on a CPU refuse the mixture.
+        # commands of earlier pipelines give both; layer norms on a CPU reject the mixture
         logger.info(
             "--torch_dtype float16 beside --bf16: the weights are loaded in bfloat16, as they are computed with"
         )
@@ -153,7 +154,7 @@ def settle_precision(args: StageArguments, parts: Sequence[Any]) -> None:
     if not (model and adapter) or adapter.trains_adapter:
         return
     if model.torch_dtype == "auto" and not args.deepspeed:
-        # A 16-bit weight does not move by an update below a few thousandths of itself; DeepSpeed keeps float32 copies.
+        # a 16-bit weight does not change by updates below a few thousandths of itself; DeepSpeed keeps float32 copies
         logger.info("all weights are trained: they are loaded in float32 (--torch_dtype bfloat16 halves the memory)")
         model.torch_dtype = "float32"
     if model.torch_dtype == "float16":

@@ -1,4 +1,4 @@
-"""From the command line of a stage to its Run: flags parsed and checked, output directory and checkpoint settled."""
+"""From a stage's command line to its Run: parses and checks flags, output directory and checkpoint."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         dataclass_types: the stage's own and shared dataclasses; StageArguments is added here.
 
     Returns:
-        the Run, then one instance for each dataclass in order. Ends the program with exit code 2 where a flag cannot
-        be honored, before any weights are read.
+        the Run, then one instance for each dataclass in order. Ends the program with exit code 2 if a flag cannot be
+        honored, before any weights are read.
     """
     set_up_logging()
     preemption = Preemption()
@@ -70,7 +70,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         settle_what_to_do(args, data, given)
         check_eval_samples(args, "eval_samples" in dict(given))
         settle_precision(args, parts)
-        check_methods(stage, args, parts)  # first: --peft_path says what the method is
+        check_methods(stage, args, parts)  # first, because --peft_path sets the method
         settle_long_context(stage, parts)
         if args.dry_run and is_deepspeed_zero3_enabled():
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
@@ -98,7 +98,7 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
 
 
 def _resume_point(args: StageArguments) -> Path | None:
-    """The checkpoint to resume from; the flag then holds its folder, for those who read more from it."""
+    """The checkpoint to resume from; also sets the flag to its folder for later readers."""
     if not args.do_train or args.dry_run:
         return None
     folder = resume_point(args.output_dir, args.resume_from_checkpoint)

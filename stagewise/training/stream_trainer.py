@@ -1,4 +1,4 @@
-"""--streaming in a stage: its flags, and a Trainer that takes its rows from a RecordStream and saves its place."""
+"""--streaming in a stage: its flags, and a Trainer that takes its rows from a RecordStream and saves its position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stagewise.errors import ArgumentError
 
 
 def check_streaming(args: TrainingArguments, data: DataArguments, rows: LanguageModelArguments) -> None:
-    """Raises ArgumentError for flags that --streaming lacks or that can't take effect beside it, or without it."""
+    """Raises ArgumentError for flags that --streaming needs, that it excludes, or that have no effect without it."""
     if not rows.streaming:
         default = LanguageModelArguments().shuffle_buffer
         if rows.shuffle_buffer != default:
@@ -76,13 +76,13 @@ def check_streaming(args: TrainingArguments, data: DataArguments, rows: Language
 
 
 class StreamPlaces(TrainerCallback):
-    """Saves a stream's place in every checkpoint, and its account at the end."""
+    """Saves a stream's position in every checkpoint, and its account at the end."""
 
     def __init__(self, stream: RecordStream):
         self.stream = stream
 
     def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / state.max_steps  # the Trainer would begin again at 0 when it is resumed
+        state.epoch = state.global_step / state.max_steps  # a resumed Trainer would start again at 0
 
     def on_save(self, args, state, control, **kwargs):
         self.stream.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -92,7 +92,9 @@ class StreamPlaces(TrainerCallback):
 
 
 def streamed_step(first: Measures, capacity: int | None, size: StepSize) -> Step:
-    """What a step holds, if all records are as the first are: packed to `capacity`, or padded where that is None."""
+    """The contents of a step, assuming all records are like the first ones: packed to `capacity`, or padded if it is
+    None.
+    """
     if capacity is None:
         step = padded_step(first, size)
     else:
@@ -101,7 +103,7 @@ def streamed_step(first: Measures, capacity: int | None, size: StepSize) -> Step
 
 
 class TakesStreams:
-    """For a Trainer whose training set may be a RecordStream."""
+    """Mixin for a Trainer whose training set may be a RecordStream."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -112,11 +114,11 @@ class TakesStreams:
         if isinstance(self.train_dataset, RecordStream):
             if resume_from_checkpoint and not self.args.ignore_data_skip:
                 self.train_dataset.resume = Path(resume_from_checkpoint)
-            self.args.ignore_data_skip = True  # the stream is at its place; the Trainer would skip as much again
+            self.args.ignore_data_skip = True  # the stream is at its position; the Trainer would skip that much again
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def step_contents(self) -> Step | None:
-        """What a step will hold, by the first records of a stream."""
+        """The contents of a step, estimated from the first records of a stream."""
         stream = self.train_dataset
         if not isinstance(stream, RecordStream):
             return super().step_contents()

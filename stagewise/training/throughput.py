@@ -1,4 +1,4 @@
-"""How fast a run is and what memory it holds, as numbers of every training log."""
+"""Speed and memory of a run, as numbers in every training log."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import TrainingArguments
 
 
 def memory_gib(args: TrainingArguments) -> float:
-    """What this process holds now: on a GPU what torch has reserved of it, else of the machine's memory."""
+    """The memory of this process: on a GPU what torch has reserved, otherwise the resident set size."""
     if args.device.type == "cuda":
         return torch.cuda.memory_reserved(args.device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
 
 
 class TokenCount:
-    """Counts the tokens that a model is trained on: those of its forward passes in training mode, without padding.
+    """Counts the tokens of a model's forward passes in training mode, without padding.
 
-    The count stays on the model's device until it is read, so that no forward pass waits for it.
+    The count stays on the model's device until it is read, so no forward pass waits for it.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -34,24 +34,25 @@ class TokenCount:
             self.count += ids.numel() if mask is None else mask.sum().to(self.count)
 
     def read(self) -> torch.Tensor:
-        """Tokens since this was last called: ()."""
+        """Tokens since the last call: ()."""
         seen, self.count = self.count, torch.zeros_like(self.count)
         return seen
 
 
 class TellsSpeed:
-    """For a Trainer: `tokens_per_second` of all processes and `memory_gib` of this one in every training log.
+    """Mixin for a Trainer: adds `tokens_per_second` of all processes and `memory_gib` of this one to every training
+    log.
 
-    Time between two logs counts as a whole, but for evaluations and checkpoints in between.
+    The time between two logs counts in full, except for evaluations and checkpoints.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tokens = TokenCount(self.model, self.args.device)
-        self.last_log: float | None = None  # when the time that the next log counts began
+        self.last_log: float | None = None  # start of the time that the next log covers
 
     def start_clock(self) -> None:
-        """From here on time counts, unless it does already."""
+        """Starts the clock unless it is running."""
         if self.last_log is None:
             self.last_log = time.perf_counter()
 

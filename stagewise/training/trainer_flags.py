@@ -1,5 +1,6 @@
-"""Flags of transformers' TrainingArguments that no stage can follow, and values that no run can have: refused by name,
-before anything is read."""
+"""Flags of transformers' TrainingArguments that no stage supports, and impossible values: refused by name, before
+anything is read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from stagewise.errors import ArgumentError
 
 _MEASURED = "validation is measured in one way, which this would not change; leave it out"
 _BATCHES = "batches hold what is needed, nothing more; leave it out"
-# Flag -> why another value than its default is not followed, and what to do.
+# Flag -> why only its default is supported, and what to do.
 NOT_FOLLOWED = {
     "do_predict": "no stage predicts; --do_eval evaluates on the validation records",
     "label_smoothing_factor": "no stage smooths its labels; leave it out",
@@ -35,11 +36,11 @@ NOT_FOLLOWED = {
 }
 AT_LEAST_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_0 = ("learning_rate", "weight_decay", "max_grad_norm", "eval_delay", "dataloader_num_workers")
-UNLISTED = ("azure_ml", "flyte")  # trackers that transformers does not look for, or not always
+UNLISTED = ("azure_ml", "flyte")  # trackers that transformers does not check for, or not always
 
 
 def check_trainer_flags(args: TrainingArguments) -> None:
-    """Raises ArgumentError for a flag without effect, a number that no run can have, or a package that is missing."""
+    """Raises ArgumentError for a flag without effect, an impossible number, or a missing package."""
     for field in dataclasses.fields(TrainingArguments):
         default, value = field.default, getattr(args, field.name)
         default = None if default is dataclasses.MISSING else default
@@ -57,7 +58,7 @@ def check_trainer_flags(args: TrainingArguments) -> None:
 def _check_numbers(args: TrainingArguments) -> None:
     for names, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
         for name in names:
-            if not getattr(args, name) >= least:  # nan is neither
+            if not getattr(args, name) >= least:  # also excludes nan
                 raise ArgumentError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     if math.isinf(args.learning_rate):
         raise ArgumentError(f"--learning_rate: expected a finite number, found {args.learning_rate}")
@@ -91,18 +92,18 @@ def _check_trackers(args: TrainingArguments) -> None:
 
 
 def _check_optimizer(args: TrainingArguments) -> None:
-    """That its package is there; transformers looks for it when the weights have been read."""
+    """Checks that the optimizer's package is installed; transformers only checks after reading the weights."""
     if args.optim_target_modules and not any(kind in args.optim for kind in ("galore", "apollo")):
         raise ArgumentError(f"--optim_target_modules has no effect on --optim {args.optim.value}: leave it out")
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        if "model" not in str(error):  # some want the model, which is not there yet
+        if "model" not in str(error):  # some need the model, which is not loaded yet
             raise ArgumentError(f"--optim {args.optim.value}: {error}") from error
 
 
 def _check_schedule(args: TrainingArguments) -> None:
-    """That --lr_scheduler_kwargs holds what the schedule asks for, and nothing else."""
+    """Checks that --lr_scheduler_kwargs contains what the schedule needs, and nothing else."""
     one = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     steps = args.max_steps if args.max_steps > 0 else 10**6
     try:

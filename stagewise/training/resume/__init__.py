@@ -1,1 +1,1 @@
-"""Which run a checkpoint belongs to, and where in the data it stands."""
+"""Resuming: the run that a checkpoint belongs to, and its position in the data."""

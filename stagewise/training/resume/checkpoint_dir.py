@@ -1,4 +1,4 @@
-"""--checkpoint_dir: an SFT adapter that is merged into the model in memory before a new adapter is trained on it."""
+"""--checkpoint_dir: an SFT adapter that is merged into the model in memory before a new adapter is trained."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_predecessor(run: Run, args: PredecessorArguments, adapter: AdapterArgu
         except AdapterError as error:
             raise ArgumentError(f"--checkpoint_dir {error}") from error
     earlier = read_manifest(adapter.peft_path) if adapter.peft_path else None
-    if earlier is None:  # an adapter made elsewhere tells nothing of itself
+    if earlier is None:  # an adapter from elsewhere has no run.json
         return
     if earlier.get("stage") != run.stage:
         raise ArgumentError(
@@ -54,7 +54,7 @@ def merge_predecessor(run: Run, args: PredecessorArguments, model: Model) -> Mod
         return model
     earlier = read_manifest(args.checkpoint_dir) or {}
     *base, step = run.manifest["lineage"]
-    if "continued_adapter" not in step:  # its lineage has what was merged
+    if "continued_adapter" not in step:  # its lineage says what was merged
         base = earlier.get("lineage", base)
     run.note(lineage=[*base, {**step, "merged_adapter": args.checkpoint_dir}])
     return merge_in_memory(model, args.checkpoint_dir)

@@ -1,7 +1,7 @@
-"""Fingerprints: whether weights or encoded records are the ones they were, without reading all of their bytes.
+"""Fingerprints that identify weights or encoded records without reading all of their bytes.
 
-A fingerprint tells apart what training makes different (another model of the same shape, other records, another order
-of them), not what somebody changes on purpose.
+A fingerprint detects what differs between runs (another model of the same shape, other records, another order), not
+deliberate manipulation.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from stagewise.data.streaming.dataset import RecordStream
 from stagewise.models.hub import find_source
 
 WHOLE = 1 << 22  # bytes of weights up to which all of them are read
-SAMPLES, SAMPLE = 4096, 256  # of more bytes: about so many samples of so many bytes
-ROWS_WHOLE, ROWS_SAMPLES, ROWS_SAMPLE = 1 << 28, 4096, 1 << 14  # the same of a column of encoded records
+SAMPLES, SAMPLE = 4096, 256  # beyond that: number and size of the samples
+ROWS_WHOLE, ROWS_SAMPLES, ROWS_SAMPLE = 1 << 28, 4096, 1 << 14  # the same for a column of encoded records
 OTHER_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
 
 def model_fingerprint(name: str, args: ModelArguments, flag: str = "model_name_or_path") -> str | None:
-    """The fingerprint of the weights that a flag names: a directory, an adapter's too, or a model of a hub.
+    """The fingerprint of the weights that a flag names: a directory (also of an adapter), or a hub model.
 
     Returns:
-        hexadecimal digits; None while a hub's weights are not on this machine yet.
+        hexadecimal digits; None if a hub's weights have not been downloaded yet.
     """
     folder = Path(find_source(name, args, flag))
     if not folder.is_dir():
@@ -44,10 +44,10 @@ def model_fingerprint(name: str, args: ModelArguments, flag: str = "model_name_o
 
 
 def weights_fingerprint(folder: str | Path) -> str | None:
-    """The fingerprint of the weights in a directory; None where it has none.
+    """The fingerprint of the weights in a directory; None if it has none.
 
-    Each tensor of safetensors files counts by its name, type, shape and samples of its bytes, so that the same weights
-    in other shards have the same fingerprint. Takes about 30 ms, and the disk's time for 4096 short reads.
+    Each tensor of safetensors files contributes its name, type, shape and samples of its bytes, so the same weights in
+    other shards have the same fingerprint. Takes about 30 ms, plus the disk's time for 4096 short reads.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors")) or sorted(
@@ -73,9 +73,9 @@ def weights_fingerprint(folder: str | Path) -> str | None:
 
 
 def records_fingerprint(examples: Any) -> str | None:
-    """The fingerprint of encoded training records in their order, wherever their files lie; None of no records.
+    """The fingerprint of encoded training records in their order, independent of where their files are; None for none.
 
-    Of a stream it is that of the files' names and sizes, and of the lengths of its first records.
+    For a stream it covers the files' names and sizes, and the lengths of its first records.
     """
     digest = xxhash.xxh3_128()
     if isinstance(examples, RecordStream):
@@ -103,7 +103,7 @@ Piece = tuple[str, str, Path, int, int]  # name, type and shape, file, offset, b
 
 
 def _pieces(path: Path) -> Iterator[Piece]:
-    """The tensors of a safetensors file; a file of another form, or a damaged one, is one piece."""
+    """The tensors of a safetensors file; a file of another format, or a damaged one, is a single piece."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:

@@ -1,8 +1,7 @@
-"""What a checkpoint belongs to: its `belongs.json` says how it was made, and a run that continues from it has to
-have the same.
+"""The identity of a run, saved in each checkpoint as `belongs.json`; a run that resumes has to have the same.
 
-Steps of another size are no reason to refuse (see place.py). Anything else that would change the order of the rows, or
-what they mean, is an error that names the flag and both values, before any weights are read where that can be known.
+Other step sizes are allowed (see position.py). Anything else that would change the order of the rows, or their
+meaning, is an error that names the flag and both values, before any weights are read if possible.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from stagewise.errors import ArgumentError, FileError
 from stagewise.training.resume.fingerprints import model_fingerprint, records_fingerprint, text_fingerprint
 
 RECORD = "belongs.json"
-# Flags that say in which order rows come, and what they mean to the model.
+# Flags that determine the order of rows, and their meaning to the model.
 SAME = (
     *("seed", "data_seed", "streaming", "packing", "train_sampling_strategy", "dataloader_drop_last"),
     *("model_max_length", "block_size", "max_source_length", "max_target_length", "truncation_side"),
     *("train_on_inputs", "mask_history", "enable_thinking", "rope_scaling", "rope_factor", "reward_label"),
     *("ppo_epochs", "encoder_hidden_size", "loraplus_lr_ratio"),
 )
-TARGETS = ("target_modules", "modules_to_save")  # the same, but for an adapter of --peft_path, which has its own
-# Flags by which records are chosen and encoded: other records are told by their fingerprint, these say why.
+TARGETS = ("target_modules", "modules_to_save")  # the same, except for an adapter of --peft_path, which has its own
+# Flags that select and encode records: changed records are detected by fingerprint, these explain the change.
 CHOOSE = (
     *("max_train_samples", "validation_split_percentage", "deduplicate", "data_weights", "on_bad_record"),
     *("tokenizer_name_or_path", "dataset_name", "dataset_config_name", "train_file_dir"),
 )
 MODELS = ("model_name_or_path", "checkpoint_dir", "reward_model_name_or_path", "ref_model_name_or_path")
 DEALT = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")  # of --accelerator_config
-# What adapter_config.json says of the adapter's shape -> the flag.
+# Fields of adapter_config.json that determine the adapter's shape -> the flag.
 SHAPE = {
     **{"r": "lora_rank", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"},
     **{"init_r": "init_r", "target_r": "target_r"},
@@ -51,11 +50,11 @@ SHAPE = {
 
 
 class Identity:
-    """What a run is, to be compared with the checkpoint that it resumes from, and to be kept in those that it makes.
+    """The identity of a run: compared with the checkpoint that it resumes from, and saved in its own checkpoints.
 
     Args:
         stage: "pt", "sft", "rm", "dpo" or "ppo".
-        args: the Trainer's flags.
+        args: the Trainer's arguments.
         parts: the stage's dataclasses.
         checkpoint: the one to resume from, or None.
     """
@@ -73,7 +72,7 @@ class Identity:
         """Compares the flags with the checkpoint's.
 
         Raises:
-            ArgumentError: one of them has to stay as it was.
+            ArgumentError: one of them must not change.
         """
         targets = () if self.adapter.peft_path or not self.adapter.trains_adapter else TARGETS
         named = [name for name in (*SAME, *targets) if any(hasattr(part, name) for part in self.parts)]
@@ -104,7 +103,7 @@ class Identity:
             self._check_same()
 
     def _check_shape(self) -> None:
-        """The adapter's own config tells its shape, also in a checkpoint without a record."""
+        """Compares the shape in the adapter's own config, also for a checkpoint without a record."""
         has_adapter = (self.checkpoint / "adapter_config.json").is_file()
         config = read_adapter_config(self.checkpoint) if has_adapter else None
         was = METHOD_OF.get(config.peft_type.value, config.peft_type.value) if config else "full"
@@ -113,7 +112,7 @@ class Identity:
             return
         own = read_adapter_config(self.adapter.peft_path) if self.adapter.peft_path else self.adapter
         for name, flag in SHAPE.items():
-            if hasattr(config, name) and (name != "r" or was == "lora"):  # AdaLoRA's r says nothing
+            if hasattr(config, name) and (name != "r" or was == "lora"):  # AdaLoRA's r has no meaning
                 now = getattr(own, name if isinstance(own, PeftConfig) else flag)
                 self._compare(f"--{flag}", getattr(config, name), now)
         if was == "lora":
@@ -130,20 +129,20 @@ class Identity:
             self._refuse("--accelerator_config", "use_seedable_sampler false, whose order is never the same", "it")
         self._compare("--optim", then["optimizer"], now["optimizer"])
         self._compare("--deepspeed", then["deepspeed"], now["deepspeed"])
-        if now["deepspeed"]:  # each process has a part of the optimizer's state, which is not dealt out anew
+        if now["deepspeed"]:  # each process holds a shard of the optimizer's state, which cannot be redistributed
             self._compare("--deepspeed with a number of processes of", then["processes"], now["processes"])
 
     # ── before the weights are read ──────────────────────────────────────────────────────────────────────────────
 
     def check_data(self, examples: Any, template: AnyTemplate | None) -> None:
-        """Compares template, records and models with the checkpoint's, in every process.
+        """Compares template, records and models with the checkpoint's, on every process.
 
         Args:
             examples: the encoded training records, or their stream.
             template: the chat template; None in PT.
 
         Raises:
-            ArgumentError: they are others.
+            ArgumentError: they differ.
         """
         text = template and text_fingerprint(template.jinja())
         count = len(examples) if hasattr(examples, "__len__") else None
@@ -161,7 +160,7 @@ class Identity:
             on_every_process(self._check_data)
 
     def _rollout(self) -> dict[str, int]:
-        """PPO: the sizes that prompts and updates are dealt by, over all processes."""
+        """PPO: the sizes by which prompts and updates are distributed, over all processes."""
         if self._flag("ppo_epochs") is None:
             return {}
         processes = self.args.world_size
@@ -199,13 +198,13 @@ class Identity:
     # ── before the first step ────────────────────────────────────────────────────────────────────────────────────
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Compares what is known once the model is there: the adapter's modules, the rows, a hub's weights.
+        """Compares what is known once the model is loaded: the adapter's modules, the rows, a hub's weights.
 
         Raises:
-            ArgumentError: they are others.
+            ArgumentError: they differ.
         """
         for flag, model in self.now["models"].items():
-            if model["weights"] is None:  # they have been downloaded since
+            if model["weights"] is None:  # they have been downloaded in the meantime
                 model["weights"] = model_fingerprint(model["name"], self.model_args, flag)
         if self.checkpoint is None:
             return
@@ -222,7 +221,7 @@ class Identity:
         self._compare("the number of rows of an epoch", was, now)
 
     def record(self, trainer: Trainer) -> dict[str, Any]:
-        """What a checkpoint of now belongs to."""
+        """The identity to save in a checkpoint."""
         return {**self.now, "place": trainer.place()}
 
     # ── words ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -240,7 +239,7 @@ class Identity:
 
 
 def refuse(checkpoint: Path, what: str, then: Any, now: Any) -> None:
-    """Raises ArgumentError: a resumed run must have `what` as it was `then`."""
+    """Raises ArgumentError: a resumed run must have the same `what` as `then`."""
     then, now = ("none" if value is None or value == "" else value for value in (then, now))
     flag = "--peft_path" if (checkpoint / "adapter_config.json").is_file() else "--model_name_or_path"
     raise ArgumentError(
@@ -250,18 +249,18 @@ def refuse(checkpoint: Path, what: str, then: Any, now: Any) -> None:
 
 
 def optimizer_kind(args: TrainingArguments) -> str:
-    """The optimizers that read each other's states have one name."""
+    """A common name for optimizers that read each other's states."""
     name = str(getattr(args.optim, "value", args.optim))
     return "adamw_torch" if name == "adamw_torch_fused" else name
 
 
 def zero_stage(args: TrainingArguments) -> str | None:
-    """DeepSpeed's way of splitting, or None without it."""
+    """DeepSpeed's ZeRO stage, or None without it."""
     return f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed else None
 
 
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint says it belongs to; None of one that an earlier version made.
+    """The identity saved in a checkpoint; None for one of an earlier version.
 
     Raises:
         FileError: the record is broken.
@@ -278,7 +277,7 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
 
 
 class KeepsIdentity(TrainerCallback):
-    """Writes what each checkpoint belongs to. To be added before the callback that marks it whole."""
+    """Saves the identity in each checkpoint. To be added before the callback that marks it complete."""
 
     def __init__(self, identity: Identity, trainer: Trainer):
         self.identity, self.trainer = identity, trainer

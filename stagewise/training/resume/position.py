@@ -1,10 +1,10 @@
-"""A run's place in its training rows: it is counted in rows, so that a resumed run may take steps of another size.
+"""A run's position in its training rows, counted in rows, so that a resumed run may use another step size.
 
     steps of 2 rows, stopped after 3    | 1 2 | 3 4 | 5 6 |
     continues in steps of 4                                  7 8 9 10 | 11 12 ||  the next epoch begins a new grid
 
-The order of the rows follows from the seed and the epoch alone, and process p of N gets the p-th part of every N
-batches: neither the batch, nor the accumulation, nor the number of processes has a say in it.
+The order of the rows depends only on seed and epoch, and process p of N gets the p-th part of every N batches: batch
+size, accumulation and number of processes do not affect it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stagewise.training.resume.identity import read_record, refuse
 
 
 class Place(NamedTuple):
-    """Whole epochs that were trained, and rows of the one after them."""
+    """Completed epochs, and rows of the next one."""
 
     epoch: int
     rows: int
@@ -39,13 +39,13 @@ START = Place(0, 0)
 
 @dataclass(frozen=True)
 class Grid:
-    """How the rows of an epoch are dealt out to optimizer steps.
+    """How the rows of an epoch are distributed over optimizer steps.
 
     Args:
         rows: rows of the training set.
-        batch: rows of a forward pass, of all processes together.
-        accumulation: forward passes of a step.
-        drop_last: whether an incomplete last batch is left out (--dataloader_drop_last).
+        batch: rows of a forward pass, over all processes.
+        accumulation: forward passes per step.
+        drop_last: whether an incomplete last batch is dropped (--dataloader_drop_last).
     """
 
     rows: int
@@ -57,7 +57,7 @@ class Grid:
     def of(cls, trainer: Trainer) -> Grid:
         args = trainer.args
         processes = 1 if args.accelerator_config.split_batches else args.world_size
-        batch = trainer._train_batch_size * processes  # what --auto_find_batch_size has come to
+        batch = trainer._train_batch_size * processes  # the size that --auto_find_batch_size has reached
         return cls(len(trainer.train_dataset), batch, args.gradient_accumulation_steps, args.dataloader_drop_last)
 
     @property
@@ -73,11 +73,11 @@ class Grid:
 
     @property
     def an_epoch(self) -> int:
-        """Steps of a whole epoch."""
+        """Steps of a full epoch."""
         return max(1, self.steps(self.rows))
 
     def after(self, steps: int, start: Place = START) -> Place:
-        """Where a run is that began at `start` and took some steps."""
+        """The position of a run after some steps from `start`."""
         first = self.steps(self.rows - start.rows)
         if steps < first:
             return Place(start.epoch, start.rows + steps * self.step)
@@ -85,8 +85,8 @@ class Grid:
         return Place(start.epoch + 1 + epochs, rest * self.step)
 
     def left(self, place: Place, epochs: float) -> int:
-        """The steps from `place` to the end of a run of so many epochs; below 0 where that end lies behind it."""
-        last, share = divmod(math.ceil(epochs * self.an_epoch), self.an_epoch)  # share: steps of a part of an epoch
+        """The steps from `place` to the end of a run of so many epochs; negative if that end is before it."""
+        last, share = divmod(math.ceil(epochs * self.an_epoch), self.an_epoch)  # share: steps of a partial epoch
         if place.epoch < last:
             return self.steps(self.rows - place.rows) + (last - place.epoch - 1) * self.an_epoch + share
         rows = share * self.step - place.rows if place.epoch == last else -1
@@ -94,7 +94,7 @@ class Grid:
 
 
 class RowsFrom(Sampler[int]):
-    """The order of another sampler, of which one epoch begins at a later row."""
+    """The order of another sampler, with one epoch that begins at a later row."""
 
     def __init__(self, sampler: Sampler[int]):
         self.sampler, self.start, self.epoch = sampler, START, 0
@@ -105,7 +105,7 @@ class RowsFrom(Sampler[int]):
             self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        """The rows of the other epochs."""
+        """The rows of all other epochs."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
@@ -114,21 +114,21 @@ class RowsFrom(Sampler[int]):
 
 
 class KeepsPlace:
-    """For a Trainer of rows that are counted: a resumed run continues after the last row that was trained.
+    """Mixin for a Trainer with counted rows: a resumed run continues after the last row that was trained.
 
-    transformers finds the place by the number of steps, which is right as long as steps have the same size.
+    transformers finds the position by the number of steps, which is right as long as steps have the same size.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.begun, self.begun_step = START, 0  # where this start of the run began
-        self.moved = False  # whether that is another place than the number of steps says
+        self.moved = False  # whether the number of steps would give another position
         self.resumed: Path | None = None  # the checkpoint that this start continues from
         self.order: RowsFrom | None = None
         self.add_callback(EpochOfPlace(self))
 
     def place(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the place, for `place_in`."""
+        """The position to save in a checkpoint, for `place_in`."""
         if not has_length(self.train_dataset):
             return {}
         grid = Grid.of(self)
@@ -136,7 +136,7 @@ class KeepsPlace:
         return {**place._asdict(), "rows_per_epoch": grid.rows, "rows_per_step": grid.step}
 
     def steps_left(self, checkpoint: Path) -> int:
-        """The steps behind a checkpoint that the flags ask for; below 0 where it is beyond their end."""
+        """The steps after a checkpoint up to the end of the run; negative if the checkpoint is beyond that end."""
         if self.args.max_steps > 0:
             return self.args.max_steps - trained_steps(checkpoint)
         grid = Grid.of(self)
@@ -150,15 +150,16 @@ class KeepsPlace:
         sampler = super()._get_train_sampler(train_dataset)
         if self.resumed is None or sampler is None:
             return sampler
-        if isinstance(sampler, RandomSampler):  # accelerate would make this one of it
+        if isinstance(sampler, RandomSampler):  # accelerate would otherwise wrap it
             sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
         self.order = RowsFrom(sampler)
         return self.order
 
     def set_initial_training_values(self, args, dataloader):
-        """transformers' own; from a place that it would not find, with the epochs and steps that are left from there.
+        """transformers' own, or, from a position that it would not find, the epochs and steps that are left from
+        there.
 
-        Steps count on from the checkpoint's: the optimizer has taken so many.
+        The step number continues from the checkpoint's: the optimizer has taken that many.
         """
         values = super().set_initial_training_values(args, dataloader)
         if self.resumed is None or not has_length(self.train_dataset):
@@ -168,7 +169,7 @@ class KeepsPlace:
         if isinstance(self.order.sampler, LengthGroups) and place.rows:
             self._check_groups(grid)
         self.begun, self.begun_step = place, step
-        self.order.set_epoch(place.epoch)  # accelerate reaches its own sampler alone behind skipped batches
+        self.order.set_epoch(place.epoch)  # with skipped batches, accelerate only reaches its own sampler
         self.moved = not args.ignore_data_skip and (place != grid.after(step) or self._skips_too_little())
         if not self.moved:
             return values
@@ -187,19 +188,19 @@ class KeepsPlace:
         return epochs, grid.an_epoch, examples, samples, total, batches, max_steps
 
     def _check_groups(self, grid: Grid) -> None:
-        """Raises ArgumentError where the rows that were grouped by length had other steps to be grouped for."""
+        """Raises ArgumentError if rows were grouped by length for other step sizes."""
         then = saved_place(self.resumed).get("rows_per_step", grid.step)
         if then != grid.step:
             what = "--train_sampling_strategy group_by_length with a number of rows per step of"
             refuse(self.resumed, what, then, grid.step)
 
     def _skips_too_little(self) -> bool:
-        """Whether transformers would leave out one batch where each process had one (dispatch_batches)."""
+        """Whether transformers would skip one batch where each process had one (dispatch_batches)."""
         return bool(self.args.accelerator_config.dispatch_batches) and self.args.world_size > 1
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         found = super()._init_training_state(*args, **kwargs)
-        return (self.begun.epoch, 0) if self.moved else found  # `order` leaves the rows out, no batch has to be
+        return (self.begun.epoch, 0) if self.moved else found  # `order` omits the rows, so no batch has to be skipped
 
     def _run_epoch(self, *, epoch: int, steps_in_epoch: int, num_update_steps_per_epoch: int, **kwargs: Any) -> None:
         if self.moved and epoch == self.begun.epoch:
@@ -215,7 +216,7 @@ class KeepsPlace:
 
 
 class EpochOfPlace(TrainerCallback):
-    """The epoch in the logs of a run that went on in the middle of one: transformers counts from where it began."""
+    """The epoch in the logs of a run that resumed within one: transformers counts from its own start."""
 
     def __init__(self, trainer: KeepsPlace):
         self.trainer = trainer
@@ -232,11 +233,11 @@ def saved_place(checkpoint: Path) -> dict[str, int]:
 
 
 def place_in(checkpoint: Path, grid: Grid) -> Place:
-    """The place that a checkpoint says it is at; of one made before it did, what the number of its steps says."""
+    """The position saved in a checkpoint; for older checkpoints, the one that follows from the number of steps."""
     place = saved_place(checkpoint)
     if "epoch" not in place:
         return grid.after(trained_steps(checkpoint))
     found = Place(place["epoch"], place["rows"])
-    if found.rows and not grid.steps(grid.rows - found.rows):  # what is left of the epoch fills no batch
+    if found.rows and not grid.steps(grid.rows - found.rows):  # the rest of the epoch fills no batch
         return Place(found.epoch + 1, 0)
     return found
