@@ -1,1 +1,1 @@
-"""Metrics of answers, benchmarks, comparisons."""
+"""Evaluation: metrics of answers, benchmarks, comparisons."""

@@ -1,7 +1,7 @@
-"""What a model says to questions whose answers are known, and how probable it finds those answers.
+"""A model's answers to questions with known answers, and the probability it gives to those.
 
-The last answer of each conversation is asked for again, with all that stands before it; every answer that a stage
-would learn counts for the perplexity, as in the stage's own validation.
+The last answer of each conversation is generated again from its context; the perplexity covers every answer that a
+stage would train on, as in the stage's own validation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stagewise.training.metrics import perplexity
 
 @dataclass(frozen=True)
 class Question:
-    """One record of a test: what is asked, what should be answered, and all of it for the perplexity."""
+    """One record of a test: the question, the reference answer, and the whole conversation for the perplexity."""
 
     prompt: Conversation
     reference: str
@@ -38,10 +38,10 @@ class Question:
 
 
 def question_of(conversation: Conversation) -> tuple[Conversation, str]:
-    """What the last answer in words replies to, and its words.
+    """The context of the last answer in words, and the answer.
 
     Raises:
-        RecordError: for a conversation without an answer in words, or with none before it to reply to.
+        RecordError: for a conversation without an answer in words, or without a question before it.
     """
     messages = conversation.messages
     spoken = [number for number, message in enumerate(messages) if message.role == "assistant"]
@@ -54,11 +54,11 @@ def question_of(conversation: Conversation) -> tuple[Conversation, str]:
 
 
 class QuestionEncoder:
-    """Conversations → Questions that the model can be asked.
+    """Conversations → Questions for the model.
 
     Args:
-        speaker: whose tokens and context count.
-        max_new_tokens: what has to be left of the context for an answer.
+        speaker: its tokenizer and context are used.
+        max_new_tokens: the part of the context reserved for an answer.
     """
 
     def __init__(self, speaker: Speaker, max_new_tokens: int):
@@ -66,7 +66,7 @@ class QuestionEncoder:
         self.encoder = ConversationEncoder(speaker.tokenizer, speaker.template, speaker.context)
 
     def __call__(self, conversation: Conversation) -> tuple[Question, bool]:
-        """The question, and whether the whole was cut to the context. Raises RecordError where it cannot be asked."""
+        """The question, and whether it was cut to the context. Raises RecordError if it cannot be asked."""
         where = conversation.where
         prompt, reference = question_of(conversation)
         try:
@@ -82,15 +82,15 @@ class QuestionEncoder:
 
 @torch.no_grad()
 def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
-    """(negative log-likelihood in nats, learned tokens) of each example: what the stage's validation computes.
+    """(negative log-likelihood in nats, number of labels) of each example, as in the stage's validation.
 
     Raises:
-        SpeakerError: for a loss that is no number.
+        SpeakerError: for a loss that is not finite.
     """
     collate, keep = PaddedCollator(speaker.tokenizer.pad_token_id), takes_kept_logits(speaker.model)
     device = speaker.model.get_input_embeddings().weight.device
     scaled = (rotations(speaker.base.config.get_text_config()) or {}).get("rope_type")
-    size = 1 if scaled == "dynamic" else batch_size  # such positions follow the longest row of a batch
+    size = 1 if scaled == "dynamic" else batch_size  # such positions depend on the longest row of a batch
 
     def losses_of(batch: list[int]) -> list[tuple[float, int]]:
         inputs = {name: value.to(device) for name, value in collate([examples[index] for index in batch]).items()}
@@ -111,7 +111,7 @@ def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: 
 def answers_to(
     speaker: Speaker, questions: Sequence[Question], sampling: SamplingArguments, batch_size: int
 ) -> list[Answer]:
-    """An answer to each question, in order."""
+    """The answer to each question, in order."""
 
     def answers_of(batch: list[int]) -> list[Answer]:
         return speaker.answers([questions[index].prompt for index in batch], sampling, batch_size=batch_size)
@@ -128,7 +128,7 @@ def rewards_of(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[float]:
-    """The reward model's score of each answer, as PPO would see it."""
+    """The reward model's score of each answer, as in PPO."""
     prompts = [speaker.encode(question.prompt, max_new_tokens) for question in questions]
 
     def scores_of(batch: list[int]) -> list[float]:
@@ -149,7 +149,7 @@ def answer_rows(
     losses: Sequence[tuple[float, int]],
     rewards: Sequence[float] | None,
 ) -> list[dict[str, Any]]:
-    """A row of answers.jsonl for each question: the words and every number of SFT_METRICS."""
+    """A row of answers.jsonl for each question: the texts and every number of SFT_METRICS."""
     rows = []
     for number, (question, answer, (nll, tokens)) in enumerate(zip(questions, answers, losses, strict=True)):
         language = language_of(question.reference)

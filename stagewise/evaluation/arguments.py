@@ -1,4 +1,4 @@
-"""What the command line of evaluation.py says, and what of it cannot be honored."""
+"""The command line of evaluation.py, and its checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stagewise.inference.arguments import SamplingArguments, SpeakerArguments
 
 @dataclass
 class EvaluationArguments:
-    """What is measured."""
+    """What to evaluate."""
 
     heading = "What is measured"
 
@@ -58,7 +58,7 @@ class EvaluationArguments:
 
 @dataclass
 class PairLimits(PairArguments):
-    """Length limits of what a reward model scores."""
+    """Length limits for a reward model."""
 
     heading = "A reward model's pairs"
 
@@ -86,12 +86,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where everything stands in the end."""
+        """The final folder of the results."""
         return Path(self.args.output_dir)
 
     @property
     def work(self) -> Path:
-        """Where it stands while the evaluation runs."""
+        """The folder while the evaluation runs."""
         return self.folder / ".unfinished"
 
 
@@ -139,13 +139,13 @@ def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
 
 
 def refuse(job: Job, names: set[str], why: str) -> None:
-    """Raises ArgumentError if a flag was given that cannot act."""
+    """Raises ArgumentError if a flag without effect was given."""
     for name in sorted(names & job.given):
         raise ArgumentError(f"--{name} has no effect {why}: leave it out")
 
 
 def settle_sampling(sampling: SamplingArguments) -> None:
-    """The most probable tokens, unless sampling is asked for, which then begins from seed 0."""
+    """Greedy decoding, unless sampling is requested, which then starts from seed 0."""
     if sampling.do_sample is None and not sampling.draws:
         sampling.do_sample = False
     if sampling.settled()["do_sample"] and sampling.seed is None:

@@ -1,10 +1,10 @@
-"""The CSV files in which MMLU, CMMLU and C-Eval were published, as the records that lm-eval's tasks read.
+"""The CSV files in which MMLU, CMMLU and C-Eval were published, as records for lm-eval's tasks.
 
     mmlu    dev/anatomy_dev.csv   test/anatomy_test.csv   no header: question, A, B, C, D, answer
     cmmlu   dev/anatomy.csv       test/anatomy.csv        header: (number), Question, A, B, C, D, Answer
     ceval   dev/law_dev.csv       val/law_val.csv         header: id, question, A, B, C, D, answer[, explanation]
 
-C-Eval is measured on `val`: the answers of its `test` were never published.
+C-Eval is evaluated on `val`: the answers of its `test` were never published.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LETTERS = ("A", "B", "C", "D")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one benchmark's files are named and read.
+    """The names and format of one benchmark's files.
 
     Args:
-        split: what is measured, as the folder and lm-eval call it.
-        suffix: files are {subject}{suffix with the split's name}.csv; "" where the subject alone is the name.
+        split: the evaluated split, as the folder and lm-eval call it.
+        suffix: files are {subject}{suffix with the split's name}.csv; "" if the subject alone is the name.
         columns: of the header; None: there is none, and the columns are in MMLU's order.
         task: lm-eval's name of a subject's task.
     """
@@ -39,7 +39,7 @@ class Layout:
         return folder / split / f"{subject}{self.suffix.format(split)}.csv"
 
     def subjects(self, folder: Path) -> list[str]:
-        """The subjects of which there is a file to measure on, by name."""
+        """The subjects with a file to evaluate, by name."""
         suffix = f"{self.suffix.format(self.split)}.csv"
         return sorted(path.name.removesuffix(suffix) for path in (folder / self.split).glob(f"*{suffix}"))
 
@@ -52,10 +52,10 @@ LAYOUTS = {
 
 
 def find_benchmark(folder: str, name: str, alone: bool) -> Path:
-    """The folder that holds `dev` and what is measured: FOLDER/name, FOLDER/name/data, or FOLDER for one set alone.
+    """The folder with `dev` and the evaluated split: FOLDER/name, FOLDER/name/data, or FOLDER for a single benchmark.
 
     Raises:
-        ArgumentError: naming what was looked for.
+        ArgumentError: with the paths that were looked for.
     """
     top, layout = Path(folder), LAYOUTS[name]
     places = [top / name, top / name / "data"] + ([top, top / "data"] if alone else [])
@@ -67,7 +67,7 @@ def find_benchmark(folder: str, name: str, alone: bool) -> Path:
 
 
 def read_subject(folder: Path, name: str, subject: str, shots: int) -> dict[str, list[dict[str, Any]]]:
-    """The records of a subject by split: what is measured, and `dev` where `shots` examples are shown.
+    """The records of a subject by split: the evaluated one, and `dev` if `shots` examples are shown.
 
     Raises:
         ArgumentError: naming the file and line.
@@ -87,10 +87,10 @@ def read_subject(folder: Path, name: str, subject: str, shots: int) -> dict[str,
 
 
 def read_questions(path: Path, name: str) -> list[dict[str, Any]]:
-    """A file's questions under the names that the set has on the hub.
+    """A file's questions with the field names of the hub's dataset.
 
     Raises:
-        ArgumentError: for a missing column, an answer that is no letter from A to D, or text that is not UTF-8.
+        ArgumentError: for a missing column, an answer other than A to D, or text that is not UTF-8.
     """
     layout = LAYOUTS[name]
     names = layout.columns or ("question", *LETTERS, "answer")

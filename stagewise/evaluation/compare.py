@@ -1,6 +1,6 @@
-"""Several evaluations side by side: stages of one lineage, or any models that were asked the same.
+"""Several evaluations side by side: stages of one lineage, or any models evaluated on the same records.
 
-Differences are taken on the records that two evaluations share, draw by draw.
+Differences are computed on the records that two evaluations share, with the same bootstrap samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stagewise.evaluation.statistics import (
 from stagewise.formats.json_lines import json_bytes
 
 METRICS = "metrics.json"
-# Part of metrics.json -> its rows, and what is measured of them.
+# Part of metrics.json -> its rows, and the metrics computed from them.
 PARTS: dict[str, tuple[str, Sequence[Metric]]] = {
     "sft": ("answers.jsonl", SFT_METRICS),
     "rm": ("scores.jsonl", RM_METRICS),
@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[str, Sequence[Metric]]] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation left: its folder, what to call it, its metrics.json, and its rows by part and place."""
+    """The results of an evaluation: its folder and name, its metrics.json, and its rows by part and location."""
 
     folder: Path
     name: str
@@ -47,10 +47,10 @@ class Evaluation:
 
 
 def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
-    """Reads the --output_dir of each evaluation; its name is as much of the path as tells it from the others.
+    """Reads the --output_dir of each evaluation; its name is the part of the path that is unique.
 
     Raises:
-        ArgumentError: for a folder that is none, is named twice, or from which files are gone.
+        ArgumentError: for a folder without an evaluation, named twice, or with missing files.
     """
     paths = [Path(folder).resolve().parts for folder in folders]
     if len(paths) < 2:
@@ -62,7 +62,7 @@ def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
 
 
 def _read(folder: str, name: str) -> Evaluation:
-    """One evaluation, called `name` and the stage that made the model where that is known."""
+    """One evaluation, called `name` and, if known, the stage that made the model."""
     path = Path(folder)
     if not (path / METRICS).is_file():
         raise ArgumentError(
@@ -108,13 +108,13 @@ def lines_of(evaluations: Sequence[Evaluation]) -> list[tuple[str, Metric, list[
 
 
 def comparison_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """A row a metric, a column an evaluation."""
+    """One row per metric, one column per evaluation."""
     rows = [["", *(each.name for each in evaluations)]]
     return rows + [[title, *(shown(n, metric) for n in numbers)] for title, metric, numbers in lines_of(evaluations)]
 
 
 def shared_rows(first: Evaluation, other: Evaluation, part: str) -> tuple[dict[str, Row], dict[str, Row]]:
-    """The rows of both that are of one record: of the same place, and with the same words."""
+    """The rows of both for the same records: same location, and same texts."""
     one, two = first.rows.get(part, {}), other.rows.get(part, {})
     words = ("system", "prompt", "reference", "chosen_answer", "rejected_answer", "question")
     same = [where for where in one if where in two and all(one[where].get(w) == two[where].get(w) for w in words)]
@@ -122,7 +122,7 @@ def shared_rows(first: Evaluation, other: Evaluation, part: str) -> tuple[dict[s
 
 
 def settings_of(one: Evaluation, part: str) -> dict[str, Any]:
-    """What the numbers of a part follow from beside the model and the records."""
+    """The settings that the numbers of a part depend on, apart from the model and the records."""
     flags, found = one.metrics.get("flags", {}), {}
     chat = part != "benchmarks" or flags.get("apply_chat_template")
     if part == "sft":
@@ -143,7 +143,7 @@ def settings_of(one: Evaluation, part: str) -> dict[str, Any]:
 
 
 def unlike(first: Evaluation, other: Evaluation) -> list[str]:
-    """A sentence for each setting in which two evaluations differ: their numbers may differ for that alone."""
+    """A sentence for each setting in which two evaluations differ: their numbers may differ for that reason alone."""
     found = []
     for part in (part for part in PARTS if part in first.rows and part in other.rows):
         one, two = settings_of(first, part), settings_of(other, part)
@@ -156,10 +156,10 @@ def unlike(first: Evaluation, other: Evaluation) -> list[str]:
 
 
 def compared(first: Evaluation, other: Evaluation) -> list[tuple[str, Difference]]:
-    """(title, difference) of every metric that both have on shared records; benchmarks one by one.
+    """(title, difference) of every metric that both have on shared records; benchmarks separately.
 
-    Perplexity is a number a token: it is left out where the models cut a record into different numbers of them. So is
-    the reward where two reward models gave it.
+    Perplexity is per token: it is left out if the models split a record into different numbers of tokens. So is the
+    reward if it comes from two reward models.
     """
     found = []
     for part, (_, metrics) in PARTS.items():
@@ -191,7 +191,7 @@ def sentence(title: str, first: Evaluation, other: Evaluation, found: Difference
 
 
 def draw_comparison(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """A panel a metric, with intervals; evaluations from left to right as they were given."""
+    """One panel per metric, with intervals; evaluations from left to right in the given order."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,10 +226,10 @@ def write_comparison(folders: Sequence[str], output: Path) -> tuple[list[list[st
     """Compares evaluations: comparison.json, comparison.md and comparison.png in `output`.
 
     Returns:
-        the table, and a sentence for every metric that the first shares with each of the others.
+        the table, and a sentence for every metric that the first one shares with each of the others.
 
     Raises:
-        ArgumentError: for folders that are no evaluations.
+        ArgumentError: for folders without an evaluation.
     """
     evaluations = read_evaluations(folders)
     first, *others = evaluations

@@ -1,4 +1,4 @@
-"""Where an evaluation's files stand while it runs, and how they replace those of an earlier one."""
+"""The files of an evaluation while it runs, and how they replace those of an earlier one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ WRITTEN = (METRICS, PAGE, "rejected.jsonl", *(name for name, _ in PARTS.values()
 
 @contextmanager
 def output_folder(job: Job) -> Iterator[None]:
-    """The context in which `job.work` is filled; what is there in the end goes to --output_dir, whole or not at all.
+    """The context in which `job.work` is filled; at its end the content moves to --output_dir, completely or not at
+    all.
 
-    An earlier evaluation stays as it is until then. The first process alone makes, fills and moves.
+    An earlier evaluation stays untouched until then. Only the first process creates, fills and moves the folder.
 
     Raises:
         ArgumentError: if --output_dir holds an evaluation that must not be replaced, or is a file.
     """
-    if job.args.compare:  # which no other process takes part in
+    if job.args.compare:  # no other process takes part in this
         begin_folder(job)
     else:
         from_first_process(partial(begin_folder, job))
@@ -39,7 +40,7 @@ def output_folder(job: Job) -> Iterator[None]:
         yield
         for name in WRITTEN if first else ():
             (job.folder / name).unlink(missing_ok=True)
-        for name in reversed(WRITTEN) if first else ():  # metrics.json last: where it is, the rest is
+        for name in reversed(WRITTEN) if first else ():  # metrics.json last: if it exists, so does the rest
             if (job.work / name).exists():
                 os.replace(job.work / name, job.folder / name)
     finally:
@@ -48,7 +49,7 @@ def output_folder(job: Job) -> Iterator[None]:
 
 
 def begin_folder(job: Job) -> None:
-    """Makes `job.work`, empty. Raises ArgumentError where --output_dir cannot be written to."""
+    """Creates `job.work`, empty. Raises ArgumentError if --output_dir cannot be written to."""
     folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
     if folder.is_file():
         raise ArgumentError(f"--output_dir {folder}: is a file; give a folder")

@@ -1,7 +1,7 @@
-"""lm-eval's model, whose questions several processes share. Imported where a benchmark runs: lm-eval is an extra.
+"""The model for lm-eval, shared by several processes. Imported when a benchmark runs, since lm-eval is an extra.
 
-Every process goes through lm-eval as if it were alone, with all questions and all answers; only what the model reads
-is dealt out. lm-eval's own way deals out the questions themselves, and hangs where a process gets none.
+Every process runs all of lm-eval, with all questions and all answers; only the forward passes are distributed.
+lm-eval's own method distributes the questions themselves, and hangs if a process gets none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stagewise.inference.chat_model import Speaker
 
 
 class SharedModel(HFLM):
-    """A speaker's model as lm-eval asks it, in batches of `batch_size` rows a process."""
+    """The chat model behind lm-eval's interface, in batches of `batch_size` rows per process."""
 
     def __init__(self, speaker: Speaker, batch_size: int):
         super().__init__(speaker.model, tokenizer=speaker.tokenizer, batch_size=batch_size, max_length=speaker.context)
@@ -34,7 +34,7 @@ class SharedModel(HFLM):
 
     @staticmethod
     def _shared(ask: Callable[..., list[Any]], requests: list[Instance], disable_tqdm: bool) -> list[Any]:
-        """Requests of one context stay in one process: lm-eval reads it once for all of them."""
+        """Requests with one context stay in one process: lm-eval runs it once for all of them."""
         state, contexts = PartialState(), {}
         numbers = [contexts.setdefault(request.args[0], len(contexts)) for request in requests]
         mine = [place for place, number in enumerate(numbers) if number % state.num_processes == state.process_index]

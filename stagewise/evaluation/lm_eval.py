@@ -1,7 +1,7 @@
-"""Benchmarks through lm-eval (EleutherAI's harness): any of its tasks, with the model that is loaded already.
+"""Benchmarks with lm-eval (EleutherAI's harness): any of its tasks, with the loaded model.
 
-A set comes from the hub, or from a folder of the files in which it was published; prompts and scoring are lm-eval's
-own in both cases.
+A benchmark comes from the hub, or from a folder of the files in which it was published; prompts and scoring are
+lm-eval's in both cases.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from stagewise.evaluation.statistics import BENCHMARK_METRICS, measure
 from stagewise.evaluation.text_metrics import check_packages
 from stagewise.inference.chat_model import Speaker
 
-TASKS = {"mmlu": "mmlu", "cmmlu": "cmmlu", "ceval": "ceval-valid"}  # our name of a set -> lm-eval's
+TASKS = {"mmlu": "mmlu", "cmmlu": "cmmlu", "ceval": "ceval-valid"}  # our name of a benchmark -> lm-eval's
 FOLDERS = {"mmlu": "mmlu/default", "cmmlu": "cmmlu", "ceval": "ceval"}  # of their tasks in lm-eval
-_TITLES = {"acc": "accuracy"}  # lm-eval's name of a metric -> as tables call it
-SHOTS = 5  # examples before each question of the three, as their papers have it
+_TITLES = {"acc": "accuracy"}  # lm-eval's name of a metric -> its name in tables
+SHOTS = 5  # few-shot examples of the three, as in their papers
 
 
 class Benchmarks:
-    """What is asked for, checked by name before any weight is read.
+    """The benchmarks to run, checked by name before any weights are read.
 
     Args:
         names: mmlu, cmmlu, ceval, or any task, group or tag of lm-eval.
         folder: --benchmark_dir, or None for the hub.
-        shots: examples before each question; None: SHOTS for the three sets, else what the task says.
-        limit: questions of a subject; -1 takes all.
+        shots: few-shot examples; None: SHOTS for the three, else the task's own number.
+        limit: questions per subject; -1 for all.
 
     Raises:
-        ArgumentError: naming the flag, the file or the subject, and what is known.
+        ArgumentError: with the flag, the file or the subject, and the known values.
     """
 
     def __init__(self, names: Sequence[str], folder: str | None, shots: int | None, limit: int):
@@ -88,7 +88,7 @@ class Benchmarks:
         return found
 
     def _load(self, name: str) -> list[Any]:
-        """lm-eval's tasks and groups of a set, with their questions."""
+        """lm-eval's tasks and groups of a benchmark, with their questions."""
         spec: str | dict[str, Any] = TASKS.get(name, name)
         if name in self.local:
             own = self.local[name].items()
@@ -104,14 +104,14 @@ class Benchmarks:
         return [found for each, found in known.items() if each not in inner]
 
     def run(self, speaker: Speaker, batch_size: int, chat: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Asks every question; returns what metrics.json says of each set, and a row for each question.
+        """Runs every benchmark; returns its entry in metrics.json, and a row for each question.
 
-        In other processes than the first, which help to answer, it returns nothing.
+        On processes other than the first, which only help, it returns nothing.
 
         Args:
             speaker: the model, with its adapter.
             batch_size: rows of a forward pass.
-            chat: questions and examples as a conversation in the model's chat form.
+            chat: format questions and examples as a conversation, with the model's chat template.
         """
         from lm_eval import simple_evaluate
 
@@ -147,7 +147,7 @@ class Benchmarks:
         return found, rows
 
     def _summary(self, name: str, rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
-        """The set in all, the mean of its subjects, and each subject, with lm-eval's own numbers beside."""
+        """The benchmark as a whole, the mean over its subjects, and each subject, with lm-eval's own numbers."""
 
         def by(key: str) -> dict[str, Any]:
             names = sorted({row[key] for row in rows if row[key] is not None})
@@ -174,7 +174,7 @@ class Benchmarks:
 
 
 def _manager(names: Sequence[str]) -> Any:
-    """lm-eval's register of tasks: of the three sets alone where no other is asked for, which reads in a moment."""
+    """lm-eval's task registry: restricted to the three benchmarks if no other is requested, which is fast."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent
@@ -192,7 +192,7 @@ def question_rows(
 ) -> Iterator[dict[str, Any]]:
     """A row of benchmarks.jsonl for each question.
 
-    Where a task reads an answer in several ways (lm-eval's filters), there is a sample for each: the first counts.
+    If a task parses an answer in several ways (lm-eval's filters), there is a sample for each: the first counts.
     """
     for sample in samples:
         if sample["filter"] != samples[0]["filter"]:
@@ -216,13 +216,13 @@ def question_rows(
 
 
 def longer_than(asked: Sequence[tuple[Any, ...]], *, tokenizer: Any, context: int, answer: int) -> bool:
-    """Whether lm-eval cuts the beginning of what is asked: (prompt, choice) or (prompt, settings of an answer)."""
+    """Whether lm-eval would truncate the beginning of a request: (prompt, choice) or (prompt, generation settings)."""
     for prompt, more in (each for each in asked if len(each) == 2):
         if isinstance(more, str):
-            text, room = prompt + more, context + 1  # the last token of a choice is not read
+            text, room = prompt + more, context + 1  # the last token of a choice is not an input
         else:
             text, room = prompt, context - more.get("max_gen_toks", answer)
-        if len(text.encode()) > room and len(tokenizer.encode(text)) > room:  # a token has a byte at least
+        if len(text.encode()) > room and len(tokenizer.encode(text)) > room:  # a token has at least one byte
             return True
     return False
 
@@ -235,7 +235,7 @@ def subject_of(name: str, task: str) -> str:
 
 
 def _choice(logps: Sequence[float], target: int) -> dict[str, Any]:
-    """Of a question with choices: the right one, the most probable one, and each one's share, by letter."""
+    """Of a question with choices: the correct one, the most probable one, and each one's probability, by letter."""
     letters = [chr(ord("A") + number) for number in range(len(logps))]
     best = max(logps)
     shares = [math.exp(logp - best) for logp in logps]
@@ -257,7 +257,7 @@ def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(records: dict[str, list[dict[str, Any]]], **_: Any) -> dict[str, Any]:
-    """The splits of a subject as lm-eval takes them; it passes the task's metadata too."""
+    """The splits of a subject as lm-eval takes them; it also passes the task's metadata."""
     import datasets
 
     return {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}
@@ -265,7 +265,7 @@ def _dataset(records: dict[str, list[dict[str, Any]]], **_: Any) -> dict[str, An
 
 @contextmanager
 def _without_bars(shown: bool) -> Iterator[None]:
-    """lm-eval's bars are left out unless they are to be `shown`; the log has its own stream."""
+    """Hides lm-eval's progress bars unless they are to be `shown`; the log has its own stream."""
     if shown:
         yield
         return
@@ -274,6 +274,6 @@ def _without_bars(shown: bool) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """lm-eval tells of each task; what counts is said here."""
+    """Silences lm-eval's messages about each task."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

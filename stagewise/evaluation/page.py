@@ -1,7 +1,7 @@
-"""What a person looks at after an evaluation: tables in the terminal, and a page of the best and the worst.
+"""The output of an evaluation for people: tables in the terminal, and a page of the best and the worst answers.
 
-The page is one file without scripts, pictures or anything from elsewhere. Every word that comes from records or models
-is escaped, and the page forbids a browser to run or load anything.
+The page is one file without scripts, images or external resources. All text from records or models is escaped, and the
+page's policy forbids a browser to run or load anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from stagewise.evaluation.statistics import Metric, Row
 from stagewise.reports.html import anchor, document, pairs, table
 
-SHOWN = 10  # records on either side
+SHOWN = 10  # records on each side
 LONGEST = 4000  # characters of a text on the page
 
 
@@ -25,7 +25,7 @@ LONGEST = 4000  # characters of a text on the page
 
 
 def shown(number: Mapping[str, float] | None, metric: Metric) -> str:
-    """A measured metric with its interval: "0.312 [0.287, 0.338]"; "–" where there is none."""
+    """A metric with its interval: "0.312 [0.287, 0.338]"; "–" if there is none."""
     if number is None:
         return "–"
     text = f"{number['value']:.{metric.digits}f}"
@@ -37,7 +37,7 @@ def shown(number: Mapping[str, float] | None, metric: Metric) -> str:
 def metric_table(
     parts: Mapping[str, Mapping[str, Any]], metrics: Sequence[Metric], first: str = ""
 ) -> list[list[str]]:
-    """A row a metric, a column a part (all, chinese, other …); metrics that no part has are left out."""
+    """One row per metric, one column per part (all, chinese, other …); metrics that no part has are left out."""
     rows = [[first, *parts]]
     for metric in metrics:
         if any(metric.name in part for part in parts.values()):
@@ -46,14 +46,14 @@ def metric_table(
 
 
 def width(text: str) -> int:
-    """Columns that a text takes in a terminal: a Chinese character takes two."""
+    """The columns that a text takes in a terminal: a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def as_text(rows: Sequence[Sequence[str]], room: int | None = None) -> str:
-    """A table for the terminal; its first row is the header, its first column stands on the left.
+    """A table for the terminal; its first row is the header, its first column is left-aligned.
 
-    What is wider than `room` columns (default: the terminal's) continues below, behind the first column again.
+    Columns beyond `room` (default: the terminal's width) continue below, after the first column again.
     """
     if room is None and sys.stdout.isatty():
         room = shutil.get_terminal_size().columns
@@ -83,7 +83,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(title: str, about: Mapping[str, str], sections: Sequence[str]) -> str:
-    """The whole page; `sections` are HTML already, everything else is escaped here."""
+    """The complete page; `sections` are HTML, everything else is escaped here."""
     titles = [re.search(r'<h2 id="([^"]+)">([^<]+)', part) for part in sections]
     links = "".join(f'<a href="#{found[1]}">{found[2]}</a>' for found in titles if found)
     return document(title, f"{pairs(about.items())}<nav>{links}</nav>{''.join(sections)}")
@@ -98,7 +98,7 @@ def _numbers(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _asked(question: Mapping[str, Any]) -> dict[str, str]:
-    """The fields of a question with choices that a person reads: its texts, and its choices with their letters."""
+    """The readable fields of a question with choices: its texts, and its choices with their letters."""
     found = {name: value for name, value in question.items() if isinstance(value, str)}
     lists = {name: value for name, value in question.items() if isinstance(value, list)}
     for name, choices in lists.items():
@@ -122,14 +122,14 @@ def clipped(text: str) -> str:
 
 
 def asked(row: Row) -> str:
-    """The conversation up to the question, one turn a paragraph."""
+    """The conversation up to the question, one paragraph per turn."""
     turns = [("system", row["system"])] if row.get("system") else []
     turns += [(turn["role"], turn["content"]) for turn in row["prompt"]]
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)
 
 
 def ends(rows: Sequence[Row], key: str) -> tuple[list[Row], list[Row]]:
-    """The SHOWN best and worst by a column, best first and worst first; of few records each stands on one side."""
+    """The SHOWN best and worst by a column, best first and worst first; few records are split between the two."""
     ordered = sorted(rows, key=lambda row: -row[key])
     count = min(SHOWN, (len(ordered) + 1) // 2)
     return ordered[:count], ordered[count:][::-1][:count]
@@ -177,7 +177,7 @@ def pair_section(rows: Sequence[Row], *numbers: Sequence[Sequence[str]]) -> str:
 
 
 def benchmark_section(name: str, rows: Sequence[Row], numbers: Sequence[Sequence[str]]) -> str:
-    """A benchmark by subject, and of questions with choices the surest right and wrong answers."""
+    """A benchmark by subject and, for questions with choices, the most confident correct and wrong answers."""
     chosen = [row for row in rows if "probabilities" in row]
 
     def cards(correct: float, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""How often a reward model prefers the answer that people chose, and by how much: the RM test."""
+"""The RM test: how often a reward model prefers the chosen answer, and by how much."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from stagewise.training.evaluation_set import padded_length
 
 @dataclass
 class PairScorer:
-    """A reward model with its tokenizer and chat form."""
+    """A reward model with its tokenizer and chat template."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: AnyTemplate
-    ending: Ending | None  # None: the rows of an older reward model
+    ending: Ending | None  # None: the rows of a reward model from an older version
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[PreferenceExample], batch_size: int) -> list[tuple[float, float]]:
-        """(score of the chosen, score of the rejected) of each pair, in order, as reward_modeling.py validates."""
+        """(chosen score, rejected score) of each pair, in order, as in the validation of reward_modeling.py."""
         collate, device = PreferenceCollator(self.tokenizer.pad_token_id), self.model.device
 
         def scores_of(batch: list[int]) -> list[tuple[float, float]]:
@@ -70,7 +70,7 @@ class PairScorer:
 
 
 def is_reward_model(args: ModelArguments, adapter: PeftConfig | None) -> bool:
-    """Whether a model gives a score in place of words, by its config and its adapter's; reads no weights."""
+    """Whether a model is a reward model, by its config and its adapter's; reads no weights."""
     if adapter is not None:
         return task_of(adapter) == "SEQ_CLS"
     settle_factor(args)
@@ -83,16 +83,16 @@ def load_pair_scorer(
     chat: ChatArguments,
     device: torch.device,
 ) -> PairScorer:
-    """Loads a reward model: base and adapter, or one whole.
+    """Loads a reward model: base and adapter, or merged.
 
     Args:
-        args: the model flags; the tokenizer is the adapter's where it brings one.
+        args: the model flags; the adapter's tokenizer is used if it has one.
         adapter: its directory, or None.
-        chat: which chat form.
-        device: where it runs.
+        chat: the chat template flags.
+        device: for the model.
 
     Raises:
-        ArgumentError: naming the flag, also for a classifier with several labels.
+        ArgumentError: with the flag, also for a classifier with several labels.
     """
     if adapter and not args.tokenizer_name_or_path and (Path(adapter) / "tokenizer_config.json").is_file():
         args.tokenizer_name_or_path = adapter
@@ -119,7 +119,7 @@ def load_pair_scorer(
 def _settled(
     tokenizer: PreTrainedTokenizerBase, template: AnyTemplate, reading: Reading, config: PretrainedConfig, name: str
 ) -> Ending | None:
-    """How the rows of a reward model end; its tokenizer then pads with what the model takes for padding."""
+    """How the rows of a reward model end; also sets the tokenizer's pad token to the model's."""
     if reading is Reading.OLDER:
         logger.warning(older_notice(name, tokenizer, template))
         return None
@@ -129,7 +129,7 @@ def _settled(
     ending = Ending(template.closing, template.tail)
     if text.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_token_id)
-    else:  # alone a row's score is at its last token
+    else:  # in a batch of one, a row's score is at its last token
         last = tokenizer.encode(template.closing + template.tail, add_special_tokens=False)[-1]
         set_pad_token(tokenizer, {last}, text.vocab_size)
     return ending
@@ -137,21 +137,21 @@ def _settled(
 
 @dataclass(frozen=True)
 class Pair:
-    """One record of a test: the words, and the tokens of both answers."""
+    """One record of a test: the texts, and the tokens of both answers."""
 
     preference: Preference
     example: PreferenceExample
 
 
 def encode_pair(scorer: PairScorer, preference: Preference, limits: PairArguments) -> tuple[Pair, bool]:
-    """A pair within the length limits, and whether it was cut. Raises RecordError where it cannot be scored."""
+    """A pair within the length limits, and whether it was cut. Raises RecordError if it cannot be scored."""
     sizes = (limits.max_source_length, limits.max_target_length)
     example, cut = encode_preference(scorer.tokenizer, scorer.template, preference, *sizes, scorer.ending)
     return Pair(preference, example), cut
 
 
 def pair_rows(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
-    """A row of scores.jsonl for each pair: the words and every number of RM_METRICS; a tie counts one half."""
+    """A row of scores.jsonl for each pair: the texts and every number of RM_METRICS; a tie counts one half."""
     rows = []
     for pair, (chosen, rejected) in zip(pairs, scores, strict=True):
         prompt = pair.preference.prompt

@@ -1,10 +1,10 @@
-"""Metrics of records with intervals: what an evaluation comes to, and whether two models differ.
+"""Metrics over records with confidence intervals, and whether two models differ.
 
-Every metric is a function of sums over records, so that one way of resampling serves them all: records are drawn with
-replacement and the sums are taken anew (Efron 1979). Two models are compared on the same draws of the same records.
+Every metric is a function of sums over records, so one resampling scheme serves them all: records are drawn with
+replacement and the sums recomputed (Efron 1979). Two models are compared on the same draws of the same records.
 
-    columns   nll    tokens  rouge1 …        one row a record
-    sums      412.0  230     17.3   …        of all, or of a draw
+    columns   nll    tokens  rouge1 …        one row per record
+    sums      412.0  230     17.3   …        over all records, or a draw
     metric    exp(412.0 / 230)
 """
 
@@ -23,23 +23,23 @@ from stagewise.training.metrics import perplexity
 DRAWS = 1000
 SEED = 0
 LEVEL = 0.95
-AT_ONCE = 50  # draws whose counts are in memory together
+AT_ONCE = 50  # draws whose counts are in memory at a time
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is made of sums.
+    """A number computed from sums.
 
     Args:
         name: its key in metrics.json.
-        title: as tables call it.
-        columns: of a record; a record that lacks one, or has None there, does not count.
+        title: its name in tables.
+        columns: of a record; a record that lacks one, or has None, does not count.
         of: the columns' sums (C,) and the number of records -> the metric.
-        better: 1 more is better, -1 less is better, 0 neither.
-        digits: behind the point in tables.
-        of_model: False for what the records alone say, in which models do not differ.
+        better: 1 higher is better, -1 lower is better, 0 neither.
+        digits: decimal places in tables.
+        of_model: False if it depends only on the records, so models cannot differ.
     """
 
     name: str
@@ -75,7 +75,7 @@ SFT_METRICS = (
 )
 RM_METRICS = (
     mean_of("correct", "accuracy"),
-    mean_of("margin", "margin", 0),  # each reward model has a scale of its own
+    mean_of("margin", "margin", 0),  # every reward model has its own scale
     mean_of("chosen", "score of the chosen", 0),
     mean_of("rejected", "score of the rejected", 0),
     mean_of("longer_is_better", "accuracy of preferring the longer", 0, of_model=False),
@@ -84,7 +84,7 @@ BENCHMARK_METRICS = (mean_of("correct", "accuracy", 1, 4),)
 
 
 def column_sums(rows: Sequence[Row], metric: Metric) -> np.ndarray:
-    """The metric's columns of the records that have them all: (N, C)."""
+    """The metric's columns for the records that have all of them: (N, C)."""
     kept = [[row[name] for name in metric.columns] for row in rows if has(row, metric)]
     return np.asarray(kept, dtype=np.float64).reshape(len(kept), len(metric.columns))
 
@@ -94,21 +94,21 @@ def has(row: Row, metric: Metric) -> bool:
 
 
 def draws(count: int, number: int = DRAWS, seed: int = SEED) -> Iterator[np.ndarray]:
-    """How often each of `count` records is drawn: (AT_ONCE, count) arrays, `number` rows in all."""
+    """How often each of `count` records is drawn: (AT_ONCE, count) arrays, `number` rows in total."""
     generator = np.random.default_rng(seed)
     for start in range(0, number, AT_ONCE):
         yield generator.multinomial(count, np.full(count, 1 / count), size=min(AT_ONCE, number - start))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The middle LEVEL of the draws' values."""
+    """The central interval that contains LEVEL of the draws' values."""
     edge = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(values, (edge, 100 - edge))
     return float(low), float(high)
 
 
 def measure(rows: Sequence[Row], metrics: Sequence[Metric]) -> dict[str, dict[str, float]]:
-    """Each metric that any record has: {"value", "low", "high", "records"}; one record has no interval."""
+    """Each metric that any record has: {"value", "low", "high", "records"}; a single record has no interval."""
     found = {}
     for metric in metrics:
         columns = column_sums(rows, metric)
@@ -125,7 +125,7 @@ def measure(rows: Sequence[Row], metrics: Sequence[Metric]) -> dict[str, dict[st
 
 @dataclass(frozen=True)
 class Difference:
-    """What another model has more of a metric than the first, on the records that both have answered."""
+    """How much higher a metric is for another model than for the first, on the records that both answered."""
 
     metric: Metric
     first: float
@@ -140,7 +140,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" ("higher", "lower" where neither is), or "no difference" where the interval holds 0."""
+        """ "better" or "worse" ("higher", "lower" if neither applies), or "no difference" if the interval has 0."""
         if not (self.low > 0 or self.high < 0):
             return "no difference that these records show"
         up = self.difference > 0
@@ -150,7 +150,7 @@ class Difference:
 
 
 def differences(first: Mapping[str, Row], other: Mapping[str, Row], metrics: Sequence[Metric]) -> Iterator[Difference]:
-    """For each metric, over records of the same key: paired bootstrap (Koehn 2004)."""
+    """The differences of each metric over records with the same key: paired bootstrap (Koehn 2004)."""
     for metric in metrics:
         keys = [key for key in first if key in other and has(first[key], metric) and has(other[key], metric)]
         if len(keys) < 2:
@@ -172,7 +172,7 @@ LENGTH_STEPS = (-50, -10, 10, 50)  # chosen - rejected, tokens
 
 
 def length_group(difference: int) -> str:
-    """Which group a pair is in, by how many tokens the chosen answer has more than the rejected one."""
+    """The group of a pair by the difference in length of its answers, in tokens (chosen - rejected)."""
     low, short, long, high = LENGTH_STEPS
     if difference <= low:
         return f"chosen shorter by {-low} or more"
@@ -189,7 +189,7 @@ LENGTH_GROUPS = tuple(length_group(n) for n in (-50, -10, 0, 10, 50))
 
 
 def by_length(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy and margin of pairs in groups of like difference in length, from chosen shorter to chosen longer."""
+    """Accuracy and margin of pairs grouped by difference in length, from shorter to longer chosen answers."""
     groups: dict[str, list[Row]] = {name: [] for name in LENGTH_GROUPS}
     for row in rows:
         groups[length_group(row["chosen_tokens"] - row["rejected_tokens"])].append(row)

@@ -1,1 +1,1 @@
-"""Sampling, decoding, batch files, and the interactive prompt."""
+"""Inference: sampling, decoding, batch files, and the interactive prompt."""

@@ -1,4 +1,4 @@
-"""What a command line says about a model that speaks: which one, and how its answers are drawn."""
+"""Command-line flags for chat and inference: the model, and how answers are sampled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
 
 @dataclass
 class SpeakerArguments:
-    """Which model speaks."""
+    """Which model answers."""
 
     heading = "The model"
 
@@ -71,17 +71,17 @@ class SpeakerArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
 
 
-# Flags that shape a draw, so that one of them asks for it; and flags of beam search alone.
+# Flags that affect sampling, so that giving one turns it on; and flags of beam search only.
 DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 OF_BEAMS = ("length_penalty", "early_stopping")
 
 
 @dataclass
 class SamplingArguments:
-    """How an answer is made: transformers' names; what is not given of these is the model's own
-    (generation_config.json).
+    """How an answer is generated, by transformers' names; settings not given come from the model's
+    generation_config.json.
 
-    Giving one of DRAWING asks for sampling, temperature 0 for the most probable token.
+    Giving one of DRAWING turns on sampling; temperature 0 selects greedy decoding.
     """
 
     heading = "Its answers"
@@ -154,11 +154,11 @@ class SamplingArguments:
 
     @property
     def draws(self) -> list[str]:
-        """The given flags that ask for a draw."""
+        """The given flags that turn on sampling."""
         return [name for name in DRAWING if getattr(self, name) is not None]
 
     def settled(self, own: GenerationConfig | None = None) -> dict[str, Any]:
-        """Every setting with its value, None where it does nothing; `own` gives those that are None here.
+        """Every setting with its value, None if it has no effect; `own` provides those that are None here.
 
         Raises:
             SpeakerError: for a value out of range, or one that would have no effect.
@@ -185,7 +185,7 @@ class SamplingArguments:
         if sample and values["num_beams"] > 1:
             raise SpeakerError(f"--num_beams {values['num_beams']}: beam search draws nothing at random; leave out "
                                "what asks for sampling (--do_sample, --temperature, --top_p …)")  # fmt: skip
-        if isinstance(values["stop_strings"], str):  # so in some models' files
+        if isinstance(values["stop_strings"], str):  # as in some models' files
             values["stop_strings"] = [values["stop_strings"]]
         if not sample:
             values |= dict.fromkeys(("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"))
@@ -199,7 +199,7 @@ class SamplingArguments:
         return {**values, "do_sample": sample, "seed": self.seed}
 
     def _samples(self, own: GenerationConfig | None) -> bool:
-        """Whether tokens are drawn. Raises SpeakerError for a flag that has no effect then, or on one beam."""
+        """Whether tokens are sampled. Raises SpeakerError for a flag without effect in that case, or on one beam."""
         asks, greedy, beams = self.draws, self.temperature == 0, (self.num_beams or 1) > 1
         if self.do_sample is False and asks and not greedy:
             raise SpeakerError(f"--{asks[0]} has no effect with --do_sample False: leave one of them out")
@@ -213,7 +213,7 @@ class SamplingArguments:
         sample = self.do_sample
         if sample is None:
             sample = not greedy and (bool(asks) or (bool(getattr(own, "do_sample", False)) and not beams))
-        known = own is not None or greedy or beams or self.do_sample is False  # whatever the model's own settings say
+        known = own is not None or greedy or beams or self.do_sample is False  # overrides the model's own settings
         if self.seed is not None and not sample and known:
             raise SpeakerError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
         return sample

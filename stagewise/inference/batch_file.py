@@ -1,7 +1,7 @@
-"""Prompts of a file, and the file of their answers: in order, and whole or not there.
+"""The prompts of a file, and the file of their answers: in order, and complete or absent.
 
-While answers are written they stand in FILE.part, under a first line with what they were asked for. A run that was
-stopped continues after its last whole line; with other settings it refuses to.
+Unfinished answers are in FILE.part, after a first line with the settings they were generated with. A run that was
+stopped continues after its last complete line; with other settings it refuses to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stagewise.formats.readers import RECORD_FILES, read_file
 
 @dataclass(frozen=True)
 class Prompt:
-    """A record of the file, as it was read, and what the model is asked by it: nothing, where a reason says why."""
+    """A record of the file, and its prompt; or the reason why it has none."""
 
     record: dict[str, Any]
     conversation: Conversation | None
@@ -32,24 +32,24 @@ class Prompt:
 
 
 def written_fields(field: str) -> tuple[str, str, str]:
-    """The fields that a record gets: its answer, whether that came to its end, and why there is none."""
+    """The fields added to a record: its answer, whether the answer ended, and why there is none."""
     return field, f"{field}_ended", f"{field}_error"
 
 
 def read_prompts(file: str | Path, field: str, system: str | None = None, *, skips: bool = False) -> list[Prompt]:
-    """The prompts of a file: records of any form that the stages read, {"prompt": …}, or a .txt with one a line.
+    """The prompts of a file: records of any form that the stages read, {"prompt": …}, or a .txt with one per line.
 
-    A conversation that ends with an answer is asked without it. `system` stands where a record has no system prompt.
+    If a conversation ends with an answer, that answer is dropped. `system` applies to records without a system prompt.
 
     Args:
-        file: what is read.
-        field: what a record's answer will be called.
+        file: the file of prompts.
+        field: the name of the answer in a record.
         system: see above.
-        skips: keep a record that asks nothing, with the reason.
+        skips: keep a record without a prompt, with the reason.
 
     Raises:
-        SpeakerError: naming file and line; also for a line that is no record, and for a record that has a field
-            already which an answer would be written over.
+        SpeakerError: naming file and line; also for a line that is not a record, and for a record that already has a
+            field that an answer would overwrite.
     """
     path = Path(file)
     if path.is_dir():
@@ -99,7 +99,7 @@ def _records(path: Path):
 
 
 def _as_question(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """{"prompt": …} in the words of the other forms."""
+    """{"prompt": …} converted to another form."""
     if form_of(record) is not None or "prompt" not in record:
         return record
     asked = record["prompt"]
@@ -110,13 +110,13 @@ def _as_question(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 class AnswerFile:
-    """The file of answers while it is written, by the first process alone.
+    """The file of answers while it is written, by the first process only.
 
     Args:
-        path: where it stands in the end.
-        settings: what the answers follow from; the same for a run that continues.
+        path: the final file.
+        settings: what the answers depend on; a run that continues must have the same.
         records: the records in order, to which `field` is added.
-        overwrite: replace what is there.
+        overwrite: replace an existing file.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class AnswerFile:
             )
 
     def begin(self) -> int:
-        """Opens the file; returns how many answers are in it already. Raises SpeakerError for other settings."""
+        """Opens the file; returns the number of answers it already has. Raises SpeakerError for other settings."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept, done = self._kept()
         if kept:
@@ -153,7 +153,7 @@ class AnswerFile:
         return done
 
     def _kept(self) -> tuple[int, int]:
-        """Bytes of the whole lines that are there, and how many answers they hold."""
+        """The bytes of existing complete lines, and the number of answers in them."""
         if not self.part.is_file():
             return 0, 0
         data = self.part.read_bytes()
@@ -178,17 +178,17 @@ class AnswerFile:
         return sum(map(len, lines)), len(lines) - 1
 
     def write(self, place: int, answer: str | None, **more: Any) -> None:
-        """Adds its answer and `ended`, or None and `error`, to the record at `place`; see `written_fields`."""
+        """Adds an answer and `ended`, or None and `error`, to the record at `place`; see `written_fields`."""
         answered, ended, error = written_fields(self.field)
         names = {"ended": ended, "error": error}
         self._line({**self.records[place], answered: answer, **{names[name]: value for name, value in more.items()}})
 
     def flush(self) -> None:
-        """What was written outlives this process."""
+        """Flushes the file, so that what was written outlives this process."""
         self.file.flush()
 
     def finish(self) -> None:
-        """Puts the file where it belongs, without its first line."""
+        """Moves the file to its final place, without its first line."""
         self.file.close()
         whole = Path(f"{self.part}.tmp")
         with self.part.open("rb") as source, whole.open("wb") as target:
@@ -199,7 +199,7 @@ class AnswerFile:
         self.part.unlink()
 
     def close(self) -> None:
-        """Leaves the part as it is, for a later run."""
+        """Closes the part for a later run."""
         if self.file is not None:
             self.file.close()
 
@@ -208,7 +208,7 @@ class AnswerFile:
 
 
 def _settings_in(line: bytes) -> dict[str, Any] | None:
-    """The settings of a file's first line, {} where it was not written to its end; None: it is no such line."""
+    """The settings in a file's first line, {} if the line is incomplete; None if it is another kind of line."""
     if line.startswith(b'{"settings": ') and not line.endswith(b"\n"):
         return {}
     try:

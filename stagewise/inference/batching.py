@@ -1,7 +1,7 @@
-"""What generate gets for prompts of several lengths: rows padded on the left, learned virtual tokens before each.
+"""Inputs of `generate` for prompts of several lengths: rows padded on the left, with virtual tokens before the text.
 
 . . v v p p p | a a          prompt and P-tuning: embeddings right before the prompt
-v v . . p p p | a a          prefix tuning: keys and values, which the cache begins with
+v v . . p p p | a a          prefix tuning: keys and values, at the beginning of the cache
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from stagewise.models.attention.choose import PROBE_TOLERANCE
 
 
 def learns_prompts(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether the adapter on it is virtual tokens: prompt, P- or prefix tuning."""
+    """Whether the model's adapter consists of virtual tokens: prompt, P- or prefix tuning."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def prompt_inputs(
     model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], *, adapter: bool = True
 ) -> dict[str, Any]:
-    """What the base's generate gets: input_ids or inputs_embeds, attention_mask (B, T), perhaps past_key_values.
+    """Arguments of the base's generate: input_ids or inputs_embeds, attention_mask (B, T), for prefixes
+    past_key_values.
 
     Args:
-        model: a causal language model, with an adapter around it or not; its generation_config names the padding.
+        model: a causal language model, with or without an adapter; its generation_config has the pad token.
         prompts: token ids.
-        adapter: False leaves virtual tokens out.
+        adapter: False leaves out virtual tokens.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     device, pad = base.get_input_embeddings().weight.device, base.generation_config.pad_token_id
@@ -41,7 +42,7 @@ def prompt_inputs(
     config = model.active_peft_config
     count = config.num_virtual_tokens
     if config.peft_type.value == "PREFIX_TUNING":
-        # ids stand for the virtual tokens, which the cache holds already: they are never read
+        # these ids stand for the virtual tokens, which are already in the cache: they are never read
         ids, mask = left_padded(prompts, pad)
         front = torch.full((len(ids), count), pad)
         ids, mask = torch.cat([front, ids], dim=1), torch.cat([torch.ones_like(front), mask], dim=1)
@@ -58,7 +59,7 @@ def prompt_inputs(
 
 @torch.no_grad()
 def padding_is_unread(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a row is read as it is alone where padding stands before it; two forward passes of a few tokens."""
+    """Whether left padding does not change a row's logits; two forward passes of a few tokens."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     vocabulary = base.config.get_text_config().vocab_size
     ids = (torch.arange(12) * 7919 % min(vocabulary, 50_000)).tolist()

@@ -1,5 +1,5 @@
-"""A model that answers: a base, a base with an adapter of any kind, merged or quantized; one conversation as a stream,
-many in batches. What the terminal, the web page and the evaluation have in common.
+"""A model that answers: a base, a base with any adapter, merged or quantized; one conversation as a stream, many in
+batches. Shared by the terminal, the web page and the evaluation.
 
     speaker = Speaker.load(SpeakerArguments("models/SmolLM2-135M-Instruct", lora_model="outputs/sft"))
     for piece in speaker.stream(Conversation((Message("user", "Hi"),)), SamplingArguments(temperature=0.7, seed=1)):
@@ -45,7 +45,7 @@ UNLIMITED = 1_000_000_000  # the context of a model that names none
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said: its text, its token ids with the end marker, and whether it came to the end marker."""
+    """An answer: its text, its token ids with the end marker, and whether it reached the end marker."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -53,13 +53,14 @@ class Answer:
 
 
 class Speaker:
-    """A model with its tokenizer and chat form. One answer, or one batch, is made at a time, also by several threads.
+    """A model with its tokenizer and chat template. One answer, or one batch, is generated at a time, even with
+    several threads.
 
     Attributes:
         model: the base, or the PEFT model around it.
-        tokenizer, template: what turns conversations into ids.
+        tokenizer, template: turn conversations into ids.
         stops: the ids at which an answer ends.
-        context: the longest row that the model reads, prompt and answer together.
+        context: the longest row of prompt and answer that the model reads.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, template: AnyTemplate):
@@ -69,7 +70,7 @@ class Speaker:
         self.defaults = copy.deepcopy(self.base.generation_config)
         finish_generation_config(self.base, tokenizer, template.stops)
         self.stops = _ends(self.base.generation_config.eos_token_id, self.defaults.eos_token_id)
-        # end markers that are several tokens: they are looked for here, generate needs not know them
+        # end markers of several tokens: they are searched for here, generate does not know them
         self.markers = self.base.generation_config.stop_strings or []
         self.base.generation_config.stop_strings = None
         self.virtual_tokens = self.adapter.num_virtual_tokens if learns_prompts(model) else 0
@@ -83,25 +84,25 @@ class Speaker:
 
     @classmethod
     def load(cls, args: SpeakerArguments) -> Speaker:
-        """Loads the model, adapter and tokenizer that `args` names.
+        """Loads the model, adapter and tokenizer that `args` name.
 
         Raises:
-            SpeakerError: for what cannot be loaded, by its flag, before weights are read where that can be known.
+            SpeakerError: with the flag of what cannot be loaded, before weights are read if possible.
         """
         return cls(*load_parts(args))
 
     # ── prompts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def encode(self, conversation: Conversation, max_new_tokens: int | None = None) -> list[int]:
-        """The prompt's ids up to where the assistant is to speak.
+        """The prompt's ids up to the start of the answer.
 
-        The earliest exchanges are dropped whole until `max_new_tokens` (default: the model's own) more fit into the
-        context. Raises SpeakerError where the last question alone is too long.
+        The earliest exchanges are dropped until `max_new_tokens` (default: the model's own) fit into the context.
+        Raises SpeakerError if the last question alone is too long.
         """
         return self.fitted(conversation, max_new_tokens)[0]
 
     def longest_question(self, max_new_tokens: int) -> int:
-        """Tokens that the context leaves beside an answer. Raises SpeakerError where it leaves none."""
+        """The tokens that the context leaves for a prompt beside an answer. Raises SpeakerError if it leaves none."""
         if max_new_tokens >= self.context:
             raise SpeakerError(
                 f"--max_new_tokens {max_new_tokens}: the model's context of {self.context} tokens leaves no room for "
@@ -110,7 +111,7 @@ class Speaker:
         return self.context - max_new_tokens
 
     def fitted(self, conversation: Conversation, max_new_tokens: int | None = None) -> tuple[list[int], Conversation]:
-        """What `encode` gives, and the conversation with the exchanges that are in it."""
+        """The result of `encode`, and the conversation with the exchanges that are in it."""
         room = max_new_tokens or SamplingArguments().settled(self.defaults)["max_new_tokens"]
         limit = self.longest_question(room)
         try:
@@ -134,15 +135,16 @@ class Speaker:
         adapter: bool = True,
         stop: threading.Event | None = None,
     ) -> Generator[str, None, Answer]:
-        """Pieces of the answer's text as they come, joined the same as `answers` gives; whole characters only.
+        """Pieces of the answer's text as they are generated; joined they equal the text of `answers`. Complete
+        characters only.
 
-        What the generator returns (`answer = yield from speaker.stream(…)`) is the Answer.
+        The generator's return value (`answer = yield from speaker.stream(…)`) is the Answer.
 
         Args:
             conversation: ends with what is to be answered.
-            sampling: how tokens are drawn.
+            sampling: how tokens are chosen.
             adapter: False answers with the base alone.
-            stop: ends the answer where it is, once it is set. Closing the iterator does so too.
+            stop: once set, ends the answer where it is. Closing the iterator does so, too.
 
         Raises:
             SpeakerError: for settings that contradict each other, or a question that is too long.
@@ -164,7 +166,7 @@ class Speaker:
                 if streamer is None:
                     tokens.put(ids)
                 tokens.put(None)
-            except BaseException as error:  # shown by the thread that reads
+            except BaseException as error:  # shown by the reading thread
                 tokens.put(error)
 
         thread = threading.Thread(target=speak, daemon=True)
@@ -196,7 +198,7 @@ class Speaker:
         batch_size: int,
         adapter: bool = True,
     ) -> list[Answer]:
-        """An answer to each conversation, in order: what each would be answered alone.
+        """An answer to each conversation, in order, identical to its answer alone.
 
         Raises:
             SpeakerError: for settings that contradict each other, or a question that is too long.
@@ -210,7 +212,7 @@ class Speaker:
         return [found[row] for row in range(len(prompts))]
 
     def _settings(self, sampling: SamplingArguments) -> dict[str, Any]:
-        """The settings as the model takes them: also stop_ids and stop_texts, which end an answer, and bad_words_ids.
+        """The settings for the model: also stop_ids and stop_texts, which end an answer, and bad_words_ids.
 
         Raises:
             SpeakerError: for settings that contradict each other, or that this tokenizer cannot honor.
@@ -224,7 +226,7 @@ class Speaker:
         ids, texts = list(self.stops), list(self.markers)
         for text in settings["stop_strings"] or ():
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
-            if len(tokens) == 1 and not text_of(self.tokenizer, tokens):  # a marker of its own, which is no text
+            if len(tokens) == 1 and not text_of(self.tokenizer, tokens):  # a separate marker, which is not text
                 ids += tokens
             else:
                 texts.append(text)
@@ -250,7 +252,7 @@ class Speaker:
         return Words(self.tokenizer, settings["stop_ids"], *self.around, settings["stop_texts"])
 
     def _batches(self, prompts: Sequence[Sequence[int]], size: int, longest: int) -> Iterator[list[int]]:
-        """Rows of like lengths; what cannot be padded without a trace, or has its own positions, stands apart."""
+        """Rows of similar lengths; rows that cannot be padded exactly, or have their own positions, stay separate."""
         text = self.base.config.get_text_config()
         scaled = (rotations(text) or {}).get("rope_type")
         own = text.max_position_embeddings if scaled == "dynamic" else UNLIMITED
@@ -270,7 +272,7 @@ class Speaker:
 
     @property
     def pads_exactly(self) -> bool:
-        """Whether a row with padding before it is read as it is alone; some families with states read the padding."""
+        """Whether left padding leaves a row's logits unchanged; some recurrent families read the padding."""
         if self._pads is None:
             with self.lock:
                 self._pads = padding_is_unread(self.model)
@@ -287,7 +289,7 @@ class Speaker:
         streamer: BaseStreamer | None,
         halts: Sequence[threading.Event],
     ) -> list[list[int]]:
-        """The answers' ids, each with its end marker if it came to one, and perhaps padding after it."""
+        """The answers' ids, each with its end marker if it reached one, possibly followed by padding."""
         longest = settings["max_new_tokens"]
         numbers = None
         if settings["do_sample"]:
@@ -297,7 +299,7 @@ class Speaker:
             numbers = random_numbers(keys, longest)
         config = copy.deepcopy(self.base.generation_config)
         chosen = {name: settings[name] for name in ("min_new_tokens", "num_beams", "length_penalty", "early_stopping")}
-        chosen |= dict.fromkeys((*DRAWING, "repetition_penalty", "no_repeat_ngram_size"))  # by RowChoice
+        chosen |= dict.fromkeys((*DRAWING, "repetition_penalty", "no_repeat_ngram_size"))  # done by RowChoice
         chosen |= {"do_sample": False, "max_new_tokens": longest, "max_length": None}
         chosen |= {"eos_token_id": settings["stop_ids"]}
         for name, value in chosen.items():
@@ -324,7 +326,7 @@ class Speaker:
 
     @contextmanager
     def _speaking(self, adapter: bool) -> Iterator[None]:
-        """The adapter switched off for the context where the base alone is to speak."""
+        """Switches the adapter off within the context if only the base is to answer."""
         if adapter or self.adapter is None or learns_prompts(self.model):
             yield
         else:
@@ -339,5 +341,5 @@ def _ends(*kept: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _sane(length: int | None) -> int:
-    """A tokenizer's own limit; tokenizers without one say 10^30."""
+    """A tokenizer's length limit, unless it is the placeholder 10^30 of tokenizers without one."""
     return length if length and length < UNLIMITED else UNLIMITED

@@ -1,7 +1,8 @@
-"""Between `generate` and a reader: what each row draws from its own random numbers, and ids that become whole words.
+"""Between `generate` and a reader: each row's sampling from its own random numbers, and ids that become complete
+words.
 
-A row's answer follows from its prompt and the seed alone: not from what else is in the batch, how it is padded, or how
-many processes share the work.
+A row's answer depends only on its prompt and the seed: not on the rest of the batch, its padding, or the number of
+processes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stagewise.inference.sampling import draw
 
-# What leaves tokens out of a draw, in transformers' order, and the value that leaves none out.
+# Settings that exclude tokens from sampling, in transformers' order, and the value that excludes none.
 FILTERS = {
     "top_h": (TopHLogitsWarper, None),
     "top_k": (TopKLogitsWarper, 0),
@@ -44,16 +45,16 @@ FILTERS = {
     "epsilon_cutoff": (EpsilonLogitsWarper, 0),
     "eta_cutoff": (EtaLogitsWarper, 0),
 }
-BROKEN = "\ufffd"  # what a tokenizer shows for a character of which bytes are missing
+BROKEN = "\ufffd"  # a tokenizer's placeholder for an incomplete character
 
 
 class RowChoice(LogitsProcessor):
-    """transformers' own penalties and filters on each row without its padding, then the draw of each row's token.
+    """Applies transformers' own penalties and filters to each row without its padding, then samples each row's token.
 
     Args:
         prompts: the rows' prompt ids, without padding.
-        beams: rows of the scores a prompt; above 1 nothing is drawn.
-        numbers: (B, N), the random number of each row's each token; None: the most probable token.
+        beams: rows of the scores per prompt; above 1 nothing is sampled.
+        numbers: (B, N), the random number of each token of each row; None: greedy decoding.
         settings: temperature, those of FILTERS, repetition_penalty, no_repeat_ngram_size and bad_words_ids as in
             transformers.
     """
@@ -62,7 +63,7 @@ class RowChoice(LogitsProcessor):
         self, prompts: Sequence[Sequence[int]], beams: int, numbers: torch.Tensor | None, settings: dict[str, Any]
     ):
         self.prompts, self.beams, self.numbers = [torch.tensor(prompt) for prompt in prompts], beams, numbers
-        self.begin: int | None = None  # columns of the ids that generate begins with: padded prompts, or none
+        self.begin: int | None = None  # columns of the ids that generate starts with: padded prompts, or none
         self.penalties: list[LogitsProcessor] = []
         if settings["repetition_penalty"] != 1:
             self.penalties.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
@@ -80,7 +81,7 @@ class RowChoice(LogitsProcessor):
                 self.filters.append(kind(settings[name]))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """(B · beams, T) and (B · beams, V) → (B · beams, V); a drawn row has its token alone."""
+        """(B · beams, T) and (B · beams, V) → (B · beams, V); a sampled row allows only its token."""
         if self.begin is None:
             self.begin = input_ids.shape[1]
         said = input_ids[:, self.begin :]
@@ -102,7 +103,7 @@ class RowChoice(LogitsProcessor):
 
 
 class Always(LogitsProcessor):
-    """Says one token whatever the model thinks: two runs are then compared on the same text."""
+    """Forces one token whatever the logits are: two runs can then be compared on the same text."""
 
     def __init__(self, token: int):
         self.token = token
@@ -124,17 +125,17 @@ class Halt(StoppingCriteria):
 
 
 class Ends(StoppingCriteria):
-    """Ends each row once one of the texts stands in what it said; what its prompt ends with is no part of that.
+    """Ends each row once its answer contains one of the texts; the end of the prompt does not count.
 
     Args:
         tokenizer: decodes.
-        texts: what ends an answer.
+        texts: strings that end an answer.
         begin: columns of the ids that are prompt.
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], begin: int):
         self.tokenizer, self.texts, self.begin = tokenizer, tuple(texts), begin
-        self.window = max(len(text.encode()) for text in texts) + 8  # tokens; each has a byte at least, but for a few
+        self.window = max(len(text.encode()) for text in texts) + 8  # tokens; almost every one has at least a byte
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
         said = input_ids[:, self.begin :][:, -self.window :].tolist()
@@ -143,7 +144,7 @@ class Ends(StoppingCriteria):
 
 
 class Tokens(BaseStreamer):
-    """Puts the ids of one answer into a queue as lists; the prompt, which generate sends first, is left out.
+    """Puts the ids of one answer into a queue as lists; skips the prompt, which generate sends first.
 
     A prompt of embeddings has no ids: its first message has no columns.
     """
@@ -157,29 +158,30 @@ class Tokens(BaseStreamer):
         self.asked = True
 
     def end(self) -> None:
-        """Nothing: the thread that generates says when it has ended."""
+        """Does nothing: the generating thread reports its own end."""
 
 
 class Words:
-    """An answer's ids, as they come, to pieces of text: whole characters only, without what stands around the words.
+    """Turns an answer's ids into pieces of text as they arrive: complete characters only, without surrounding white
+    space.
 
     Args:
         tokenizer: decodes.
         stops: ids that end an answer; they are not text.
-        before, after: white space that the chat form puts around the words, which is not theirs.
-        stop_strings: texts that end an answer: end markers that are several tokens of this tokenizer, and others.
+        before, after: white space that the chat template puts around an answer.
+        stop_strings: texts that end an answer: end markers of several tokens, and others.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[int], before: str, after: str, stop_strings: Sequence[str]):
         self.tokenizer, self.stops = tokenizer, frozenset(stops)
         self.before, self.after, self.stop_strings = before, after, tuple(stop_strings)
         self.ids: list[int] = []
-        self.start = self.read = 0  # decoded from `start`; what was read up to `read` is in `held` or given away
-        self.held = ""  # decoded, but it may belong to an end marker or to what stands around the words
+        self.start = self.read = 0  # decoded from `start`; text up to `read` is in `held` or has been returned
+        self.held = ""  # decoded, but it may belong to an end marker or to the surrounding white space
         self.began = self.ended = False
 
     def add(self, token: int) -> str:
-        """The text that is certain once this token is there; often "", and always after the end."""
+        """The text that is certain after this token; often "", and always after the end."""
         if self.ended:
             return ""
         if token in self.stops:
@@ -194,9 +196,9 @@ class Words:
         return self._let_go(new)
 
     def rest(self) -> str:
-        """What was held back, once no more ids come."""
+        """The held text, when no more ids come."""
         earlier, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
-        if not self.ended:  # the answer was cut, perhaps within a character
+        if not self.ended:  # the answer was cut, possibly within a character
             now = now.rstrip(BROKEN)
         self.start = self.read = len(self.ids)
         piece = self._let_go(now[len(earlier) :])
@@ -206,7 +208,9 @@ class Words:
         return piece + (left.removesuffix(self.after) if self.after else left)
 
     def _ends(self, text: str) -> bool:
-        """Whether a stop string is whole in a text; a token may hold its last letter and bytes of what comes then."""
+        """Whether a stop string is complete in a text; a token may contain its last character and bytes of the next
+        one.
+        """
         return any(marker in text for marker in self.stop_strings)
 
     def _decode(self, ids: list[int]) -> str:
@@ -235,12 +239,12 @@ def text_of(tokenizer: Any, ids: list[int]) -> str:
 
 
 def overlap(text: str, marker: str) -> int:
-    """How many letters at the end of a text the marker may begin with."""
+    """The number of characters at the end of a text with which the marker may begin."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
 
 
 def around_words(template: Any, example: Any) -> tuple[str, str]:
-    """The white space that a chat form puts before and behind the words of an answer, in what the model says."""
+    """The white space that a chat template generates before and after the words of an answer."""
     answer = example.messages[-1].content
     learned = "".join(segment.text for segment in template.segments(example) if segment.learn)
     before, _, behind = learned.partition(answer)
@@ -250,10 +254,10 @@ def around_words(template: Any, example: Any) -> tuple[str, str]:
 
 @contextmanager
 def settled_rotations(model: nn.Module, length: int) -> Iterator[None]:
-    """Dynamic (NTK) positions of one answer: its frequencies are those of `length` tokens from its first to its last.
+    """Dynamic (NTK) positions for one answer: the frequencies of `length` tokens from its first to its last token.
 
-    transformers lets them grow token by token, under keys that were cached with earlier ones, and they would still be
-    another row's where the next row is shorter. Within the model's own context nothing changes. Other models: nothing.
+    transformers changes them token by token, while cached keys keep earlier ones, and a shorter next row would still
+    get those of the longer one. Within the model's own context nothing changes. Does nothing for other models.
     """
     # (module, prefix of its buffers' names, kind of layer): families with sliding windows have one for each kind
     scaled = [
@@ -269,7 +273,7 @@ def settled_rotations(model: nn.Module, length: int) -> Iterator[None]:
         frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](module.config, device, seq_len=longest, layer_type=kind)
         module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)
         setattr(module, f"{prefix}max_seq_len_cached", longest)
-        module.original_max_seq_len = 0  # transformers puts nothing back on the way
+        module.original_max_seq_len = 0  # transformers does not reset them
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""From flags to a model that can speak: base, positions, adapter, tokenizer and chat form."""
+"""From flags to a model for inference: base, positions, adapter, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from stagewise.models.loading import load_causal_lm
 from stagewise.models.tokenizer import load_tokenizer
 
 USUAL_FACTOR = 2.0
-WAITING = timedelta(days=7)  # for processes whose answers are longer, or that hold the larger share
-# What the shared loaders call a flag -> what it is called here.
+WAITING = timedelta(days=7)  # for processes with longer answers, or a larger share
+# The shared loaders' name of a flag -> its name here.
 FLAGS = {"model_name_or_path": "base_model", "tokenizer_name_or_path": "tokenizer_path", "peft_path": "lora_model"}
 Parts = tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, AnyTemplate]
 
 
 def load_parts(args: SpeakerArguments) -> Parts:
-    """Model (with its adapter around it, on its device), tokenizer and chat form.
+    """Model (with its adapter, on its device), tokenizer and chat template.
 
     Raises:
-        SpeakerError: for what cannot be loaded, by its flag; before weights are read where that can be known.
+        SpeakerError: with the flag of what cannot be loaded; before weights are read if possible.
     """
     try:
         return _load(copy.copy(args))
@@ -54,7 +54,7 @@ def load_parts(args: SpeakerArguments) -> Parts:
 
 
 def with_base(text: str, adapter: str | None, *, given: bool) -> str:
-    """The words of an error, with where the base's name came from if no flag gave it and the base is not there."""
+    """An error's message, extended by the origin of the base's name if no flag gave it and the base is missing."""
     if given or not adapter or "no such directory" not in text or text.startswith("--lora_model"):
         return text
     return f"{text}; --lora_model {adapter} names this base, which may have moved: give --base_model"
@@ -79,7 +79,7 @@ def _load(args: SpeakerArguments) -> Parts:
     tokenizer = load_tokenizer(loading)
     chat = ChatArguments(args.template_name, args.force_template, args.enable_thinking)
     template = choose_template(tokenizer, chat, adapter)
-    if args.load_in_8bit:  # one line a layer and token about its own casts
+    if args.load_in_8bit:  # otherwise one line per layer and token about its own casts
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     model = load_causal_lm(loading, for_training=False, tokenizer=tokenizer)
     if not getattr(model, "hf_device_map", None):
@@ -92,7 +92,7 @@ def _load(args: SpeakerArguments) -> Parts:
 
 
 def for_loading(args: SpeakerArguments) -> ModelArguments:
-    """The flags as the shared loaders want them."""
+    """The flags in the form that the shared loaders take."""
     names = ("torch_dtype", "load_in_4bit", "load_in_8bit", "rope_scaling", "rope_factor", "rope_factors_file")
     names += ("flash_attn", "device_map", "trust_remote_code", "model_revision", "hf_hub_token", "cache_dir")
     if args.load_in_4bit and args.load_in_8bit:
@@ -102,10 +102,10 @@ def for_loading(args: SpeakerArguments) -> ModelArguments:
 
 
 def choose_device(args: SpeakerArguments) -> torch.device:
-    """This process's device. accelerate's state is made here: several processes talk to each other through it.
+    """This process's device. Also creates accelerate's state, through which several processes communicate.
 
     Raises:
-        SpeakerError: for a GPU that is not there.
+        SpeakerError: for a missing GPU.
     """
     check_choice("device", args.device, ("auto", "cpu", "cuda"))
     gpu = torch.cuda.is_available()
@@ -126,10 +126,10 @@ def choose_device(args: SpeakerArguments) -> torch.device:
 
 
 def find_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None]:
-    """As `local_adapter`, of a model that speaks.
+    """Like `local_adapter`, for a language model.
 
     Raises:
-        SpeakerError: if it is none, or one of a reward model.
+        SpeakerError: if it is not an adapter, or that of a reward model.
     """
     source, config = local_adapter(args)
     if config is not None and task_of(config) == "SEQ_CLS":
@@ -138,10 +138,11 @@ def find_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None]
 
 
 def local_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None]:
-    """The adapter's local directory (a hub name is downloaded, its newest version) and its config; None where none is.
+    """The adapter's local directory (a hub name is downloaded, newest version) and its config; None without an
+    adapter.
 
     Raises:
-        SpeakerError: if it is no adapter.
+        SpeakerError: if it is not an adapter.
     """
     if not args.lora_model:
         return None, None
@@ -159,7 +160,7 @@ def local_adapter(args: SpeakerArguments) -> tuple[str | None, PeftConfig | None
 
 
 def settle_factor(args: ModelArguments) -> None:
-    """--rope_scaling without --rope_factor: the factor that an adapter was trained with, else 2."""
+    """Sets --rope_factor for --rope_scaling if it is missing: an adapter's training value, else 2."""
     if args.rope_scaling is None or args.rope_factor is not None:
         return
     kept = (args.kept_rope or {}).get("rope_parameters", {})
@@ -168,10 +169,10 @@ def settle_factor(args: ModelArguments) -> None:
 
 
 def with_predecessor(model: PreTrainedModel, args: SpeakerArguments, about: dict[str, Any]) -> PreTrainedModel:
-    """Merges the adapter that --lora_model was trained on top of (--checkpoint_dir) into the base, if it isn't yet.
+    """Merges the adapter that --lora_model was trained on (--checkpoint_dir) into the base, if it isn't merged yet.
 
     Raises:
-        SpeakerError: where that adapter is gone, or the base is quantized; says how to merge it first.
+        SpeakerError: if that adapter is missing, or the base is quantized; gives the command that merges it.
     """
     earlier = (about.get("lineage") or [{}])[-1]
     first = earlier.get("merged_adapter")

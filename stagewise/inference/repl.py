@@ -1,4 +1,4 @@
-"""A conversation that continues: what was said, what the next answer gets to see, and the commands of the terminal."""
+"""A chat in the terminal: the conversation so far, what the next answer sees of it, and the commands."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ HELP = "\n".join(f"  {name:<17} {what}" for name, what in COMMANDS.items()) + (
 
 
 class Talk:
-    """One conversation with a speaker.
+    """One conversation with a chat model.
 
     Attributes:
-        messages: what was said so far.
+        messages: the conversation so far.
         system: the system prompt; None: the template's own.
-        forgotten: exchanges at the beginning that the last answer did not see, since they no longer fit.
+        forgotten: exchanges at the beginning that did not fit into the last answer's context.
     """
 
     def __init__(self, speaker: Speaker, sampling: SamplingArguments, system: str | None = None):
         self.speaker, self.sampling, self.system = speaker, sampling, system
         self.messages: list[Message] = []
         self.forgotten = 0
-        self._again = 0  # times that the last question was answered anew
+        self._again = 0  # how often the last question has been answered again
 
     def ask(self, question: str, stop: threading.Event | None = None) -> Generator[str, None, Answer]:
-        """The answer's pieces as they come; question and answer then belong to the conversation.
+        """Yields the answer's pieces; question and answer then belong to the conversation.
 
-        A stopped answer belongs to it as far as it came. Raises SpeakerError, and the conversation stays as it was.
+        A stopped answer is kept as far as it came. Raises SpeakerError, and the conversation stays as it was.
         """
         return self._answer(self.messages, question, stop, again=0)
 
     def again(self, stop: threading.Event | None = None) -> Generator[str, None, Answer]:
-        """Another answer to the last question, with the next seed. Raises ValueError where nothing was asked."""
+        """Answers the last question again, with the next seed. Raises ValueError if nothing was asked."""
         if not self.messages:
             raise ValueError("nothing was asked yet")
         return self._answer(self.messages[:-2], self.messages[-2].content, stop, again=self._again + 1)
@@ -56,7 +56,7 @@ class Talk:
     def _answer(
         self, earlier: list[Message], question: str, stop: threading.Event | None, again: int
     ) -> Generator[str, None, Answer]:
-        """What cannot be asked is refused here, not at the first piece."""
+        """Refuses what cannot be asked right away, not at the first piece."""
         messages = [*with_words(earlier), Message("user", question)]
         asked = Conversation(tuple(messages), self.system, where="this conversation")
         settings = self.sampling.settled(self.speaker.defaults)
@@ -75,18 +75,18 @@ class Talk:
 
     @property
     def always_the_same(self) -> bool:
-        """Whether /regen gives the same answer again, since nothing is drawn at random."""
+        """Whether /regen would give the same answer, since nothing is sampled."""
         return not self.sampling.settled(self.speaker.defaults)["do_sample"]
 
     def clear(self) -> None:
-        """Forgets what was said; the system prompt stays."""
+        """Clears the conversation; the system prompt stays."""
         self.messages, self.forgotten, self._again = [], 0, 0
 
     def save(self, path: str | Path) -> int:
-        """Appends the conversation as one ShareGPT record; returns how many messages it has.
+        """Appends the conversation as one ShareGPT record to a file; returns its number of messages.
 
         Raises:
-            ValueError: nothing was said, or the file cannot be written.
+            ValueError: the conversation is empty, or the file cannot be written.
         """
         said = with_words(self.messages)
         if not said:
@@ -103,6 +103,6 @@ class Talk:
 
 
 def with_words(messages: list[Message]) -> list[Message]:
-    """Questions and their answers, without those that were stopped before the first word: nothing learns from them."""
+    """Questions with their answers, without those stopped before the first word: they can't be trained on."""
     pairs = zip(messages[::2], messages[1::2], strict=True)
     return [message for pair in pairs if pair[1].content.strip() for message in pair]

@@ -1,9 +1,9 @@
-"""Answers sampled from a causal language model, each row from random numbers of its own.
+"""Sampling of answers from a causal language model, each row with its own random numbers.
 
-A row's answer follows from its prompt and its random numbers alone: not from what else is in the batch, how it is
-padded, or how many processes share the work.
+A row's answer depends only on its prompt and its random numbers: not on the rest of the batch, its padding, or the
+number of processes.
 
-    prompts      . . p p p | a a a a e          padded on the left, so that all rows speak at the same column
+    prompts      . . p p p | a a a a e          padded on the left, so that all answers start at the same column
                  p p p p p | b e                a finished row leaves the batch once enough have finished
 """
 
@@ -26,15 +26,15 @@ from stagewise.adapters.attach import add_delta, lora_delta
 from stagewise.errors import GenerationError
 from stagewise.models.attention.choose import attention_for_generation
 
-# Rows are dropped when at most this share of the batch still speaks: dropping copies the whole cache once.
+# Rows are dropped when at most this share of the batch is unfinished: dropping copies the whole cache once.
 STILL_SPEAKING = 0.8
-# What PPO's random numbers are for: the number after the seed in their key.
+# The purposes of PPO's random numbers: the number after the seed in their key.
 EVALUATION, ROLLOUT, PROMPTS, UPDATES = range(4)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn, and where an answer ends."""
+    """How the next token is sampled, and where an answer ends."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -44,16 +44,16 @@ class Sampling:
 
 
 def random_numbers(keys: Sequence[Sequence[int]], length: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), one row for each key, one column for each token: (B, length).
+    """Uniform numbers in [0, 1), one row per key, one column per token: (B, length).
 
-    A row depends on its key (seed, rollout, prompt …) alone.
+    A row depends only on its key (seed, rollout, prompt …).
     """
     rows = [np.random.default_rng(list(key)).random(length, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows))
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """What is drawn from: (B, V) -> (B, V), rows summing to 1, 0 for what top-k and top-p leave out.
+    """The sampling distribution: (B, V) -> (B, V), rows summing to 1, 0 for tokens excluded by top-k and top-p.
 
     top-p keeps the fewest tokens whose probabilities reach it (Holtzman et al. 2020).
     """
@@ -71,22 +71,22 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def draw(shares: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The token at which the running sum of a row's probabilities passes its number: (B, V), (B,) -> (B,)."""
+    """The token at which the cumulative sum of a row's probabilities exceeds its number: (B, V), (B,) -> (B,)."""
     running = shares.cumsum(dim=-1)
     total = running[:, -1:]
-    # A number times the total may round up to the total itself, which no running sum passes.
+    # A number times the total may round up to the total itself, which no cumulative sum exceeds.
     wanted = torch.minimum(numbers.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(running, wanted, right=True).squeeze(1)
 
 
 @contextmanager
 def ready_to_speak(model: nn.Module) -> Iterator[None]:
-    """LoRA and AdaLoRA folded into the weights for the context: a token then costs what it costs the base alone.
+    """Folds LoRA and AdaLoRA into the weights within the context, so that a token costs no more than with the base
+    alone.
 
-    Weights and adapters are put back as they were, the same objects. Where the copies would take more than half of
-    the free memory, or a layer cannot be folded (quantized weights, DoRA, experts in one parameter), all stay
-    unfolded and only LoRA's float32 matrices are lowered to the precision of their layers, which saves two casts a
-    layer and token.
+    Weights and adapters are restored afterwards, as the same objects. If the copies would take more than half of the
+    free memory, or a layer cannot be folded (quantized weights, DoRA, experts in one parameter), nothing is folded and
+    only LoRA's float32 matrices are cast to the precision of their layers, which saves two casts per layer and token.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     folds = all(map(_folds, layers)) and _fits([layer.get_base_layer().weight for layer in layers])
@@ -106,7 +106,7 @@ def ready_to_speak(model: nn.Module) -> Iterator[None]:
 
 
 def _folds(layer: LoraLayer) -> bool:
-    """Whether the layer is a plain linear one under plain LoRA adapters that are switched on."""
+    """Whether the layer is a plain linear one with active, plain LoRA adapters."""
     base, names = layer.get_base_layer(), layer.active_adapters
     plain = isinstance(base, nn.Linear) and base.weight.dtype.is_floating_point
     switched_on = not (layer.disable_adapters or layer.merged) and all(name in layer.lora_A for name in names)
@@ -114,7 +114,7 @@ def _folds(layer: LoraLayer) -> bool:
 
 
 def _fits(weights: Sequence[torch.Tensor]) -> bool:
-    """Whether copies of the weights take at most half of the memory that is free where they are."""
+    """Whether copies of the weights take at most half of the free memory of their device."""
     if not weights:
         return False
     device, needed = weights[0].device, sum(weight.nbytes for weight in weights)
@@ -126,14 +126,14 @@ def _fits(weights: Sequence[torch.Tensor]) -> bool:
 
 @torch.no_grad()
 def _folded(layer: LoraLayer) -> tuple[nn.Linear, torch.Tensor]:
-    """The linear layer under the adapters, and its weight with them in it."""
+    """The linear layer under the adapters, and its weight with them folded in."""
     base = layer.get_base_layer()
     return base, add_delta(base.weight, lora_delta(layer))
 
 
 @torch.no_grad()
 def _lowered(layer: LoraLayer) -> list[tuple[nn.Linear, torch.Tensor]]:
-    """The adapter's matrices of another precision than their layer, and their weights in the layer's."""
+    """Adapter matrices whose precision differs from their layer's, and their weights in that precision."""
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear) or not base.weight.dtype.is_floating_point:
         return []
@@ -159,10 +159,10 @@ def sample_answers(
     """Samples an answer to each prompt.
 
     Args:
-        model: a causal language model in eval mode, with an adapter around it or not.
+        model: a causal language model in eval mode, with or without an adapter.
         prompts: token ids, at least one each.
-        numbers: (B, N), the random number of each row's each token; N is the most tokens of an answer.
-        sampling: how tokens are drawn; an answer ends with the first of `stop_ids`, which stays in it.
+        numbers: (B, N), the random number of each token of each row; N is the maximum length of an answer.
+        sampling: how tokens are sampled; an answer ends with the first of `stop_ids`, which is part of it.
 
     Returns:
         B answers of 1 to N token ids.
@@ -185,7 +185,8 @@ def sample_answers(
         if "position_ids" in accepted:
             features["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            # As a tensor: an int is a slice, whose strides make the product with the head copy the head for each row.
+            # As a tensor: with an int, slicing gives strides for which the product with the head copies the head per
+            # row.
             features["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=device)
         with attention_for_generation():
             output = model(**features)
@@ -211,6 +212,6 @@ def sample_answers(
 
 
 def repetition(answer: Sequence[int]) -> float:
-    """Share of an answer's 4-grams that stood in it before; 0 for fewer than four tokens."""
+    """Share of an answer's 4-grams that occurred in it before; 0 for fewer than four tokens."""
     grams = [tuple(answer[i : i + 4]) for i in range(len(answer) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

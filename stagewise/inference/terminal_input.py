@@ -1,4 +1,4 @@
-"""Questions from a terminal, with an editor that knows wide characters and several lines; or from a pipe."""
+"""Questions from a terminal, with an editor that supports wide characters and several lines; or from a pipe."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Protocol
 
 
 class Lines(Protocol):
-    """Where questions come from."""
+    """A source of questions."""
 
     def read(self, prompt: str) -> str:
-        """The next question; EOFError at the end, KeyboardInterrupt where Ctrl-C dropped what was typed."""
+        """The next question; EOFError at the end, KeyboardInterrupt if Ctrl-C discarded the input."""
 
 
 class PipedLines:
-    """A line a question; one that ends with a backslash continues in the next."""
+    """One question per line; a line that ends with a backslash continues in the next one."""
 
     def read(self, prompt: str) -> str:
-        if sys.stdin.isatty():  # answers go to a pipe, a person types
+        if sys.stdin.isatty():  # answers go to a pipe, but a person types
             print(prompt, end="", file=sys.stderr, flush=True)
         lines = [self._line()]
         while lines[-1].endswith("\\"):
@@ -33,9 +33,9 @@ class PipedLines:
 
 
 class EditedLines:
-    """A terminal: arrow keys, history, pasted text with its lines, Chinese of any width.
+    """A terminal: arrow keys, history, pasted text with its lines, wide characters.
 
-    Enter sends; Alt+Enter, or Enter behind a backslash, begins a new line.
+    Enter sends; Alt+Enter, or Enter after a backslash, starts a new line.
     """
 
     def __init__(self) -> None:
@@ -66,5 +66,5 @@ class EditedLines:
 
 
 def open_input() -> Lines:
-    """An editor where a person types, plain lines elsewhere."""
+    """An editor if a person types, plain lines otherwise."""
     return EditedLines() if sys.stdin.isatty() and sys.stdout.isatty() else PipedLines()

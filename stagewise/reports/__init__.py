@@ -1,1 +1,1 @@
-"""What a person looks at: HTML pages, curves, TensorBoard, the console, model cards."""
+"""Output for people: HTML pages, curves, TensorBoard, the console, model cards."""

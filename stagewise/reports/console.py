@@ -1,4 +1,4 @@
-"""What a run says while it continues: one line that is written over on a terminal, plain lines elsewhere.
+"""The progress line of a run: overwritten in place on a terminal, plain lines elsewhere.
 
 train 120/400 ━━━━━━━━━╌╌╌╌╌╌╌╌╌╌╌  loss 1.432  lr 8.7e-05  2,310 tokens/s  5.2 GiB  3:04 left
 """
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from stagewise.reports.only_shown import only_shown
 
 WIDEST_BAR = 30
-# What an evaluation's line leaves out: it is the same every time, or says nothing of the model.
+# Left out of an evaluation's line: constant, or unrelated to the model.
 UNSAID = ("epoch", "total_flos", "eval_samples_per_second", "eval_steps_per_second")
 
 
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def figures(logs: dict[str, Any]) -> list[str]:
-    """A training log as a few short words: loss, learning rate, tokens per second, memory; PPO's reward and KL too."""
+    """The main numbers of a training log: loss, learning rate, tokens per second, memory; for PPO reward and KL."""
     forms = {
         "loss": "loss {:.3f}",
         "reward": "reward {:.3f}",
@@ -47,7 +47,7 @@ def figures(logs: dict[str, Any]) -> list[str]:
 
 
 def columns_of(stream: TextIO) -> int:
-    """How wide the terminal behind a stream is now; that of the screen where the stream does not know."""
+    """The current width of a stream's terminal; of the screen if the stream has none."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or shutil.get_terminal_size().columns
     except (OSError, ValueError):
@@ -55,9 +55,9 @@ def columns_of(stream: TextIO) -> int:
 
 
 def line_of(phase: str, done: int, total: int, words: list[str], columns: int) -> str:
-    """One line within `columns`: the phase with a bar as long as there is room for, then the words.
+    """One line within `columns`: the phase with a bar as long as the room allows, then the numbers.
 
-    Where the room is too small for all words, those that stand before the last one go first.
+    If there is no room for all numbers, those before the last one are dropped first.
     """
     words = list(words)
     while True:
@@ -74,25 +74,25 @@ def line_of(phase: str, done: int, total: int, words: list[str], columns: int) -
 
 
 def say(message: str) -> None:
-    """Writes a line of the log above the line that is written over, where there is one."""
+    """Writes a log line above the progress line, if there is one."""
     tqdm.write(message, file=sys.stderr, end="")
 
 
 def quieten() -> None:
-    """--quiet: the libraries that load models and data sets draw no bars either."""
+    """--quiet: also hides the progress bars of libraries that load models and datasets."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
 
 
 class Progress(TrainerCallback):
-    """The line on a terminal, plain lines elsewhere and with --quiet; on the main process alone."""
+    """The progress line on a terminal, plain lines elsewhere and with --quiet; on the main process only."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.updates = not quiet and sys.stderr.isatty()
         self.line: tqdm | None = None
-        self.logs: dict[str, Any] = {}  # of training, what was last said of each
-        self.evaluated = 0  # batches of an evaluation that is under way
+        self.logs: dict[str, Any] = {}  # the latest value of each number of training
+        self.evaluated = 0  # batches of the current evaluation
         self.began: tuple[float, int] | None = None  # when steps began, and how many were done then
         self.training = False
 
@@ -103,7 +103,7 @@ class Progress(TrainerCallback):
 
     @only_shown("progress")
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Behind --eval_on_start, and before the first batch is made: PPO's is a whole rollout."""
+        """After --eval_on_start, and before the first batch is made: PPO's is a whole rollout."""
         self.began = self.began or (time.time(), state.global_step)
 
     @only_shown("progress")
@@ -144,14 +144,14 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self, leave: bool = True) -> None:
-        """Ends the line, so that what is written next stands below it, or in its place."""
+        """Ends the line, so that later output follows below it, or in its place."""
         if self.line is not None:
             self.line.leave = leave
             self.line.close()
             self.line = None
 
     def _left(self, state) -> str:
-        """The time that the other steps will take, if they are as those before."""
+        """The time that the remaining steps will take at the current speed."""
         if self.began is None or not self.began[1] < state.global_step < state.max_steps:
             return ""
         a_step = (time.time() - self.began[0]) / (state.global_step - self.began[1])

@@ -1,7 +1,7 @@
-"""The curves of a run: which numbers of its log belong into one picture, as PNG files and as SVG for its page.
+"""The curves of a run: which numbers of its log share a picture, as PNG files and as SVG for its page.
 
-Numbers of single steps are noisy. Where a training line has enough points it is drawn faint, with its exponential
-moving average over it; validation, and what follows a schedule, is drawn as it is.
+Numbers of single steps are noisy. A training line with enough points is drawn faint, with its exponential moving
+average over it; validation, and numbers that follow a schedule, are drawn unchanged.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 History = Sequence[dict[str, Any]]
 Points = list[tuple[int, float]]
 
-FEWEST = 12  # points from which a line is smoothed; of fewer an average says little, and each can be read
-SPAN = 0.1  # share of a line's points that its average looks back over
-FAINT = 0.3  # how much of its color a line keeps behind its average
+FEWEST = 12  # points from which on a line is smoothed; with fewer, an average says little
+SPAN = 0.1  # share of a line's points that its average spans
+FAINT = 0.3  # the opacity of a line behind its average
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: a name of the log for each of its lines, with what the line is called."""
+    """One picture: the log's name of each of its lines, with the line's label."""
 
     title: str
     lines: tuple[tuple[str, str], ...]
-    from_zero: bool = False  # an amount, whose axis begins at 0
+    from_zero: bool = False  # a quantity whose axis starts at 0
     noisy: bool = True  # False: a schedule or a level, which an average would only delay
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a picture: its points by step and, where it has enough of them, their moving average over `span`."""
+    """A line of a picture: its points by step and, if it has enough of them, their moving average over `span`."""
 
     label: str
     points: Points
@@ -47,7 +47,7 @@ class Line:
 
 
 def both(title: str, name: str, from_zero: bool = False) -> Panel:
-    """One number in training and on the validation records."""
+    """A number in training and on the validation records."""
     return Panel(title, ((name, "training"), (f"eval_{name}", "validation")), from_zero)
 
 
@@ -86,18 +86,20 @@ COSTS = (_one("tokens per second", "tokens_per_second", True), _one("memory, GiB
 
 
 def points_of(history: History, name: str) -> Points:
-    """(step, value) of one number of the log, by step; of two at one step the later, without what is no number."""
+    """(step, value) of one number of the log, by step; at the same step the later one counts; non-finite values are
+    dropped.
+    """
     found = {log["step"]: log[name] for log in history if name in log and isinstance(log[name], int | float)}
     return sorted((step, float(value)) for step, value in found.items() if math.isfinite(value))
 
 
 def span_of(points: Points) -> int:
-    """Over how many points a line is averaged; 0 where it has too few."""
+    """The number of points that a line is averaged over; 0 if it has too few."""
     return max(3, round(SPAN * len(points))) if len(points) >= FEWEST else 0
 
 
 def smoothed(points: Points, span: int) -> Points:
-    """The exponential moving average of the values, without the bias towards its start.
+    """The exponential moving average of the values, without bias towards the start.
 
     With a = 2 / (span + 1), point t is the mean of the values up to t, weighted by (1 - a)^age; as TensorBoard's.
     """
@@ -109,14 +111,14 @@ def smoothed(points: Points, span: int) -> Points:
 
 
 def line_of(history: History, name: str, label: str, noisy: bool = True) -> Line:
-    """One number of the log as a line; of validation nothing is averaged."""
+    """One number of the log as a line; validation is never averaged."""
     points = points_of(history, name)
     span = span_of(points) if noisy and not name.startswith("eval_") else 0
     return Line(label, points, span, smoothed(points, span) if span else [])
 
 
 def drawn(history: History, panels: Sequence[Panel]) -> list[tuple[Panel, list[Line]]]:
-    """The panels that the log has points for, each with the lines that have."""
+    """The panels that the log has points for, each with its lines."""
     found = []
     for panel in panels:
         lines = [line for name, label in panel.lines if (line := line_of(history, name, label, panel.noisy)).points]
@@ -129,7 +131,7 @@ def drawn(history: History, panels: Sequence[Panel]) -> list[tuple[Panel, list[L
 
 
 def write_pictures(history: History, folder: Path) -> list[Path]:
-    """loss.png, and curves.png where there is more to see than a loss (RM, DPO, PPO); returns what was written."""
+    """Writes loss.png, and curves.png if there is more than a loss (RM, DPO, PPO); returns the paths."""
     more = [panel for panel, _ in drawn(history, LEARNING) if panel.title != "perplexity"]
     wanted = {"loss.png": [LOSS], "curves.png": more}
     written = []
@@ -141,7 +143,7 @@ def write_pictures(history: History, folder: Path) -> list[Path]:
 
 
 def plot(axis: Any, line: Line, color: str) -> None:
-    """A line on matplotlib's axes: with dots where they can be told apart, faint behind its average."""
+    """Plots a line on matplotlib's axes: with dots if they are few, faint behind its average."""
     dots = {"marker": "o", "markersize": 3} if len(line.points) <= MOST_DOTS // 2 else {}
     if line.average:
         axis.plot(*zip(*line.points, strict=True), color=color, alpha=FAINT, linewidth=1)
@@ -152,7 +154,7 @@ def plot(axis: Any, line: Line, color: str) -> None:
 
 
 def _picture(found: list[tuple[Panel, list[Line]]], path: Path) -> None:
-    from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a window for it
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure and opens windows
     from matplotlib.ticker import MaxNLocator
 
     columns = min(len(found), 2)
@@ -180,11 +182,11 @@ def _picture(found: list[tuple[Panel, list[Line]]], path: Path) -> None:
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 34
-MOST_DOTS = 120  # points of a line that can be pointed at, each with its number
+MOST_DOTS = 120  # points of a line that get a tooltip, each with its number
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers within [low, high]: at most `most` + 1, a step of 1, 2 or 5 times a power of ten apart."""
+    """Round numbers within [low, high]: at most `most` + 1, with a step of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / most
@@ -195,7 +197,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number in few characters."""
+    """A number with few characters."""
     if value == 0:
         return "0"
     if abs(value) >= 1e7 or abs(value) < 0.001:
@@ -204,7 +206,7 @@ def number(value: float) -> str:
 
 
 def svg(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
-    """A picture of lines by step, in the page's own colors (`.line0`, `.line1` …); its text is the page's."""
+    """A picture of lines by step, in the page's own colors (`.line0`, `.line1` …) and font."""
     steps = [step for line in lines for step, _ in line.points]
     values = [value for line in lines for _, value in line.points]
     x_low, x_high = min(steps), max(steps)
@@ -244,7 +246,7 @@ def svg(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
 
 
 def figure(panel: Panel, lines: Sequence[Line]) -> str:
-    """A panel as a piece of HTML: title, legend and picture; the legend gives the last number of the bold line."""
+    """A panel as HTML: title, legend and picture; the legend gives the last number of the bold line."""
     legend = "".join(
         f'<span class="key{place}">{escape(line.label)}'
         f"{f', EMA over {line.span} points' if line.average else ''} <b>{number(line.best[-1][1])}</b></span>"

@@ -1,4 +1,4 @@
-"""What to do about errors that are not this project's own and yet are met often: memory, disk, Ctrl-C."""
+"""Hints for common errors that are not this project's own: memory, disk, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from stagewise.reports.terminal_text import print_error
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNWRITTEN = ("PytorchStreamWriter failed writing", "inline_container.cc")  # by torch.save
+UNWRITTEN = ("PytorchStreamWriter failed writing", "inline_container.cc")  # raised by torch.save
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-# Of programs in which a model speaks.
+# for programs that chat or run inference
 LESS_MEMORY = (
     "Lower --batch_size or --max_new_tokens, or load the model smaller: --torch_dtype bfloat16, --load_in_8bit, "
     "--load_in_4bit."
@@ -24,12 +24,12 @@ LESS_MEMORY = (
 
 @contextmanager
 def advised(flag: str, place: str | Path | None, less_memory: str, status: int = 1) -> Iterator[None]:
-    """Ends a program that trains nothing in one line where memory or disk ran out in the block; see `advice_on`.
+    """Ends a program without training in one line if memory or disk ran out in the block; see `advice_on`.
 
     Args:
-        flag: names the place that is written to.
-        place: what that flag says; None where nothing is written.
-        less_memory: what a user of this program can do about memory.
+        flag: the flag of the output path.
+        place: its value; None if nothing is written.
+        less_memory: how a user of this program can save memory.
         status: the exit code.
     """
     try:
@@ -50,7 +50,7 @@ def advised(flag: str, place: str | Path | None, less_memory: str, status: int =
 
 
 def advice_on(error: BaseException, output_dir: Path) -> str | None:
-    """One line for an error that a user can do something about; None for others, which keep Python's traceback."""
+    """One line for an error that a user can fix; None for others, which keep Python's traceback."""
     said = str(error).strip().split("\n")[0]
     if _is_out_of_memory(error):
         return (
@@ -73,9 +73,9 @@ def advice_on(error: BaseException, output_dir: Path) -> str | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU torch's allocator raises a RuntimeError.
+    # on a CPU torch's allocator raises a RuntimeError
     texts = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
-    texts += ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # asked for outside of torch's allocator
+    texts += ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # allocated outside of torch
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
 
@@ -83,7 +83,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return True
-    # Libraries in Rust say it in errors of their own, tokenizers in a bare Exception; torch.save in a RuntimeError.
+    # Rust libraries raise their own errors, tokenizers a bare Exception; torch.save a RuntimeError
     told = isinstance(error, Exception) and any(f"(os error {number})" in str(error) for number in NO_SPACE)
     return told or any(text in str(error) for text in UNWRITTEN)
 

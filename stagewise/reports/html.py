@@ -1,4 +1,4 @@
-"""Pieces of HTML in which every value is text, and the frame and style of the pages that are made of them."""
+"""Pieces of HTML in which every value is escaped, and the frame and style of pages made of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STYLE = Path(__file__).with_name("page.css")
 
 
 def document(title: str, body: str) -> str:
-    """A whole page in one file: no script, nothing from elsewhere, light and dark. `body` is HTML already."""
+    """A complete page in one file: no scripts, no external resources, light and dark. `body` is HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -24,12 +24,12 @@ def document(title: str, body: str) -> str:
 
 
 def text(value: Any) -> str:
-    """Anything as text that no browser takes for HTML."""
+    """Any value as escaped text."""
     return html.escape(str(value), quote=True)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> str:
-    """A table of text; the columns `numbers` are set to the right."""
+    """A table of text; the columns `numbers` are right-aligned."""
     right = set(numbers)
 
     def cells(row: Sequence[Any], tag: str) -> str:
@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of run.json as a person reads it."""
+    """A value of run.json in readable form."""
     if value is None:
         return ""
     if isinstance(value, dict):
@@ -67,7 +67,7 @@ def shown(value: Any) -> str:
 
 
 def bare(name: str) -> str:
-    """A metric's name in words, without what says that it is of the validation records."""
+    """A metric's name in words, without the prefix for validation."""
     return name.removeprefix("eval_").replace("_", " ")
 
 

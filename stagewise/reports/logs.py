@@ -24,10 +24,10 @@ def set_up_logging() -> None:
     color = has_colour(sys.stderr)
     logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=color)
     transformers_logging.set_verbosity_error()
-    # Renamings inside transformers and PEFT, which a user of these scripts can do nothing about.
+    # Deprecations inside transformers and PEFT, which users of these scripts cannot act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not torch.accelerator.is_available():
-        # accelerate imports DeepSpeed where it is installed, which otherwise warns on stdout that it found no GPU.
+        # accelerate imports DeepSpeed if it is installed, which otherwise warns on stdout that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not is_main() or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

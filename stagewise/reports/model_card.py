@@ -1,4 +1,4 @@
-"""README.md of a merged model: what it is, where it comes from and under which license, as the Hub reads it."""
+"""README.md of a merged model: what it is, where it comes from and its license, in the Hub's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stagewise.artifacts.lineage import UNKNOWN, first_model
 from stagewise.config.stages import STAGES
 
 CARD = "README.md"
-# The steps of a lineage by their names in run.json.
+# The titles of a lineage's steps, by their names in run.json.
 STEP_TITLES = {stage.name: stage.title for stage in STAGES.values()} | {
     "merge": "adapter merged into its base",
     "vocabulary": "vocabulary extended",
@@ -27,11 +27,11 @@ def card_text(
     """The model card of a merged model.
 
     Args:
-        name: of the model, its directory's.
+        name: the model's directory name.
         manifest: its run.json.
-        tokenizer: what is saved beside it.
-        license: what `find_license` found.
-        scores: a reward model, not a language model.
+        tokenizer: the one saved beside it.
+        license: the result of `find_license`.
+        scores: whether it is a reward model.
     """
     lineage = manifest["lineage"]
     parts = [
@@ -50,7 +50,7 @@ def card_text(
 
 
 def front_matter_of(manifest: dict[str, Any], license: dict[str, str], scores: bool) -> str:
-    """The card's YAML, in the names that the Hub knows (https://huggingface.co/docs/hub/model-cards)."""
+    """The card's YAML, with the fields of the Hub (https://huggingface.co/docs/hub/model-cards)."""
     lineage = manifest["lineage"]
     found: dict[str, Any] = {"license": license["id"]}
     if license["id"] == "other":
@@ -198,7 +198,7 @@ def _check(manifest: dict[str, Any]) -> str:
 
 
 def called(path: str) -> str:
-    """A model's name for others to read: of a directory somewhere on this machine its own name alone."""
+    """A model's name for other readers: of a local directory only the last part."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -208,7 +208,7 @@ def cell(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text as inline code that may stand in a cell, whatever is in it."""
+    """Text as inline code that is valid in a cell, whatever it contains."""
     text = " ".join(str(text).split()).replace("|", "\\|")
     if "`" not in text:
         return f"`{text}`"
@@ -217,7 +217,7 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """Text as a block of code, behind a fence that it does not hold."""
+    """Text as a code block, with a fence that does not occur in it."""
     fence = "```"
     while fence in text:
         fence += "`"
@@ -234,4 +234,4 @@ def write_card(
 ) -> None:
     """Writes the card into a model's directory."""
     text = card_text(name, manifest, tokenizer, license, scores)
-    (folder / CARD).write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8
+    (folder / CARD).write_bytes(text.encode("utf-8", "backslashreplace"))  # file names may not be UTF-8

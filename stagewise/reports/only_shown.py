@@ -1,4 +1,4 @@
-"""What is only for looking at never ends a run."""
+"""Display code never ends a run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from loguru import logger
 
 @contextmanager
 def only_shown(what: str) -> Iterator[None]:
-    """A block, or a decorated function, whose errors are logged as warnings: training continues without what it shows.
+    """Logs errors of a block, or a decorated function, as warnings: training continues without its output.
 
-    Not for code that other processes take part in: they would wait for the one that left it.
+    Not for code in which other processes take part: they would wait for the one that left it.
 
     Args:
-        what: the name of what is shown, with which the warning begins.
+        what: the name of the output, at the beginning of the warning.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a person looks at: result files, a training sample with its learned tokens marked."""
+"""Result files, and a training sample with its labels marked."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from stagewise.reports.terminal_text import visible
 
 
 def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
-    """`train_results` and `eval_results`, as .json and as .txt."""
+    """Writes `train_results` and `eval_results`, as .json and as .txt."""
     (folder / f"{split}_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (folder / f"{split}_results.txt").write_text("".join(f"{k} = {v}\n" for k, v in metrics.items()))
 
 
 def read_results(folder: Path, split: str) -> dict[str, Any] | None:
-    """What `write_results` left, or None where there is nothing."""
+    """The results that `write_results` wrote, or None."""
     path = folder / f"{split}_results.json"
     return read_object(path, "delete it") if path.is_file() else None
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether to write colors to a stream: to a terminal, unless NO_COLOR is set (no-color.org)."""
+    """Whether to write colors to a stream: only to a terminal, and not if NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, color: bool, longest: int | None = None) -> str:
-    """An example's text with what is learned in green, context gray; without color, learned text between «».
+    """An example's text with labels in green and context gray; without color, text with labels between «».
 
-    `longest`: of a stretch of more characters, learned or not, both ends are shown and the middle is left out.
+    `longest`: spans of more characters are shortened in the middle.
     """
     on, off, gray = ("\033[32m", "\033[0m", "\033[90m") if color else ("«", "»", "")
     pieces, start, before = [], 0, ""
@@ -44,11 +44,11 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, color: bool,
     for end in range(1, len(learned) + 1):
         if end < len(learned) and learned[end] == learned[start]:
             continue
-        # Decoded as what the whole gains, since SentencePiece drops the space at the start of what is decoded alone.
+        # Decoded as the growth of the whole text, since SentencePiece drops a leading space of text decoded alone.
         whole = tokenizer.decode(example.input_ids[:end])
         alone = not whole.startswith(before)
         piece = tokenizer.decode(example.input_ids[start:end]) if alone else whole[len(before) :]
-        if longest and len(piece) > longest + 40:  # what stands in for the middle takes some room as well
+        if longest and len(piece) > longest + 40:  # the ellipsis takes some room as well
             half = longest // 2
             piece = f"{piece[:half]} [… {len(piece) - 2 * half:,} characters …] {piece[-half:]}"
         piece = visible(piece)
@@ -58,8 +58,8 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, color: bool,
 
 
 def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
-    """Logs one training example as `marked` makes it."""
+    """Logs one training example in the form of `marked`."""
     text = marked(tokenizer, example, color=has_colour(sys.stderr))
     where = visible(example.where)
-    colored = logger.bind(colored=True)  # the text has been made visible, and its colors must pass
+    colored = logger.bind(colored=True)  # control characters have been made visible; the colors must pass
     colored.opt(raw=True).info(f"one training sample ({where}), learned tokens marked:\n{text}\n\n")

@@ -1,6 +1,6 @@
-"""report.html: one run on one page, in one file that needs nothing else: no script, no network, light and dark.
+"""report.html: one run on one page, in one self-contained file: no scripts, no network, light and dark.
 
-What ran, on which records, to which curves, what the model says, what it cost, and where the model comes from.
+The command, the records, the curves, samples of answers, costs, and the model's lineage.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Samples = list[tuple[int, list[dict[str, Any]]]]
 
 
 def write_page(output_dir: Path, manifest: dict[str, Any], history: History) -> None:
-    """Writes report.html into a run's directory, whole or not at all.
+    """Writes report.html into a run's directory, completely or not at all.
 
     Args:
-        output_dir: where the run is written to; the samples are read there.
+        output_dir: the run's directory, which also has the samples.
         manifest: run.json.
         history: the Trainer's log.
     """
-    evaluated = {step for step, _ in _evaluations(history)}  # others are of an earlier run in this directory
+    evaluated = {step for step, _ in _evaluations(history)}  # others are from an earlier run in this directory
     samples = [(step, read_samples(output_dir, step)) for step in sampled_steps(output_dir) if step in evaluated]
     output_dir.mkdir(parents=True, exist_ok=True)
     page = page_of(output_dir.resolve().name, manifest, history, samples)
-    write_durably(output_dir / PAGE, page.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8
+    write_durably(output_dir / PAGE, page.encode("utf-8", "backslashreplace"))  # file names may not be UTF-8
 
 
 def page_of(name: str, manifest: dict[str, Any], history: History, samples: Samples) -> str:
@@ -75,7 +75,7 @@ def page_of(name: str, manifest: dict[str, Any], history: History, samples: Samp
 
 
 def _tiles(manifest: dict[str, Any], history: History) -> str:
-    """The few numbers that are looked for first."""
+    """The main numbers, shown first."""
     evaluations = _evaluations(history)
     found: list[tuple[str, str]] = []
     for name in ("eval_loss", "eval_reward", "eval_accuracy", "eval_perplexity"):
@@ -111,7 +111,7 @@ def _with_error(metrics: dict[str, Any], name: str) -> str:
 
 
 def _evaluations(history: History) -> list[tuple[int, dict[str, Any]]]:
-    """(step, metrics) of each evaluation; of two at one step the later."""
+    """(step, metrics) of each evaluation; at the same step the later one counts."""
     found = {}
     for log in history:
         metrics = {name: value for name, value in plain(log).items() if name.startswith("eval_")}
@@ -130,7 +130,7 @@ def _curves(history: History) -> str:
 
 
 def _samples(samples: Samples) -> str:
-    """Each record with what the model said to it at the first and the last evaluation; what lies between is folded."""
+    """Each record with the model's answers at the first and the last evaluation; those in between are folded."""
     if not samples:
         return ""
     parts = []
@@ -139,7 +139,8 @@ def _samples(samples: Samples) -> str:
             (step, said)
             for step, evaluation in samples
             for other in evaluation
-            if (other["where"], other["prompt"]) == (sample["where"], sample["prompt"])  # a text has several blocks
+            if (other["where"], other["prompt"])
+            == (sample["where"], sample["prompt"])  # a text may have several blocks
             for said in other["texts"]
         ]
         prompt = f'<span class="label">prompt</span><pre>{text(sample["prompt"])}</pre>' if sample["prompt"] else ""
@@ -150,7 +151,9 @@ def _samples(samples: Samples) -> str:
 
 
 def _told(told: list[tuple[int, dict[str, Any]]]) -> str:
-    """One label's texts over the evaluations: the record's own once, with all of its scores; answers one by one."""
+    """The texts with one label over the evaluations: the record's own once, with all of its scores; answers one by
+    one.
+    """
     label = told[-1][1]["label"]
     if label != "answer":
         scores = [(step, said["score"]) for step, said in told if said.get("score") is not None]

@@ -1,7 +1,7 @@
-"""Several conversations side by side, each answered by one speaker or by two: what a page of chats shows.
+"""Several conversations side by side, each answered by one or two chat models: the state of the chat page.
 
-A `Desk` is what one visitor has before them. A question that is asked becomes a `Job`, taken by whoever has the model;
-asking again in the same chat, or `stop`, ends the job that is at work there.
+A `Desk` is the state of one visitor. A question becomes a `Job`, which is taken by whoever has the model; another
+question in the same chat, or `stop`, ends the current job.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from stagewise.errors import ChatError
 from stagewise.formats.parsers import Conversation, Message
 
 TITLE_LENGTH = 32
-ADAPTER, BASE = "adapter", "base"  # who answers; a model without an adapter has only the first
+ADAPTER, BASE = "adapter", "base"  # which model answers; a model without an adapter has only the first
 
 
 def thoughts_of(answer: str) -> tuple[str, str]:
-    """(thoughts, words) of an answer that is perhaps not finished. Some templates open the block in the prompt."""
+    """(thoughts, words) of an answer that may be unfinished. Some templates open the thinking block in the prompt."""
     begun = answer.lstrip().startswith("<think>")
     if begun and "</think>" not in answer:
         return answer.lstrip().removeprefix("<think>").strip(), ""
@@ -30,14 +30,14 @@ def thoughts_of(answer: str) -> tuple[str, str]:
 
 @dataclass
 class Turn:
-    """A question, and what each speaker said to it so far."""
+    """A question, and each model's answer so far."""
 
     question: str
     answers: dict[str, str] = field(default_factory=dict)
     costs: dict[str, tuple[int, float]] = field(default_factory=dict)  # tokens and seconds of each finished answer
 
     def answer(self, speaker: str) -> tuple[str | None, bool]:
-        """What `speaker` said, else what the other one did; and whether it is its own."""
+        """The answer of `speaker`, else of the other one; and whether it is its own."""
         if speaker in self.answers:
             return self.answers[speaker], True
         return next(iter(self.answers.values()), None), False
@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass
 class Job:
-    """A turn that is to be answered."""
+    """A turn to be answered."""
 
     chat: Chat
     turn: Turn
@@ -64,12 +64,12 @@ class Chat:
 
     @property
     def title(self) -> str:
-        """The beginning of the first question, "" where there is none."""
+        """The beginning of the first question, "" if there is none."""
         words = " ".join(self.turns[0].question.split()) if self.turns else ""
         return words if len(words) <= TITLE_LENGTH else words[: TITLE_LENGTH - 1].rstrip() + "…"
 
     def conversation(self, turn: Turn, speaker: str) -> Conversation:
-        """What `speaker` is given to answer `turn`: the exchanges before it. One without words is left out."""
+        """The conversation for `speaker` to answer `turn`: the exchanges before it, without empty answers."""
         messages: list[Message] = []
         for earlier in self.turns[: self._place(turn)]:
             answer = earlier.answer(speaker)[0]
@@ -82,7 +82,7 @@ class Chat:
         return next(place for place, own in enumerate(self.turns) if own is turn)
 
     def lines(self, speaker: str) -> Iterator[tuple[int, str, str, bool]]:
-        """(turn, kind, text, own) of each message of one speaker's chat; kind is user, thoughts or assistant."""
+        """(turn, kind, text, own) of each message of one model's chat; kind is user, thoughts or assistant."""
         for number, turn in enumerate(self.turns):
             yield number, "user", turn.question, True
             answer, own = turn.answer(speaker)
@@ -97,7 +97,7 @@ class Chat:
     # ── what the visitor does ───────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self) -> None:
-        """Ends the job at work; what was said stays."""
+        """Stops the current job; the answer so far stays."""
         if self.job is not None:
             self.job.stop.set()
             self.job = None
@@ -111,19 +111,19 @@ class Chat:
         return self.job
 
     def retry(self, speakers: tuple[str, ...]) -> Job:
-        """The last question asked again; other speakers' answers to it stay."""
+        """Asks the last question again; other models' answers to it stay."""
         if not self.turns:
             raise ChatError("nothing_to_retry")
         self.stop()
         last = self.turns.pop()
-        # A new turn: whoever still speaks into the old one speaks to nobody.
+        # A new turn: an answer that is still being generated belongs to the old one.
         kept = {who: answer for who, answer in last.answers.items() if who not in speakers}
         self.turns.append(Turn(last.question, kept))
         self.job = Job(self, self.turns[-1], speakers)
         return self.job
 
     def edit(self, number: int, question: str, speakers: tuple[str, ...]) -> Job:
-        """Turn `number` asked in other words; what came after it is dropped."""
+        """Replaces the question of turn `number`; later turns are dropped."""
         if not question.strip():
             raise ChatError("empty_question")
         if not 0 <= number < len(self.turns):
@@ -143,13 +143,13 @@ class Desk:
     def __init__(self, system: str = ""):
         self.system = system
         self.chats: list[Chat] = []
-        self.jobs: list[Job] = []  # asked and not yet begun
+        self.jobs: list[Job] = []  # waiting jobs
         self.count = 0
         self.language = "en"
         self.current = self.new()
 
     def new(self) -> Chat:
-        """A chat to begin in: a new one, or the one that nothing was asked in yet."""
+        """Opens a chat to begin in: a new one, or an existing one without questions."""
         empty = next((chat for chat in self.chats if not chat.turns), None)
         if empty is None:
             self.count += 1
@@ -169,7 +169,7 @@ class Desk:
         return self.current
 
     def delete(self) -> None:
-        """Takes the current chat away; the newest of the others is shown."""
+        """Deletes the current chat; the newest of the others is shown."""
         self.current.stop()
         self.chats.remove(self.current)
         if self.chats:
@@ -181,7 +181,7 @@ class Desk:
         self.jobs.append(job)
 
     def next_job(self) -> Job | None:
-        """The oldest job that was not begun or stopped."""
+        """The oldest waiting job that was not stopped."""
         while self.jobs:
             job = self.jobs.pop(0)
             if not job.stop.is_set():
@@ -193,6 +193,6 @@ class Desk:
             job.chat.job = None
 
     def leave(self) -> None:
-        """Stops all that is at work: the visitor is gone."""
+        """Stops all jobs: the visitor is gone."""
         for chat in self.chats:
             chat.stop()

@@ -1,9 +1,9 @@
-"""A model's words as Markdown that holds no HTML: what looks like a tag is shown as it was written.
+"""Makes a model's Markdown safe: HTML in it is shown as text.
 
-Code is left as it is. Elsewhere a backslash goes before what would begin a tag or an image (whose address would be
-fetched as soon as it is shown). In a formula an empty group goes behind the first character instead: KaTeX draws
-`<{}b` like `<b`, and no Markdown parser takes it for a tag. Whether formulas or code are found first depends on the
-version of gradio, so text is left alone only where it is code either way. Mermaid diagrams are shown as their source.
+Code is not changed. Elsewhere a backslash is inserted before the start of a tag or an image (whose address would be
+fetched on display). In a formula an empty group is inserted after the first character instead: KaTeX draws `<{}b` like
+`<b`, and no Markdown parser takes it for a tag. Whether formulas or code are parsed first depends on the version of
+gradio, so text is only left alone if it is code either way. Mermaid diagrams are shown as source.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from markdown_it import MarkdownIt
 
 FORMULAS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"))
 _FORMULAS = [f"{re.escape(left)}[\\s\\S]+?{re.escape(right)}" for left, right in FORMULAS]
-_OPENING = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")  # of a tag, of an image
-_CLOSED = re.compile(r"\\(?=<[A-Za-z/!?]|!\[)|(?<=[<!])\{\}(?=[A-Za-z/!?\[])")  # what `shown` puts in
+_OPENING = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")  # the start of a tag, of an image
+_CLOSED = re.compile(r"\\(?=<[A-Za-z/!?]|!\[)|(?<=[<!])\{\}(?=[A-Za-z/!?\[])")  # inserted by `shown`
 _PARTS = re.compile("|".join([*_FORMULAS, r"\\[\s\S]", "`+"]))
 _MARKDOWN = {html: MarkdownIt("commonmark", {"html": html}).enable("table") for html in (True, False)}
-_FILLER = "\ue0f0"  # stands for a formula's characters: it belongs to no script
+_FILLER = "\ue0f0"  # placeholder for a formula's characters: it belongs to no script
 Ranges = list[tuple[int, int]]
 
 
 @lru_cache(maxsize=512)
 def shown(text: str) -> str:
-    """Markdown without HTML, images and diagrams that reads like `text`."""
+    """Markdown without HTML, images and diagrams that renders like `text`."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"(`{3,}|~{3,})[ \t]*mermaid", r"\1text", text, flags=re.IGNORECASE)
-    while (closed := _closed(text)) != text:  # what is no tag any more may change where code begins
+    while (closed := _closed(text)) != text:  # an escaped tag may change where code begins
         text = closed
     return text
 
 
 def _closed(text: str) -> str:
-    """The text with what begins a tag or an image kept from it, except where it is code in every reading."""
+    """Escapes the start of tags and images, except where it is code in every reading."""
     if not _OPENING.search(text):
         return text
     formulas, masked = _formulas(text)
@@ -53,7 +53,7 @@ def _closed(text: str) -> str:
 
 
 def written(text: str) -> str:
-    """What `shown` made a text from: after a reader edited it on the page."""
+    """The inverse of `shown`, for a text edited on the page."""
     formulas, code = _formulas(text)[0], _code(text, html=False)
     parts, done = [], 0
     for match in _CLOSED.finditer(text):
@@ -67,7 +67,7 @@ def written(text: str) -> str:
 
 
 def _formulas(text: str) -> tuple[Ranges, str]:
-    """Where formulas stand if they are looked for before anything else, and the text with fillers in their place."""
+    """The formulas, if they are parsed before anything else, and the text with placeholders instead of them."""
     found: Ranges = []
     for formula in _FORMULAS:
         for match in re.finditer(formula, text):
@@ -77,7 +77,7 @@ def _formulas(text: str) -> tuple[Ranges, str]:
 
 
 def _code(text: str, html: bool) -> Ranges:
-    """Where code stands: blocks of it by Markdown's lines, and spans within a paragraph."""
+    """The ranges of code: blocks by Markdown's lines, and spans within a paragraph."""
     starts = [0]
     for line in text.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
@@ -90,7 +90,7 @@ def _code(text: str, html: bool) -> Ranges:
 
 
 def _spans(text: str, place: int) -> Iterator[tuple[int, int]]:
-    """The spans of code in the paragraph that begins at `place` and ends with the text."""
+    """The code spans in the paragraph that begins at `place` and ends with the text."""
     while match := _PARTS.search(text, place):
         place = match.end()
         if match[0][0] == "`":
@@ -105,6 +105,6 @@ def _within(place: int, ranges: Ranges) -> bool:
 
 
 def _is_escaped(text: str, place: int) -> bool:
-    """Whether a backslash before it, which no other one takes, already keeps a character from meaning anything."""
+    """Whether a character is already escaped by a backslash that is not itself escaped."""
     before = text[:place]
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1

@@ -1,4 +1,4 @@
-"""The server of a gradio page: where it listens, who may come in, which requests it answers, what a page may do."""
+"""The server of a gradio page: its address, logins, allowed requests, and security headers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loguru import logger
 from stagewise.errors import ArgumentError
 from stagewise.inference.arguments import SamplingArguments, SpeakerArguments
 
-# What an answer could still bring along: nothing from elsewhere, no code in attributes, no frames.
+# Further restrictions on an answer: nothing from elsewhere, no code in attributes, no frames.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; script-src-attr 'none'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
@@ -22,8 +22,8 @@ POLICY = (
 )
 
 
-# The page takes text, never a file. Only the gradio routes that its own frontend uses are served; uploads, proxying,
-# files of the server, API descriptions and monitoring answer 404, with or without a login.
+# The page takes text, never files. Only the gradio routes that its own frontend uses are served; uploads, proxying,
+# server files, API descriptions and monitoring answer 404, with or without a login.
 READS = {"login_check", "user", "token", "app_id", "theme.css", "queue/data", "startup-events"}
 WRITES = {"queue/join", "run/predict", "cancel", "reset"}
 PAGES = {"", "config", "theme.css", "favicon.ico", "manifest.json", "robots.txt", "login", "logout"}
@@ -34,7 +34,7 @@ HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
 
 @dataclass
 class WebArguments:
-    """Where the page is, and for whom."""
+    """The page's address and access."""
 
     heading = "The page"
 
@@ -60,7 +60,7 @@ FLAGS = [SpeakerArguments, SamplingArguments, WebArguments]
 
 
 class Headers:
-    """Adds the content security policy to every answer of the server."""
+    """Adds the content security policy to every response."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -79,7 +79,7 @@ class Guard:
     """Refuses requests that the page never makes.
 
     Args:
-        hosts: the names that the Host header may have beside loopback addresses; None: any name. Without this check a
+        hosts: the names allowed in the Host header beside loopback addresses; None: any name. Without this check a
             foreign site could point its own name at 127.0.0.1 (DNS rebinding) and read the page from the browser of
             whoever runs it.
     """
@@ -104,7 +104,7 @@ class Guard:
         await send({"type": "http.response.body", "body": body})
 
     def refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
-        """(status, what is wrong) of a request that is not answered."""
+        """(status, reason) of a refused request; None if it is allowed."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = host_of(headers.get(b"host", b"").decode("latin-1"))
         if self.hosts is not None and not (is_loopback(host) or host in self.hosts):
@@ -129,16 +129,16 @@ def is_of_the_page(method: str, path: str) -> bool:
 
 
 def host_of(header: str) -> str:
-    """The name in a Host header, in small letters, without port and brackets."""
+    """The name in a Host header, in lower case, without port and brackets."""
     name = re.sub(r":\d*$", "", header.strip()) if header.count(":") < 2 or "]" in header else header.strip()
     return name.strip("[]").rstrip(".").lower()
 
 
 def logins(auth: str | None) -> list[tuple[str, str]] | None:
-    """--auth as names and passwords.
+    """The names and passwords of --auth.
 
     Raises:
-        ArgumentError: there is no colon, an empty half, or a name stands there twice.
+        ArgumentError: a colon is missing, a half is empty, or a name is given twice.
     """
     if auth is None:
         return None
@@ -154,7 +154,7 @@ def logins(auth: str | None) -> list[tuple[str, str]] | None:
 
 
 def check_web(web: WebArguments) -> list[tuple[str, str]] | None:
-    """Refuses by name what cannot be honored; returns the logins."""
+    """Refuses flags that cannot be honored; returns the logins."""
     if not 0 < web.server_port < 65536:
         raise ArgumentError(f"--server_port: expected 1 to 65535, found {web.server_port}")
     for name in web.allowed_hosts or ():
@@ -171,7 +171,7 @@ def check_web(web: WebArguments) -> list[tuple[str, str]] | None:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or address, without asking a name server, is this machine's own."""
+    """Whether a name or address is this machine's own, without a DNS query."""
     try:
         return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -179,17 +179,17 @@ def is_loopback(name: str) -> bool:
 
 
 def only_here(address: str) -> bool:
-    """Whether what listens on an address or name is reached from this machine alone."""
+    """Whether a server on an address or name can only be reached from this machine."""
     if is_loopback(address):
         return True
     try:
         return all(is_loopback(str(found[4][0])) for found in socket.getaddrinfo(address, None))
-    except OSError:  # gradio refuses it by its flag
+    except OSError:  # gradio refuses it with its own flag
         return False
 
 
 def hosts_of(web: WebArguments) -> frozenset[str] | None:
-    """The names that a request's Host may have; None: any, since the page listens to others under unknown names."""
+    """The names allowed as a request's Host; None: any, since a public page may be reached under unknown names."""
     if web.allowed_hosts is None and (web.share or not only_here(web.server_name)):
         return None
     return frozenset(map(host_of, [web.server_name, *(web.allowed_hosts or ())]))
@@ -198,10 +198,10 @@ def hosts_of(web: WebArguments) -> frozenset[str] | None:
 def serve(
     blocks: Any, web: WebArguments, pairs: list[tuple[str, str]] | None, *, i18n: Any, css: str, wait: bool = True
 ) -> str:
-    """Starts the server of a gradio page and returns its address; with `wait` only when it has ended.
+    """Starts the server of a gradio page and returns its address, or with `wait` returns once it has ended.
 
     Raises:
-        ArgumentError: the address or port cannot be listened on, or there is no public address to --share.
+        ArgumentError: the address or port is not available, or there is no public address to --share.
     """
     import gradio as gr
     from starlette.middleware import Middleware

@@ -1,4 +1,4 @@
-"""What the web page says, in English and Chinese; the browser's language chooses."""
+"""The texts of the web page, in English and Chinese; the browser's language decides."""
 
 ENGLISH = {
     "adapter": "base + adapter",
@@ -92,10 +92,10 @@ CHINESE = {
 }
 
 # The Chinese locales of gradio's frontend. It looks for the browser's language literally, then for its first part,
-# then takes English: with any other Chinese tag (zh, zh-HK, zh-SG, zh-Hans-CN) the page is in English.
+# then uses English: with any other Chinese tag (zh, zh-HK, zh-SG, zh-Hans-CN) the page is in English.
 CHINESE_TAGS = ("zh-CN", "zh-TW")
 
 
 def said(key: str, language: str) -> str:
-    """A sentence in the language of a tag like "zh-CN"."""
+    """A text in the language of a tag like "zh-CN"."""
     return (CHINESE if language.lower().startswith("zh") else ENGLISH)[key]
