@@ -71,7 +71,7 @@ from stagewise.data.splits import Splits
 from stagewise.formats.readers import RECORD_FILES
 from stagewise.losses import dpo_loss, sequence_logps
 from stagewise.models.config import load_config
-from stagewise.models.forward import learned_logits, takes_kept_logits
+from stagewise.models.forward import label_logits, takes_kept_logits
 from stagewise.models.hub import find_source, refuse_adapter
 from stagewise.models.loading import load_causal_lm
 from stagewise.models.router_loss import BalancesExperts, RouterLoss, router_loss
@@ -80,7 +80,7 @@ from stagewise.training.evaluation_set import EvaluationTable, ValidationSet, Wi
 from stagewise.training.metrics import pair_metrics
 from stagewise.training.pair_trainer import PairTrainer, read_pairs
 from stagewise.training.resume.checkpoint_dir import check_predecessor, merge_predecessor
-from stagewise.training.sample_generations import chosen, continued
+from stagewise.training.sample_generations import choose_examples, generate_samples
 from stagewise.training.settings import StageArguments
 from stagewise.training.start import start
 
@@ -98,7 +98,7 @@ class DPOTrainer(BalancesExperts, PairTrainer):
 
     def logps(self, model, inputs):
         """Log-probabilities of the answers, summed over tokens: (2B, T) -> (B,), (B,)."""
-        return sequence_logps(*learned_logits(model, inputs, self.keep_logits)).chunk(2)
+        return sequence_logps(*label_logits(model, inputs, self.keep_logits)).chunk(2)
 
     @torch.no_grad()
     def reference_logps(self, inputs):
@@ -132,7 +132,7 @@ class DPOTrainer(BalancesExperts, PairTrainer):
     def eval_samples(self, count, stops, synced=False):
         """Samples answers to a few validation prompts, and the implicit rewards of their pairs."""
         pairs = super().eval_samples(count, stops, synced)
-        own = continued(self, chosen(self, count), stops, synced)
+        own = generate_samples(self, choose_examples(self, count), stops, synced)
         return [replace(pair, texts=[answer.texts[0], *pair.texts]) for pair, answer in zip(pairs, own, strict=True)]
 
 

@@ -17,7 +17,7 @@ as a line of jsonl, and examples.html, a page with the best and worst ones.
 
 from __future__ import annotations
 
-from stagewise.evaluation.arguments import FLAGS, Job, read_flags, refuse
+from stagewise.evaluation.arguments import FLAGS, EvaluationJob, read_flags, refuse
 from stagewise.training.first_look import first_look
 
 if __name__ == "__main__":
@@ -39,7 +39,7 @@ from stagewise.artifacts.processes import is_main, leave_processes, on_every_pro
 from stagewise.config.arguments import ChatArguments, PairArguments
 from stagewise.data.bad_records import WAY_OUT, check_share, too_long_line
 from stagewise.data.records import Account, find_files, load_records, nothing_left, write_rejected
-from stagewise.errors import ArgumentError, RecordError, SpeakerError, TooLongError
+from stagewise.errors import ArgumentError, ChatModelError, RecordError, TooLongError
 from stagewise.evaluation.answers import QuestionEncoder, answer_rows, answers_to, reference_losses, rewards_of
 from stagewise.evaluation.compare import METRICS, PARTS, write_comparison
 from stagewise.evaluation.folder import COMPARISON, PAGE, output_folder
@@ -49,9 +49,9 @@ from stagewise.evaluation.page import (
     as_text,
     benchmark_section,
     metric_table,
+    metric_text,
     page,
     pair_section,
-    shown,
 )
 from stagewise.evaluation.pairs import encode_pair, is_reward_model, load_pair_scorer, pair_rows
 from stagewise.evaluation.statistics import BENCHMARK_METRICS, LEVEL, RM_METRICS, SFT_METRICS, by_length, measure
@@ -59,13 +59,13 @@ from stagewise.evaluation.text_metrics import PACKAGES, check_packages
 from stagewise.formats.json_lines import json_bytes, write_json_lines
 from stagewise.formats.parsers import parse_conversation, parse_preference
 from stagewise.formats.readers import RECORD_FILES
-from stagewise.inference.chat_model import SamplingArguments, Speaker, SpeakerArguments
-from stagewise.inference.loading import choose_device, for_loading, local_adapter, with_base
-from stagewise.reports.error_hints import LESS_MEMORY, advised
+from stagewise.inference.chat_model import ChatModel, ChatModelArguments, SamplingArguments
+from stagewise.inference.loading import choose_device, explain_missing_base, loader_arguments, local_adapter
+from stagewise.reports.error_hints import LESS_MEMORY, errors_explained
 from stagewise.reports.logs import set_up_logging
 from stagewise.reports.terminal_text import visible
 from stagewise.rl.reward_model import load_scorer
-from stagewise.training.first_look import say_error
+from stagewise.training.first_look import print_error_once
 
 Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
 
@@ -73,20 +73,22 @@ Record, Prepared = TypeVar("Record"), TypeVar("Prepared")
 # ── records ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_test(job: Job, parse_record: Callable[[dict[str, Any], str], Record]) -> tuple[list[Record], Account]:
+def read_test(
+    job: EvaluationJob, parse_record: Callable[[dict[str, Any], str], Record]
+) -> tuple[list[Record], Account]:
     """The parsed records of --test_file and the account of them. Raises ArgumentError, RecordError."""
     files = find_files(job.args.test_file, RECORD_FILES, "--test_file")
     how = {"on_bad_record": job.args.on_bad_record, "max_samples": job.args.max_samples}
     return load_records(files, parse_record, rejected_path=rejected_of(job), **how)
 
 
-def rejected_of(job: Job) -> Path | None:
+def rejected_of(job: EvaluationJob) -> Path | None:
     """The file for rejected records, on the first process only; every process reads the records."""
     return job.work / "rejected.jsonl" if is_main() else None
 
 
 def prepared(
-    job: Job, records: Sequence[Record], account: Account, prepare: Callable[[Record], tuple[Prepared, bool]]
+    job: EvaluationJob, records: Sequence[Record], account: Account, prepare: Callable[[Record], tuple[Prepared, bool]]
 ) -> list[Prepared]:
     """Records as the model takes them; those that are too long are left out and counted.
 
@@ -121,7 +123,9 @@ def prepared(
 # ── what is measured ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
+def measure_answers(
+    job: EvaluationJob, speaker: ChatModel, records: tuple[list, Account]
+) -> tuple[dict[str, Any], str]:
     """Runs the SFT test: its entry in metrics.json and its section of the page."""
     conversations, account = records
     longest = job.sampling.settled(speaker.defaults)["max_new_tokens"]
@@ -132,7 +136,7 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
         load = partial(
             load_scorer,
             job.args.reward_model_name_or_path,
-            for_loading(job.model),
+            loader_arguments(job.model),
             label=job.args.reward_label,
             tokenizer=speaker.tokenizer,
             template=speaker.template,
@@ -157,11 +161,13 @@ def measure_answers(job: Job, speaker: Speaker, records: tuple[list, Account]) -
     return {"records": account.as_dict(), "sampling": sampling, **parts}, answer_section(rows, numbers)
 
 
-def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) -> tuple[dict[str, Any], str]:
+def measure_pairs(
+    job: EvaluationJob, adapter: str | None, records: tuple[list, Account]
+) -> tuple[dict[str, Any], str]:
     """Runs the RM test: its entry in metrics.json and its section of the page; `adapter` is a local directory."""
     preferences, account = records
     chat = ChatArguments(job.model.template_name, job.model.force_template, job.model.enable_thinking)
-    loading = for_loading(job.model)
+    loading = loader_arguments(job.model)
     scorer = on_every_process(partial(load_pair_scorer, loading, adapter, chat, choose_device(job.model)))
     pairs = prepared(job, preferences, account, lambda preference: encode_pair(scorer, preference, job.limits))
     logger.info(f"test: {len(pairs)} pairs")
@@ -174,13 +180,15 @@ def measure_pairs(job: Job, adapter: str | None, records: tuple[list, Account]) 
     numbers = metric_table({"all": found}, RM_METRICS, f"{len(rows)} pairs")
     by_lengths = [["tokens", "pairs", "accuracy", "margin"]]
     for name, part in lengths.items():
-        cells = (shown(part[metric.name], metric) for metric in RM_METRICS[:2])
+        cells = (metric_text(part[metric.name], metric) for metric in RM_METRICS[:2])
         by_lengths.append([name, str(part["correct"]["records"]), *cells])
     print(visible(f"{as_text(numbers)}\n\n{as_text(by_lengths)}\n"))
     return {"records": account.as_dict(), "all": found, "by_length": lengths}, pair_section(rows, numbers, by_lengths)
 
 
-def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tuple[dict[str, Any], list[str]]:
+def measure_benchmarks(
+    job: EvaluationJob, speaker: ChatModel, benchmarks: Benchmarks
+) -> tuple[dict[str, Any], list[str]]:
     """Runs the benchmarks: their entries in metrics.json and their sections of the page."""
     found, rows = benchmarks.run(speaker, job.args.batch_size, job.args.apply_chat_template)
     if not is_main():
@@ -193,7 +201,7 @@ def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tu
         table = [[f"{name}, {numbers['num_fewshot']}-shot", "questions", numbers["metric"]]]
         for each, part in {**parts, "in all": numbers["all"]}.items():
             if metric.name in part:
-                table.append([each, str(part[metric.name]["records"]), shown(part[metric.name], metric)])
+                table.append([each, str(part[metric.name]["records"]), metric_text(part[metric.name], metric)])
         if numbers["mean_of_subjects"] is not None:
             table.append(["mean of the subjects", "", f"{numbers['mean_of_subjects']:.4f}"])
         print(visible(as_text(table)) + "\n")
@@ -204,7 +212,7 @@ def measure_benchmarks(job: Job, speaker: Speaker, benchmarks: Benchmarks) -> tu
 # ── one evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def about_model(model: SpeakerArguments, adapter: str | None) -> dict[str, Any]:
+def about_model(model: ChatModelArguments, adapter: str | None) -> dict[str, Any]:
     """The model, and the last stage that trained it if its run.json, or the one in `adapter`, says so."""
     manifest = read_manifest(adapter or model.base_model) or {}
     stages = [step["stage"] for step in manifest.get("lineage", []) if step["stage"] not in ("merge", "quantize")]
@@ -212,7 +220,7 @@ def about_model(model: SpeakerArguments, adapter: str | None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def kind_of_model(job: Job) -> tuple[str | None, bool]:
+def kind_of_model(job: EvaluationJob) -> tuple[str | None, bool]:
     """The adapter's local directory, and whether the model is a reward model. Raises ArgumentError."""
     args, model = job.args, job.model
     if args.test_file:
@@ -222,10 +230,10 @@ def kind_of_model(job: Job) -> tuple[str | None, bool]:
         model.base_model = model.base_model or adapter.base_model_name_or_path
     if not model.base_model and not model.lora_model:
         raise ArgumentError("--model_name_or_path: missing; give a model directory, a hub name, or --lora_model")
-    return folder, bool(model.base_model) and is_reward_model(for_loading(model), adapter)
+    return folder, bool(model.base_model) and is_reward_model(loader_arguments(model), adapter)
 
 
-def what_is_asked(job: Job) -> tuple[tuple[list, Account] | None, Benchmarks | None]:
+def what_is_asked(job: EvaluationJob) -> tuple[tuple[list, Account] | None, Benchmarks | None]:
     """Loads the records and benchmarks for a language model. Raises ArgumentError, RecordError."""
     args, records, benchmarks = job.args, None, None
     if args.test_file:
@@ -237,16 +245,16 @@ def what_is_asked(job: Job) -> tuple[tuple[list, Account] | None, Benchmarks | N
     return records, benchmarks
 
 
-def load_speaker(job: Job) -> Speaker:
-    """Loads the language model. Raises SpeakerError."""
+def load_speaker(job: EvaluationJob) -> ChatModel:
+    """Loads the language model. Raises ChatModelError."""
     try:
-        return Speaker.load(job.model)
-    except SpeakerError as error:
+        return ChatModel.load(job.model)
+    except ChatModelError as error:
         name = "model_name_or_path" if "model_name_or_path" in job.given else "base_model"
-        raise SpeakerError(str(error).replace("--base_model", f"--{name}")) from error
+        raise ChatModelError(str(error).replace("--base_model", f"--{name}")) from error
 
 
-def evaluate(job: Job) -> None:
+def evaluate(job: EvaluationJob) -> None:
     """Runs every evaluation of one model; the processes share the work, and the first one writes.
 
     Raises:
@@ -293,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not job.args.compare:
             choose_device(job.model)  # sets up the process group
-        with advised("output_dir", job.args.output_dir, LESS_MEMORY, status=2), output_folder(job):
+        with errors_explained("output_dir", job.args.output_dir, LESS_MEMORY, status=2), output_folder(job):
             if job.args.compare:
                 table, sentences = write_comparison(job.args.compare, job.work)
                 print(visible("\n".join([as_text(table), "", *sentences])))
@@ -306,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         if not type(error).__module__.startswith("stagewise"):
             raise
         given = job is None or bool({"base_model", "model_name_or_path"} & job.given)
-        say_error(with_base(str(error), job and job.model.lora_model, given=given))
+        print_error_once(explain_missing_base(str(error), job and job.model.lora_model, given=given))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         logger.warning("stopped; nothing was written")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagewise.inference.arguments import SamplingArguments, SpeakerArguments
+from stagewise.inference.arguments import ChatModelArguments, SamplingArguments
 from stagewise.training.first_look import first_look
 
 
@@ -48,7 +48,7 @@ class InferenceArguments:
     )
 
 
-FLAGS = [SpeakerArguments, SamplingArguments, InferenceArguments]
+FLAGS = [ChatModelArguments, SamplingArguments, InferenceArguments]
 if __name__ == "__main__":
     first_look(FLAGS, __doc__, code=2)  # report a wrong flag or path before torch is imported
 
@@ -71,18 +71,18 @@ from tqdm import tqdm
 import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.artifacts.processes import from_first_process, gather_by_index, leave_processes, on_every_process
 from stagewise.config.command_line import parse
-from stagewise.errors import ArgumentError, SpeakerError
+from stagewise.errors import ArgumentError, ChatModelError
 from stagewise.inference.batch_file import AnswerFile, Prompt, fingerprint, read_prompts
-from stagewise.inference.chat_model import Answer, Speaker
+from stagewise.inference.chat_model import Answer, ChatModel
 from stagewise.inference.loading import choose_device
-from stagewise.inference.repl import HELP, Talk
+from stagewise.inference.repl import HELP, ChatSession
 from stagewise.inference.terminal_input import Lines, open_input
 from stagewise.inference.word_wrap import WordWrap
 from stagewise.reports.console import columns_of
-from stagewise.reports.error_hints import LESS_MEMORY, advised
+from stagewise.reports.error_hints import LESS_MEMORY, errors_explained
 from stagewise.reports.logs import set_up_logging
 from stagewise.reports.terminal_text import visible
-from stagewise.training.first_look import say_error
+from stagewise.training.first_look import print_error_once
 
 DEFAULT_SYSTEM = "the template's own, or none"
 # Flags that do not affect the answers: a run that continues may change them.
@@ -93,34 +93,34 @@ WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_rem
 
 
 def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
-    """Raises SpeakerError for flags that do not fit together, before anything is loaded."""
+    """Raises ChatModelError for flags that do not fit together, before anything is loaded."""
     if args.interactive == bool(args.data_file):
-        raise SpeakerError("give --interactive to talk, or --data_file and --output_file to answer a file"
+        raise ChatModelError("give --interactive to talk, or --data_file and --output_file to answer a file"
                            + (", not both" if args.interactive else ""))  # fmt: skip
     if args.data_file and not args.output_file:
-        raise SpeakerError("--output_file: missing; give the file that the answers are written to")
+        raise ChatModelError("--output_file: missing; give the file that the answers are written to")
     if args.data_file and Path(args.data_file).resolve() == Path(args.output_file).resolve():
-        raise SpeakerError(f"--output_file {args.output_file}: is the file of prompts; give another name")
+        raise ChatModelError(f"--output_file {args.output_file}: is the file of prompts; give another name")
     if args.interactive:
         usual = InferenceArguments()
         names = ("output_file", "answer_field", "batch_size", "on_bad_record", "overwrite_output_file")
         if given := [name for name in names if getattr(args, name) != getattr(usual, name)]:
-            raise SpeakerError(f"--{given[0]} has no effect with --interactive: it belongs to --data_file")
+            raise ChatModelError(f"--{given[0]} has no effect with --interactive: it belongs to --data_file")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise SpeakerError("--interactive: a terminal talks with one process; start it without torchrun")
+            raise ChatModelError("--interactive: a terminal talks with one process; start it without torchrun")
     if args.batch_size < 1:
-        raise SpeakerError(f"--batch_size: expected at least 1, found {args.batch_size}")
+        raise ChatModelError(f"--batch_size: expected at least 1, found {args.batch_size}")
     if args.on_bad_record not in ("error", "skip"):
-        raise SpeakerError(f"--on_bad_record: expected error or skip, found {args.on_bad_record!r}")
+        raise ChatModelError(f"--on_bad_record: expected error or skip, found {args.on_bad_record!r}")
     sampling.settled()
 
 
-def look_for_adapter(args: InferenceArguments, which: SpeakerArguments) -> None:
+def look_for_adapter(args: InferenceArguments, which: ChatModelArguments) -> None:
     """Sets --lora_model from --checkpoint_dir, else --output_dir, and logs which one it was."""
     folders = [folder for folder in (args.checkpoint_dir, args.output_dir) if folder]
     if which.lora_model:
         if folders:
-            raise SpeakerError("--lora_model names the adapter: leave --checkpoint_dir and --output_dir out")
+            raise ChatModelError("--lora_model names the adapter: leave --checkpoint_dir and --output_dir out")
         return
     for folder in folders:
         if (Path(folder) / "adapter_config.json").is_file():
@@ -134,7 +134,7 @@ def look_for_adapter(args: InferenceArguments, which: SpeakerArguments) -> None:
 # ── in the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def converse(talk: Talk, lines: Lines) -> None:
+def converse(talk: ChatSession, lines: Lines) -> None:
     """Handles questions and commands until /quit or the end of the input."""
     print(f"Type a question, or a command:\n{HELP}")
     while True:
@@ -159,7 +159,7 @@ def converse(talk: Talk, lines: Lines) -> None:
             print()
 
 
-def do(talk: Talk, text: str) -> bool:
+def do(talk: ChatSession, text: str) -> bool:
     """Runs one command or answers one question; False for /quit."""
     name, *rest = text.strip().split(maxsplit=1)
     rest = rest[0] if rest else ""
@@ -190,7 +190,7 @@ def do(talk: Talk, text: str) -> bool:
     return True
 
 
-def tell(talk: Talk, ask: Any, *question: str) -> None:
+def tell(talk: ChatSession, ask: Any, *question: str) -> None:
     """Streams an answer to the terminal; Ctrl-C ends the answer, not the program."""
     with stopped_by_ctrl_c() as stop:
         pieces = ask(*question, stop=stop)  # raises here if the question cannot be asked
@@ -232,7 +232,7 @@ def stopped_by_ctrl_c() -> Iterator[threading.Event]:
 # ── a file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: SamplingArguments) -> None:
+def answer_file(args: InferenceArguments, which: ChatModelArguments, sampling: SamplingArguments) -> None:
     """Answers every prompt of --data_file, one batch per process at a time."""
     skips = args.on_bad_record == "skip"
     choose_device(which)  # sets up the process group
@@ -252,12 +252,12 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
             target = AnswerFile(args.output_file, settings, records, args.answer_field, overwrite=overwrite)
             return target.begin()
         except OSError as error:
-            raise SpeakerError(f"--output_file {args.output_file}: {error.strerror or error}") from error
+            raise ChatModelError(f"--output_file {args.output_file}: {error.strerror or error}") from error
 
     done = from_first_process(begin)
     if done:
         logger.info(f"{args.output_file}: continues after {done} of {len(prompts)} answers")
-    speaker = on_every_process(partial(Speaker.load, which))
+    speaker = on_every_process(partial(ChatModel.load, which))
     left_out = unanswerable(speaker, prompts, sampling, args.on_bad_record)
     try:
         for first, found in windows(speaker, prompts, done, left_out, sampling, args.batch_size):
@@ -281,12 +281,12 @@ def answer_file(args: InferenceArguments, which: SpeakerArguments, sampling: Sam
 
 
 def unanswerable(
-    speaker: Speaker, prompts: list[Prompt], sampling: SamplingArguments, on_bad_record: str
+    speaker: ChatModel, prompts: list[Prompt], sampling: SamplingArguments, on_bad_record: str
 ) -> dict[int, str]:
     """The reasons why prompts cannot be answered, by index.
 
     Raises:
-        SpeakerError: unless such prompts are skipped: the first reason, and how many prompts share it.
+        ChatModelError: unless such prompts are skipped: the first reason, and how many prompts share it.
     """
     reasons: dict[int, str] = {}
     errors = []
@@ -298,17 +298,17 @@ def unanswerable(
             continue
         try:
             speaker.encode(prompt.conversation, room)
-        except SpeakerError as error:
+        except ChatModelError as error:
             errors.append(error)
             reasons[place] = str(error)
     if errors and on_bad_record == "error":
         count = f"{len(errors):,} of {len(prompts):,} questions cannot be answered"
-        raise SpeakerError(f"{errors[0]} ({count}; --on_bad_record skip answers the others)")
+        raise ChatModelError(f"{errors[0]} ({count}; --on_bad_record skip answers the others)")
     return reasons
 
 
 def windows(
-    speaker: Speaker,
+    speaker: ChatModel,
     prompts: list[Prompt],
     done: int,
     left_out: dict[int, str],
@@ -343,13 +343,13 @@ def main(argv: list[str] | None = None) -> None:
     which, sampling, args = parse(FLAGS, argv, description=__doc__)
     check(args, sampling)
     look_for_adapter(args, which)
-    with advised("output_file", args.output_file, LESS_MEMORY, status=2):
+    with errors_explained("output_file", args.output_file, LESS_MEMORY, status=2):
         if args.data_file:
             answer_file(args, which, sampling)
             return
-        speaker = Speaker.load(which)
+        speaker = ChatModel.load(which)
         speaker.longest_question(sampling.settled(speaker.defaults)["max_new_tokens"])
-        converse(Talk(speaker, sampling, args.system_prompt), open_input())
+        converse(ChatSession(speaker, sampling, args.system_prompt), open_input())
 
 
 if __name__ == "__main__":
@@ -357,7 +357,7 @@ if __name__ == "__main__":
     try:
         main()
     except ArgumentError as error:
-        say_error(str(error))
+        print_error_once(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

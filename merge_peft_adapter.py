@@ -54,10 +54,10 @@ from transformers import (
 
 import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.adapters.files import read_adapter_config, refuse_unmergeable
-from stagewise.adapters.merge import Job, merge_and_save
+from stagewise.adapters.merge import MergeJob, merge_and_save
 from stagewise.adapters.merge_check import check_merged
 from stagewise.adapters.merge_sharded import Plan, merge_shards, plan_shards, tied_names
-from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.artifacts.atomic_directory import atomic_directory, check_place
 from stagewise.artifacts.json_files import read_object
 from stagewise.artifacts.lineage import LICENCE_FILES, UNKNOWN, copy_beside, find_license
 from stagewise.artifacts.manifest import read_manifest, write_manifest
@@ -78,9 +78,9 @@ from stagewise.models.config import load_config
 from stagewise.models.hub import check_adapter, find_source, hub_options, no_hub_model
 from stagewise.models.reward_head import reward_config
 from stagewise.models.tokenizer import open_tokenizer
-from stagewise.reports.error_hints import advised
+from stagewise.reports.error_hints import errors_explained
 from stagewise.reports.logs import set_up_logging
-from stagewise.reports.model_card import called, write_card
+from stagewise.reports.model_card import public_name, write_card
 from stagewise.reports.terminal_text import print_error
 
 PREFIX = "base_model.model."  # the prefix of every name in an adapter's file
@@ -94,7 +94,7 @@ ALONGSIDE = ("*.py", "preprocessor_config.json", "processor_config.json", "token
 # ── what is merged, and how ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def prepare(args: MergeArguments) -> Job:
+def prepare(args: MergeArguments) -> MergeJob:
     """Reads configs, tokenizer and adapter; refuses what cannot be merged before the base's weights are read."""
     check_adapter(args.lora_model, "lora_model")
     adapter = Path(args.lora_model)
@@ -128,7 +128,7 @@ def prepare(args: MergeArguments) -> Job:
     rows = skeleton.get_input_embeddings().weight.shape[0] if trained is None else len(trained)
     rows = grown(rows, tokenizer, args.resize_emb)
     options = hub_options(base, model_args)
-    return Job(Path(base), name, adapter, config, base_config, auto, skeleton, weights, tokenizer, rows, options)
+    return MergeJob(Path(base), name, adapter, config, base_config, auto, skeleton, weights, tokenizer, rows, options)
 
 
 def check_earlier_adapter(adapter: Path, base: str) -> None:
@@ -198,7 +198,7 @@ def grown(rows: int, tokenizer: PreTrainedTokenizerBase, resize: bool) -> int:
     return needed
 
 
-def choose_plan(job: Job) -> Plan | str:
+def choose_plan(job: MergeJob) -> Plan | str:
     """Plans a merge shard by shard, or gives the reason why it has to be done in memory."""
     if job.rows != job.skeleton.get_input_embeddings().weight.shape[0]:
         return "the embedding has more rows than the base's"
@@ -208,7 +208,7 @@ def choose_plan(job: Job) -> Plan | str:
 # ── what is written beside the weights ──────────────────────────────────────────────────────────────────────────────
 
 
-def write_config(job: Job, plan: Plan, folder: Path) -> None:
+def write_config(job: MergeJob, plan: Plan, folder: Path) -> None:
     """Writes the base's config.json with the changes that the merge makes."""
     raw = read_object(job.base / "config.json", AGAIN)
     if raw.get("model_type") != job.base_config.model_type:  # the text config of a multimodal model
@@ -227,7 +227,7 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_alongside(job: Job, folder: Path) -> None:
+def write_alongside(job: MergeJob, folder: Path) -> None:
     """Writes the tokenizer with its chat template, generation config, license, and the code files of a base that has
     any.
     """
@@ -238,14 +238,14 @@ def write_alongside(job: Job, folder: Path) -> None:
         shutil.copy(source, folder)
 
 
-def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: dict[str, float]) -> None:
+def write_account(job: MergeJob, folder: Path, name: str, plan: Plan | str, result: dict[str, float]) -> None:
     """Writes run.json, with this step at the end of the lineage of adapter or base, and README.md from it."""
     before = read_manifest(job.adapter) or {}
     lineage = before.get("lineage") or (read_manifest(job.base) or {}).get("lineage", [])
     from_hub = not Path(job.name).is_dir()
     step = {"stage": "merge", "base_model": job.name if from_hub else str(job.base), "adapter": str(job.adapter)}
     step |= {"from_hub": True} if from_hub else {}
-    license = find_license(job.base, called(job.name))
+    license = find_license(job.base, public_name(job.name))
     if license["id"] == UNKNOWN:
         logger.warning(f"license of the base: unknown ({license['source']}); README.md says so: fill it in there")
     else:
@@ -259,7 +259,7 @@ def write_account(job: Job, folder: Path, name: str, plan: Plan | str, result: d
 def main(argv: list[str] | None = None) -> None:
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
     (args,) = parse(FLAGS, argv, description=__doc__)
-    with advised("output_dir", args.output_dir, LESS_MEMORY):
+    with errors_explained("output_dir", args.output_dir, LESS_MEMORY):
         merge(args)
 
 
@@ -275,7 +275,7 @@ def merge(args: MergeArguments) -> None:
     plan = choose_plan(job)
 
     # ── merge and check ──────────────────────────────────────────────────────────────────────────────────────────
-    with whole_directory(output_dir, args.overwrite_output_dir) as folder:
+    with atomic_directory(output_dir, args.overwrite_output_dir) as folder:
         if isinstance(plan, str):
             logger.info(f"merging in memory: {plan}")
             dtype = merge_and_save(job, folder)

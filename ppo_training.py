@@ -133,7 +133,7 @@ from stagewise.data.split_loader import SplitLoader
 from stagewise.data.splits import Splits
 from stagewise.formats.parsers import Conversation
 from stagewise.formats.readers import RECORD_FILES
-from stagewise.inference.sampling import ROLLOUT, Sampling, random_numbers, ready_to_speak, repetition, sample_answers
+from stagewise.inference.sampling import ROLLOUT, Sampling, adapters_folded, random_numbers, repetition, sample_answers
 from stagewise.losses import adapted_kl_coef, gae, kl_to_older, moments, ppo_policy_loss, value_loss, whiten
 from stagewise.models.config import load_config
 from stagewise.models.loading import load_causal_lm
@@ -186,7 +186,7 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
     def generate(self, prompts: Sequence[Example], keys: Sequence[tuple[int, ...]]) -> list[list[int]]:
         """A response of the current policy to each prompt; a key identifies the response's random numbers."""
         numbers = random_numbers([(self.args.seed, *key) for key in keys], self.max_target_length)
-        with ready_to_speak(self.model):
+        with adapters_folded(self.model):
             return sample_answers(self.model, [prompt.input_ids for prompt in prompts], numbers, self.sampling)
 
     # ── score ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,20 +31,20 @@ from loguru import logger
 
 import template as chat_templates  # noqa: F401  (registers them)
 from stagewise.config.command_line import parse
-from stagewise.errors import ArgumentError, ChatError, SpeakerError
+from stagewise.errors import ArgumentError, ChatError, ChatModelError
 from stagewise.inference.arguments import DRAWING, SamplingArguments
-from stagewise.inference.chat_model import Answer, Speaker
-from stagewise.reports.error_hints import LESS_MEMORY, advised
+from stagewise.inference.chat_model import Answer, ChatModel
+from stagewise.reports.error_hints import LESS_MEMORY, errors_explained
 from stagewise.reports.logs import set_up_logging
 from stagewise.reports.terminal_text import print_error
 from stagewise.web.conversations import ADAPTER, BASE, Chat, Desk
-from stagewise.web.translations import CHINESE, CHINESE_TAGS, ENGLISH, said
+from stagewise.web.translations import CHINESE, CHINESE_TAGS, ENGLISH, translate
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 try:
     import gradio as gr
 
-    from stagewise.web.markdown import FORMULAS, shown, written
+    from stagewise.web.markdown import FORMULAS, escape_markdown, unescape_markdown
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed: bash launch.sh set_up requirements-web.txt")
 
@@ -95,7 +95,7 @@ class Page:
     """The page of one chat model, which answers one question at a time.
 
     Args:
-        speaker: the chat model; `stream` is called as in `Speaker.stream`.
+        speaker: the chat model; `stream` is called as in `ChatModel.stream`.
         sampling: initial values of the settings, and fixed values of those without a slider.
         compares: whether there is an adapter that can be switched off.
         about: the names of model, adapter and template, shown below the title.
@@ -103,7 +103,7 @@ class Page:
 
     def __init__(
         self,
-        speaker: Speaker,
+        speaker: ChatModel,
         sampling: SamplingArguments,
         args: WebArguments,
         *,
@@ -126,7 +126,7 @@ class Page:
                 self._list()
                 self._settings()
             with gr.Row(elem_id="head"):
-                gr.Markdown(f"## {shown(args.title)}")
+                gr.Markdown(f"## {escape_markdown(args.title)}")
                 self.dark = gr.Button(self.words("dark"), size="sm", variant="secondary", elem_id="dark")
             if about:
                 gr.Markdown(self.words("about"), elem_id="about")
@@ -255,7 +255,7 @@ class Page:
 
     def ask_example(self, key: str, desk: Desk, system: str, who: str) -> list:
         """Asks one of the example questions, in the visitor's language."""
-        return self._job(desk, system, lambda chat: chat.ask(said(key, desk.language), SPEAKERS[who]))
+        return self._job(desk, system, lambda chat: chat.ask(translate(key, desk.language), SPEAKERS[who]))
 
     def retry(self, desk: Desk, system: str, who: str) -> list:
         return self._job(desk, system, lambda chat: chat.retry(SPEAKERS[who]))
@@ -268,7 +268,7 @@ class Page:
             place = change.index if isinstance(change.index, int) else change.index[0]
             if not 0 <= place < len(lines) or lines[place][1] != "user":
                 raise ChatError("gone")
-            return chat.edit(lines[place][0], written(str(change.value)), SPEAKERS[who])
+            return chat.edit(lines[place][0], unescape_markdown(str(change.value)), SPEAKERS[who])
 
         return self._job(desk, system, edited)
 
@@ -277,7 +277,7 @@ class Page:
         try:
             desk.put(begin(desk.current))
         except ChatError as error:
-            gr.Warning(said(error.key, desk.language))
+            gr.Warning(translate(error.key, desk.language))
             return self.look(desk)
         view = self.look(desk)
         if emptied:
@@ -307,11 +307,11 @@ class Page:
                 job.turn.answers[who] = text
                 if pieces.answer is not None:
                     job.turn.costs[who] = len(pieces.answer.token_ids), time.monotonic() - began
-        except SpeakerError as error:
+        except ChatModelError as error:
             gr.Warning(str(error))
         except Exception:
             logger.exception("an answer failed")
-            gr.Warning(said("failed", desk.language))
+            gr.Warning(translate("failed", desk.language))
         finally:
             job.stop.set()  # the page may be closed
             desk.finish(job)
@@ -356,7 +356,7 @@ class Page:
         try:
             desk.open(number)
         except ChatError as error:
-            gr.Warning(said(error.key, desk.language))
+            gr.Warning(translate(error.key, desk.language))
         return self.look(desk)
 
     def keep_system(self, desk: Desk, number: int, system: str) -> None:
@@ -379,7 +379,7 @@ class Page:
         return [gr.Chatbot(visible=pane in SPEAKERS[who]) for pane in self.panes]
 
     def _titles(self, desk: Desk) -> gr.Radio:
-        choices = [(chat.title or said("untitled", desk.language), chat.number) for chat in desk.chats]
+        choices = [(chat.title or translate("untitled", desk.language), chat.number) for chat in desk.chats]
         return gr.Radio(choices, value=desk.current.number)
 
     def _speed(self, desk: Desk) -> str:
@@ -387,8 +387,8 @@ class Page:
         turns, language = desk.current.turns, desk.language
         found = []
         for who, (tokens, seconds) in (turns[-1].costs if turns else {}).items():
-            words = said("tokens_per_second", language).format(tokens=tokens, speed=f"{tokens / seconds:.1f}")
-            found.append(f"{said(who, language)}: {words}" if self.compares else words)
+            words = translate("tokens_per_second", language).format(tokens=tokens, speed=f"{tokens / seconds:.1f}")
+            found.append(f"{translate(who, language)}: {words}" if self.compares else words)
         return " · ".join(found)
 
     @staticmethod
@@ -400,14 +400,14 @@ class Page:
         found, lines = [], list(desk.current.lines(speaker))
         for place, (_, kind, text, own) in enumerate(lines, 1):
             role = "user" if kind == "user" else "assistant"
-            body = shown(text) or (said("no_words", desk.language) if role == "assistant" else "")
+            body = escape_markdown(text) or (translate("no_words", desk.language) if role == "assistant" else "")
             message: dict[str, Any] = {"role": role, "content": {"type": "text", "text": body}}
             if kind == "thoughts":
                 status = "pending" if desk.current.job and place == len(lines) else "done"
-                message["metadata"] = {"title": said("thoughts", desk.language), "status": status}
+                message["metadata"] = {"title": translate("thoughts", desk.language), "status": status}
             elif not own:
                 other = BASE if speaker == ADAPTER else ADAPTER
-                note = {"type": "text", "text": f"*{said(f'said_by_{other}', desk.language)}*"}
+                note = {"type": "text", "text": f"*{translate(f'said_by_{other}', desk.language)}*"}
                 message["content"] = [message["content"], note]
             found.append(message)
         return found
@@ -430,10 +430,10 @@ class Pieces:
 
 def _about(words: dict[str, str], about: dict[str, str]) -> str:
     """One line of Markdown with the names of model, adapter and template."""
-    return " · ".join(f"{words[f'has_{name}']} **{shown(value)}**" for name, value in about.items())
+    return " · ".join(f"{words[f'has_{name}']} **{escape_markdown(value)}**" for name, value in about.items())
 
 
-def names_of(speaker: Speaker, adapter: str | None) -> dict[str, str]:
+def names_of(speaker: ChatModel, adapter: str | None) -> dict[str, str]:
     """The names of model, adapter and template, without local folders."""
     found = {"model": short_name(speaker.base.name_or_path)}
     if adapter and speaker.adapter is not None:
@@ -468,8 +468,8 @@ def check(web: WebArguments, sampling: SamplingArguments) -> list[tuple[str, str
 def main(argv: list[str] | None = None) -> None:
     args, sampling, web = parse(FLAGS, argv, description=__doc__)
     pairs = check(web, sampling)
-    with advised("output_dir", None, LESS_MEMORY, status=2):
-        speaker = Speaker.load(args)
+    with errors_explained("output_dir", None, LESS_MEMORY, status=2):
+        speaker = ChatModel.load(args)
     speaker.longest_question(_beginning(sampling).settled(speaker.defaults)["max_new_tokens"])
     about = names_of(speaker, args.lora_model)
     Page(speaker, sampling, web, compares=speaker.adapter is not None, about=about).serve(web, pairs)

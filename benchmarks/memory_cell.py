@@ -78,7 +78,7 @@ def predicted(cell: Cell) -> estimate.Memory:
     """What stagewise/models/memory/estimate.py says that the cell takes."""
     model = skeleton(make_config(cell.shape), AutoModelForCausalLM, dtype_of(cell))
     in_bits = estimate.layers_in_bits(model) if cell.bits else set()
-    step = estimate.Step(
+    step = estimate.TrainingStep(
         rows=1,
         tokens=cell.tokens,
         logit_tokens=cell.tokens,

@@ -86,7 +86,7 @@ class VocabularyError(ArgumentError):
     """A vocabulary that cannot be built or extended; the message names the flag, what was found and what to do."""
 
 
-class SpeakerError(ArgumentError):
+class ChatModelError(ArgumentError):
     """A model that cannot be used for chat as requested, or a question that cannot be asked; says what to do."""
 
 

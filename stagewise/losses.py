@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from stagewise.data.examples import IGNORE_INDEX
 
 
-def learned_positions(labels: torch.Tensor) -> torch.Tensor:
+def label_positions(labels: torch.Tensor) -> torch.Tensor:
     """Positions whose next token has a label in any row: labels (B, T) -> (K,), ascending."""
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
 

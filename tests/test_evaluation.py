@@ -18,7 +18,7 @@ import evaluation
 from stagewise.errors import ArgumentError, RecordError
 from stagewise.evaluation import benchmark_csv, page
 from stagewise.evaluation import lm_eval as evaluation_benchmarks
-from stagewise.evaluation.compare import compared, read_evaluations, sentence, write_comparison
+from stagewise.evaluation.compare import compare_metrics, read_evaluations, sentence, write_comparison
 from stagewise.evaluation.statistics import RM_METRICS, SFT_METRICS, measure
 from stagewise.formats.parsers import parse_conversation
 from template import TEMPLATES
@@ -735,11 +735,11 @@ def test_the_page_escapes_what_models_and_records_say():
 
 def test_the_page_shows_the_best_and_the_worst_once():
     rows = [answer_row(n, answer=f"answer {n}.") for n in range(1, 6)]
-    best, worst = page.ends(rows, "rougeL")
+    best, worst = page.best_and_worst(rows, "rougeL")
     assert [row["where"] for row in best] == ["test.jsonl:5", "test.jsonl:4", "test.jsonl:3"]
     assert [row["where"] for row in worst] == ["test.jsonl:1", "test.jsonl:2"]
     many = [answer_row(n) for n in range(100)]
-    best, worst = page.ends(many, "rougeL")
+    best, worst = page.best_and_worst(many, "rougeL")
     assert [len(best), len(worst), best[0]["rougeL"], worst[0]["rougeL"]] == [10, 10, 9.9, 0]
 
 
@@ -823,7 +823,7 @@ def test_only_the_same_records_are_compared(tmp_path):
     rows[0]["reference"] = "another record at the same place"
     rows[1]["tokens"] = 11  # another tokenizer's
     write_lines(folders[1] / "answers.jsonl", rows)
-    found = compared(*read_evaluations([str(folder) for folder in folders]))
+    found = compare_metrics(*read_evaluations([str(folder) for folder in folders]))
     assert [(title, each.records) for title, each in found] == [("ROUGE-L", 9)]
 
 
@@ -886,7 +886,7 @@ def test_what_is_no_evaluation_is_named(tmp_path, capsys, text):
 def test_a_comparison_says_what_it_is_of(tmp_path):
     folders = [str(write_evaluation(tmp_path / n, None, r, 9)) for n, r in (("a", 0.2), ("b", 0.1))]
     evaluations = read_evaluations(folders)
-    found = dict(compared(*evaluations))["ROUGE-L"]
+    found = dict(compare_metrics(*evaluations))["ROUGE-L"]
     assert sentence("ROUGE-L", *evaluations, found).endswith("-0.100 [-0.100, -0.100] on 10 records: worse")
     (tmp_path / "a/answers.jsonl").unlink()
     with pytest.raises(ArgumentError, match=r"answers.jsonl is gone, which metrics.json speaks of"):

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import inference
-from stagewise.errors import SpeakerError
+from stagewise.errors import ChatModelError
 from stagewise.formats.parsers import Conversation, Message
 from stagewise.inference.batch_file import AnswerFile, read_prompts
-from stagewise.inference.chat_model import Answer, SamplingArguments, Speaker, SpeakerArguments
-from stagewise.inference.repl import Talk
+from stagewise.inference.chat_model import Answer, ChatModel, ChatModelArguments, SamplingArguments
+from stagewise.inference.repl import ChatSession
 from stagewise.reports.terminal_text import visible
 from tests.conftest import EOS_ID, build_tiny_model, build_tiny_tokenizer
 from tests.launching import environment, python, run, torchrun
@@ -61,7 +61,7 @@ def test_answers_are_in_order_and_records_keep_their_fields(tiny_checkpoint, tmp
     assert not (tmp_path / "out.jsonl.part").exists()
     inference.main(words(base, data, tmp_path / "alone.jsonl", "--batch_size", 1))
     assert read(tmp_path / "alone.jsonl") == found
-    with pytest.raises(SpeakerError, match="--output_file .*out.jsonl: is there already; --overwrite_output_file"):
+    with pytest.raises(ChatModelError, match="--output_file .*out.jsonl: is there already; --overwrite_output_file"):
         inference.main(words(base, data, tmp_path / "out.jsonl"))
     inference.main(words(base, data, tmp_path / "out.jsonl", "--overwrite_output_file", "--system_prompt", "Be brief"))
     assert read(tmp_path / "out.jsonl") != found
@@ -117,11 +117,11 @@ def test_what_each_record_asks(tmp_path):
     ],
 )
 def test_records_that_ask_nothing_are_named(tmp_path, record, message):
-    with pytest.raises(SpeakerError, match=message):
+    with pytest.raises(ChatModelError, match=message):
         read_prompts(write(tmp_path / "prompts.jsonl", [record]), "response")
     for name, hint in (("none.jsonl", "no such file"), ("", "is a folder"), ("x.pdf", "expected .jsonl")):
         (tmp_path / "x.pdf").touch()
-        with pytest.raises(SpeakerError, match=hint):
+        with pytest.raises(ChatModelError, match=hint):
             read_prompts(tmp_path / name, "response")
 
 
@@ -129,7 +129,7 @@ def test_a_prompt_that_is_too_long_is_an_error_or_has_no_answer(tiny_checkpoint,
     base = tiny_checkpoint("llama", max_position_embeddings=256)
     long = {"prompt": "long " * 300}
     data = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}, long, {"prompt": "b"}])
-    with pytest.raises(SpeakerError, match="prompts.jsonl:2: the last question alone is longer") as raised:
+    with pytest.raises(ChatModelError, match="prompts.jsonl:2: the last question alone is longer") as raised:
         inference.main(words(base, data, tmp_path / "out.jsonl"))
     end = "(1 of 3 questions cannot be answered; --on_bad_record skip answers the others)"
     assert str(raised.value).endswith(end)
@@ -143,7 +143,7 @@ def test_a_prompt_that_is_too_long_is_an_error_or_has_no_answer(tiny_checkpoint,
 def test_records_that_ask_nothing_come_back_with_the_reason(tiny_checkpoint, tmp_path):
     base, odd = tiny_checkpoint("llama"), [{"prompt": " ", "n": 1}, {"a": 2}, {"messages": []}]
     data = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}, *odd, {"prompt": "b"}])
-    with pytest.raises(SpeakerError, match="prompts.jsonl:2: turn 1 .user. is empty"):
+    with pytest.raises(ChatModelError, match="prompts.jsonl:2: turn 1 .user. is empty"):
         inference.main(words(base, data, tmp_path / "out.jsonl"))
     inference.main(words(base, data, tmp_path / "out.jsonl", "--on_bad_record", "skip"))
     first, *found, last = read(tmp_path / "out.jsonl")
@@ -152,7 +152,7 @@ def test_records_that_ask_nothing_come_back_with_the_reason(tiny_checkpoint, tmp
         assert {name: line[name] for name in record} == record and line["response"] is None
         assert line["response_error"].startswith(f"prompts.jsonl:{place}: ")
     data.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(SpeakerError, match="prompts.jsonl:2: not JSON"):  # there is no record to come back
+    with pytest.raises(ChatModelError, match="prompts.jsonl:2: not JSON"):  # there is no record to come back
         inference.main(words(base, data, tmp_path / "no.jsonl", "--on_bad_record", "skip"))
 
 
@@ -161,11 +161,11 @@ def test_what_no_record_can_help_is_an_error_also_where_records_are_skipped(tiny
     data = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     flags = words(base, data, tmp_path / "out.jsonl", "--on_bad_record", "skip")
     flags[flags.index("--max_new_tokens") + 1] = "256"
-    with pytest.raises(SpeakerError, match="--max_new_tokens 256: the model's context of 256 tokens leaves no room"):
+    with pytest.raises(ChatModelError, match="--max_new_tokens 256: the model's context of 256 tokens leaves no room"):
         inference.main(flags)
-    with pytest.raises(SpeakerError, match="--max_new_tokens 256: "):
+    with pytest.raises(ChatModelError, match="--max_new_tokens 256: "):
         inference.main(["--base_model", str(base), "--interactive", "--max_new_tokens", "256"])
-    with pytest.raises(SpeakerError, match="--output_file .*prompts.jsonl/out.jsonl: File exists"):
+    with pytest.raises(ChatModelError, match="--output_file .*prompts.jsonl/out.jsonl: File exists"):
         inference.main(words(base, data, data / "out.jsonl"))
 
 
@@ -187,7 +187,7 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_checkpoint, tmp_path):
     assert 5 < lines < 61 and not out.exists()
     with part.open("ab") as file:
         file.write(b'{"n": 99, "prom')  # as if it was killed while it wrote
-    with pytest.raises(SpeakerError, match="of a run that was stopped, with other settings .seed 4, now 5"):
+    with pytest.raises(ChatModelError, match="of a run that was stopped, with other settings .seed 4, now 5"):
         inference.main(words(base, data, out, *more[:-4], "--seed", 5, "--max_new_tokens", 40))
     inference.main(words(base, data, out, *more))
     inference.main(words(base, data, whole, *more))
@@ -199,7 +199,9 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_checkpoint, tmp_path):
 def test_a_part_that_is_none_of_ours_is_named_and_kept(tmp_path, text):
     part = tmp_path / "out.jsonl.part"
     part.write_text(text)
-    with pytest.raises(SpeakerError, match="out.jsonl: out.jsonl.part is no file of unfinished answers.*--overwrite_"):
+    with pytest.raises(
+        ChatModelError, match="out.jsonl: out.jsonl.part is no file of unfinished answers.*--overwrite_"
+    ):
         AnswerFile(tmp_path / "out.jsonl", {"seed": 1}, [{}], "response").begin()
     assert part.read_text() == text
     part.write_text('{"settings": {"se')  # killed in its first line
@@ -259,7 +261,7 @@ def test_the_adapter_is_looked_for(tmp_path):
     (tmp_path / "with").mkdir()
     (tmp_path / "with" / "adapter_config.json").write_text("{}")
     for first, second, found in (("with", "none", "with"), ("none", "with", "with"), ("none", None, None)):
-        which = SpeakerArguments("base")
+        which = ChatModelArguments("base")
         args = inference.InferenceArguments(
             checkpoint_dir=str(tmp_path / first), output_dir=second and str(tmp_path / second)
         )
@@ -451,9 +453,9 @@ def test_a_talk_over_a_pipe_has_history_and_a_seed(tiny_checkpoint, tmp_path):
 
 
 def test_the_next_answer_sees_what_was_said(tiny_checkpoint):
-    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))))
+    speaker = ChatModel.load(ChatModelArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))))
     greedy = SamplingArguments(do_sample=False, max_new_tokens=8)
-    talk = Talk(speaker, greedy, system="S")
+    talk = ChatSession(speaker, greedy, system="S")
     first, second = "".join(talk.ask("one")), "".join(talk.ask("two"))
     said = (Message("user", "one"), Message("assistant", first), Message("user", "two"))
     assert speaker.answers([Conversation(said, "S")], greedy, batch_size=1)[0].text == second
@@ -467,8 +469,8 @@ def test_the_next_answer_sees_what_was_said(tiny_checkpoint):
 
 
 def test_an_answer_stopped_before_its_first_word_is_not_gone_on_from(tiny_checkpoint, tmp_path):
-    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))))
-    talk = Talk(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
+    speaker = ChatModel.load(ChatModelArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))))
+    talk = ChatSession(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
     alone = "".join(talk.ask("two"))
     talk.messages = [Message("user", "one"), Message("assistant", "")]
     with pytest.raises(ValueError, match="nothing was said yet"):  # training refuses such a record
@@ -480,8 +482,8 @@ def test_an_answer_stopped_before_its_first_word_is_not_gone_on_from(tiny_checkp
 
 
 def test_what_cannot_be_asked_is_refused_before_the_model_is_said_to_speak(tiny_checkpoint, capsys):
-    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=64))))
-    talk = Talk(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
+    speaker = ChatModel.load(ChatModelArguments(str(tiny_checkpoint("llama", max_position_embeddings=64))))
+    talk = ChatSession(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
     for text, refused in (("/regen", "nothing was asked"), ("long " * 99, "longer than the"), ("/save", "was said")):
         with pytest.raises(ValueError, match=refused):
             inference.do(talk, text)
@@ -491,8 +493,8 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_said_to_speak(tiny_
 
 
 def test_a_full_gpu_ends_the_answer_and_not_the_talk(tiny_checkpoint, monkeypatch, capsys):
-    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))))
-    talk, own = Talk(speaker, SamplingArguments(do_sample=False, max_new_tokens=4)), speaker.base.generate
+    speaker = ChatModel.load(ChatModelArguments(str(tiny_checkpoint("llama", max_position_embeddings=2048))))
+    talk, own = ChatSession(speaker, SamplingArguments(do_sample=False, max_new_tokens=4)), speaker.base.generate
 
     def generate(**inputs):
         if inputs["input_ids"].shape[1] > 700:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from stagewise.losses import dpo_loss, learned_positions, pairwise_loss, sequence_logps, token_nll
+from stagewise.losses import dpo_loss, label_positions, pairwise_loss, sequence_logps, token_nll
 
 
 def logits_of(*probabilities, dtype=torch.float32):
@@ -14,11 +14,11 @@ def logits_of(*probabilities, dtype=torch.float32):
 def test_learned_positions_are_those_before_a_learned_token_in_any_row():
     labels = torch.tensor([[-100, -100, 7, 8, -100, -100], [-100, 5, -100, -100, -100, 9]])
     # Tokens 2 and 3 of the first row and tokens 1 and 5 of the second are learned, each from the position before it.
-    assert learned_positions(labels).tolist() == [0, 1, 2, 4]
+    assert label_positions(labels).tolist() == [0, 1, 2, 4]
 
 
 def test_the_first_token_of_a_row_is_learned_from_nowhere():
-    assert learned_positions(torch.tensor([[4, -100, 6]])).tolist() == [1]
+    assert label_positions(torch.tensor([[4, -100, 6]])).tolist() == [1]
 
 
 def test_token_nll_is_minus_the_log_of_the_target_probability():

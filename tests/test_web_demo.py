@@ -14,9 +14,9 @@ from stagewise.errors import ArgumentError
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-web.txt")
 
 import web_demo  # noqa: E402
-from stagewise.errors import SpeakerError  # noqa: E402
-from stagewise.inference.arguments import SamplingArguments, SpeakerArguments  # noqa: E402
-from stagewise.inference.chat_model import Answer, Speaker  # noqa: E402
+from stagewise.errors import ChatModelError  # noqa: E402
+from stagewise.inference.arguments import ChatModelArguments, SamplingArguments  # noqa: E402
+from stagewise.inference.chat_model import Answer, ChatModel  # noqa: E402
 
 PATIENCE = 60_000  # milliseconds that the page has for anything
 EVIL = """<script>window.ran = 1</script> before <img src=x onerror="window.ran = 2"> <b>bold?</b> **bold**
@@ -54,7 +54,7 @@ class Scripted:
         question = conversation.messages[-1].content
         self.asked.append(SimpleNamespace(conversation=conversation, sampling=sampling, adapter=adapter))
         if question == "too long":
-            raise SpeakerError("the last question alone is longer than the 10 tokens that the context leaves")
+            raise ChatModelError("the last question alone is longer than the 10 tokens that the context leaves")
         if question == "broken":
             raise RuntimeError("out of memory at 0xdeadbeef")
         return self._pieces(question, adapter, stop)
@@ -518,7 +518,7 @@ def test_the_page_speaks_the_browsers_language(visit, locale, new, untitled):
     page.wait_for_function("([text]) => document.querySelector('#new').innerText.trim() === text", arg=[new])
     assert page.locator("#chats label").all_inner_texts() == [untitled]
     page.click("#again")
-    told = web_demo.said("nothing_to_retry", locale)
+    told = web_demo.translate("nothing_to_retry", locale)
     page.wait_for_selector(f".toast-body:has-text('{told}')")
 
 
@@ -608,7 +608,7 @@ def test_the_page_says_what_the_speaker_says(tiny_checkpoint):
     base = tiny_checkpoint("llama")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(init_lora_weights=False))
     model.save_pretrained(base / "adapter")
-    speaker = Speaker.load(SpeakerArguments(str(base), lora_model=str(base / "adapter")))
+    speaker = ChatModel.load(ChatModelArguments(str(base), lora_model=str(base / "adapter")))
     sampling = SamplingArguments(temperature=0, max_new_tokens=12)
     page = web_demo.Page(speaker, sampling, web_demo.WebArguments(), compares=True)
     asked = [Conversation((Message("user", "drink water"),))]
@@ -621,7 +621,7 @@ def test_the_page_says_what_the_speaker_says(tiny_checkpoint):
 def test_the_small_model_answers_on_the_page(smollm, visit):
     from stagewise.formats.parsers import Conversation, Message
 
-    speaker = Speaker.load(SpeakerArguments(str(smollm)))
+    speaker = ChatModel.load(ChatModelArguments(str(smollm)))
     sampling = SamplingArguments(temperature=0, max_new_tokens=24)
     question = "What is the capital of France?"
     expected = speaker.answers([Conversation((Message("user", question),))], sampling, batch_size=1)[0].text

@@ -22,7 +22,7 @@ from typing import Any
 from loguru import logger
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.artifacts.atomic_directory import atomic_directory, check_place
 from stagewise.config.paths import path_of
 from stagewise.errors import ArgumentError, VocabularyError
 from stagewise.reports.terminal_text import print_error
@@ -199,7 +199,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     library = choose_library(args.kind, args.library)
     lines = list(lines_of(read_texts(args.text_dir, "text_dir")))
     tokenizer, model = (with_tokenizers if library == "tokenizers" else with_sentencepiece)(lines, args)
-    with whole_directory(args.output_dir, args.overwrite_output_dir) as folder:
+    with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
         from transformers import PreTrainedTokenizerFast
 
         named = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))

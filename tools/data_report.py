@@ -22,7 +22,7 @@ from stagewise.data.splits import Splits
 from stagewise.data.statistics import (
     UNITS,
     Measures,
-    Step,
+    StepContents,
     StepSize,
     bins,
     counted,
@@ -34,7 +34,7 @@ from stagewise.data.statistics import (
 )
 from stagewise.models.attention.choose import rows_by_flags
 from stagewise.models.config import load_config
-from stagewise.reports.results import marked
+from stagewise.reports.results import mark_labels
 from stagewise.reports.terminal_text import visible
 from stagewise.training.settings import StageArguments
 
@@ -124,7 +124,7 @@ def step_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
     return [*lines, f"rows are {'packed' if exact else 'padded'}: {reason}", packed if exact else padded]
 
 
-def step_line(step: Step, streamed: bool) -> str:
+def step_line(step: StepContents, streamed: bool) -> str:
     return (replace(step, steps_per_epoch=None) if streamed else step).line()
 
 
@@ -162,7 +162,7 @@ def sample_lines(shown: Shown, items: Sequence[Any], count: int, color: bool) ->
             sides = {", chosen": item.chosen, ", rejected": item.rejected}
         for side, example in sides.items():
             lines += [f"{number} of {len(samples)}: {visible(item.where)}{side}, {about(example)}", ""]
-            lines += [marked(shown.tokenizer, example, color=color, longest=STRETCH), ""]
+            lines += [mark_labels(shown.tokenizer, example, color=color, longest=STRETCH), ""]
     return lines
 
 

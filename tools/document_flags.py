@@ -60,7 +60,7 @@ SHARED = (
 )
 # The same for the scripts that use a model.
 USE_TITLES = {
-    "SpeakerArguments": ("The model", "模型"),
+    "ChatModelArguments": ("The model", "模型"),
     "SamplingArguments": ("How answers are made", "回答怎样生成"),
     "InferenceArguments": ("What is done with it", "做什么"),
     "EvaluationArguments": ("What is measured", "测量什么"),

@@ -66,7 +66,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.artifacts.atomic_directory import atomic_directory, check_place
 from stagewise.artifacts.lineage import carry_license
 from stagewise.artifacts.manifest import read_manifest, write_manifest
 from stagewise.config.arguments import ModelArguments
@@ -75,7 +75,7 @@ from stagewise.models.config import load_config
 from stagewise.models.hub import find_source, hub_options, refuse_adapter
 from stagewise.models.loading import load_causal_lm
 from stagewise.models.tokenizer import open_tokenizer
-from stagewise.reports.model_card import called
+from stagewise.reports.model_card import public_name
 from stagewise.reports.terminal_text import log_visible_text, print_error, visible
 from stagewise.tokenizer.extend import Extension, extend
 from stagewise.tokenizer.vocabulary_files import read_pieces, read_texts, read_words
@@ -304,7 +304,7 @@ def write(
     texts: Sequence[str],
 ) -> None:
     """The model directory: whole, or not at all."""
-    with whole_directory(args.output_dir, args.overwrite_output_dir) as folder:
+    with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
         save_tokenizer(tokenizer, after, folder, texts)
         model = load_causal_lm(model_args, for_training=False)
         found["rows"] = rows_needed(
@@ -317,7 +317,7 @@ def write(
         manifest = {**step, "status": "finished", "lineage": [*base.get("lineage", []), step]}
         manifest |= {"template": base.get("template"), "vocabulary": found}
         if (source := Path(args.model_name_or_path)).is_dir():  # of a hub's model only what loads is here
-            manifest["license"] = carry_license(source, folder, called(args.model_name_or_path))
+            manifest["license"] = carry_license(source, folder, public_name(args.model_name_or_path))
         write_manifest(folder, manifest, weights=True)
 
 

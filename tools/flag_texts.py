@@ -269,7 +269,7 @@ CHINESE: dict[str, str] = {
     "Number of complete checkpoints to keep; 0: all.": "保留多少个完整的检查点;0 为全部。",
     "See torch's DDP.": "见 torch 的 DDP。",
     "Must stay False: batches contain only what is needed.": "保持 False：批次里只有需要的内容，没有别的。",
-    # SpeakerArguments
+    # ChatModelArguments
     "Model directory, or a hub name; default: the one that --lora_model names.": (
         "模型目录,或 hub 上的名称;默认:--lora_model 所记录的基座。"
     ),

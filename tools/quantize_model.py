@@ -66,7 +66,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
-from stagewise.artifacts.atomic_directory import check_place, whole_directory
+from stagewise.artifacts.atomic_directory import atomic_directory, check_place
 from stagewise.artifacts.lineage import LICENCE_FILES, carry_license
 from stagewise.artifacts.manifest import read_manifest, versions, write_manifest
 from stagewise.config.checks import check_choice
@@ -78,7 +78,7 @@ from stagewise.models.loading import load_causal_lm
 from stagewise.models.quantization.bnb import guard_4bit
 from stagewise.models.quantization.row_wise import check_rows, load_row_quantized, quantize_model
 from stagewise.models.tokenizer import load_tokenizer
-from stagewise.reports.model_card import called
+from stagewise.reports.model_card import public_name
 from stagewise.reports.terminal_text import log_visible_text, print_error, visible
 from stagewise.training.metrics import perplexity
 
@@ -270,7 +270,7 @@ def quantize(args: QuantizeArguments) -> dict[str, Any]:
         model = load_for_bnb(args)
     else:
         model = quantize_model(model, args.quantization_bit)
-    with whole_directory(Path(args.output_dir), args.overwrite_output_dir, replaces=WRITTEN) as folder:
+    with atomic_directory(Path(args.output_dir), args.overwrite_output_dir, replaces=WRITTEN) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del model
@@ -298,7 +298,7 @@ def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]
     base = Path(args.model_name_or_path)
     if not base.is_dir():  # of a hub's model only what loads is here
         return
-    license = carry_license(base, folder, called(args.model_name_or_path))
+    license = carry_license(base, folder, public_name(args.model_name_or_path))
     if earlier := read_manifest(base):
         step = {"stage": "quantize", "base_model": args.model_name_or_path, "form": account["quantization"]}
         lineage = [*earlier.get("lineage", []), {**step, "bits": account["quantization_bit"]}]

@@ -27,7 +27,7 @@ from stagewise.config.stages import STAGES
 from stagewise.data.records import find_files, load_records
 from stagewise.formats.json_lines import read_json_lines
 from stagewise.formats.parsers import Conversation, parse_conversation, parse_preference
-from stagewise.reports.curves import both, drawn, plot
+from stagewise.reports.curves import both, panels_with_points, plot
 from stagewise.reports.terminal_text import print_error
 from tools import judging
 from tools.judging import Line, Rows, in_language
@@ -271,7 +271,7 @@ def draw(stages: dict[str, Stage], path: Path) -> None:
     axes.flat[-1].axis("off")
     for axis, (name, stage) in zip(axes.flat, stages.items(), strict=False):
         key = STAGES[name].curve
-        for _, lines in drawn(stage.history, [both("", key)]):
+        for _, lines in panels_with_points(stage.history, [both("", key)]):
             for line in lines:
                 plot(axis, line, "C0" if line.label == "training" else "C1")
         axis.set(title=STAGES[name].label, xlabel="step", ylabel=key)

@@ -90,7 +90,7 @@ from typing import Any
 
 from loguru import logger
 
-from stagewise.adapters.compatibility import take_method_of_adapter
+from stagewise.adapters.compatibility import set_method_from_adapter
 from stagewise.config.arguments import AdapterArguments, DataArguments, LanguageModelArguments
 from stagewise.config.checks import check_shared
 from stagewise.config.command_line import Given, parse
@@ -101,7 +101,7 @@ from stagewise.data.streaming.dataset import RecordStream
 from stagewise.errors import ArgumentError, RecordError
 from stagewise.formats.json_lines import read_json_lines
 from stagewise.reports.logs import set_up_logging
-from stagewise.reports.results import has_colour
+from stagewise.reports.results import has_color
 from stagewise.reports.terminal_text import print_error
 from stagewise.training.settings import settle_long_context, settle_what_to_do
 from stagewise.training.stream_trainer import check_streaming
@@ -143,7 +143,7 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
     check_shared(*parts)
     settle_what_to_do(args, flags[DataArguments], given)
     if adapter.peft_path:
-        take_method_of_adapter(adapter, BY_SCRIPT[script].task)
+        set_method_from_adapter(adapter, BY_SCRIPT[script].task)
     settle_long_context(BY_SCRIPT[script].name, parts)
     if LanguageModelArguments in flags:
         check_streaming(args, flags[DataArguments], flags[LanguageModelArguments])
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             print_error(error)
             sys.exit(code)
-    print(report(shown, own.processes, own.samples, has_colour(sys.stdout)))
+    print(report(shown, own.processes, own.samples, has_color(sys.stdout)))
     if own.figure:
         draw(shown, own.figure)
         print(f"{own.figure}: lengths and learned shares, as a picture")

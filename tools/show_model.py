@@ -13,7 +13,7 @@ import sys
 
 from stagewise.config.stages import BY_SCRIPT, STAGES
 from stagewise.errors import ArgumentError
-from stagewise.training.first_look import first_look, say_error
+from stagewise.training.first_look import first_look, print_error_once
 from tools.stage_scripts import dataclasses_of, early_flags
 
 
@@ -33,7 +33,7 @@ def look(words: list[str]) -> None:
     try:
         flags = early_flags(script_name(words[0]))
     except ArgumentError as error:
-        say_error(str(error))
+        print_error_once(str(error))
         raise SystemExit(2) from None
     given = [("output_dir", ["outputs"])]
     first_look(flags, None, stage=True, code=2, argv=words[1:], before=lambda found: [*given, *found], texts=())
@@ -84,7 +84,7 @@ class Described:
     model: PreTrainedModel | PeftModel
     config: PretrainedConfig
     in_bits: set[int]  # ids of weights in 4 or 8 bit
-    step: estimate.Step
+    step: estimate.TrainingStep
     method: str
 
 
@@ -142,7 +142,7 @@ def flag(parts: list[Any], name: str, default: Any = None) -> Any:
     return next((getattr(part, name) for part in parts if hasattr(part, name)), default)
 
 
-def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estimate.Step:
+def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estimate.TrainingStep:
     """What a training step of the stage holds; every position is taken to be learned, and every row to be full."""
     model = next(part for part in parts if isinstance(part, ModelArguments))
     batch = args.per_device_train_batch_size
@@ -159,7 +159,7 @@ def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estim
     packed = bool(capacity) and flag(parts, "packing", False) and not (virtual or model.shift_attn)
     # torch's own attention takes several documents in a row, or padding, as a mask; a batch of one has no padding
     masked = not (model.flash_attn or model.shift_attn) and (packed or rows > 1)
-    return estimate.Step(
+    return estimate.TrainingStep(
         rows=rows,
         tokens=tokens + virtual,
         logit_tokens=logit_tokens,

@@ -44,7 +44,7 @@ def attach_ranks(base: PreTrainedModel, config: AdaLoraConfig) -> PeftModel:
     return wrapped
 
 
-def load_whole(base: PreTrainedModel, folder: str | Path, config: AdaLoraConfig) -> PeftModel:
+def load_with_all_ranks(base: PreTrainedModel, folder: str | Path, config: AdaLoraConfig) -> PeftModel:
     """Loads an adapter to continue from: its ranks keep their positions among the initial ranks; the others are zero.
 
     Raises:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from stagewise.adapters.adalora import AdaptiveRanks, attach_ranks, load_whole, schedule_config
+from stagewise.adapters.adalora import AdaptiveRanks, attach_ranks, load_with_all_ranks, schedule_config
 from stagewise.adapters.compatibility import check_continuation
 from stagewise.adapters.files import read_adapter_config, refuse_unmergeable, tensor_names
 from stagewise.adapters.targets import (
@@ -26,7 +26,7 @@ from stagewise.adapters.targets import (
     linear_targets,
     names_of,
 )
-from stagewise.adapters.virtual_tokens import EncoderState, attach_virtual_tokens, learn_again
+from stagewise.adapters.virtual_tokens import EncoderState, attach_virtual_tokens, train_directly
 from stagewise.artifacts.manifest import parameters_of
 from stagewise.config.arguments import VIRTUAL_TOKENS, AdapterArguments
 from stagewise.errors import AdapterError
@@ -99,7 +99,7 @@ def _go_on(model: PreTrainedModel, args: AdapterArguments, task_type: str) -> Pe
     check_continuation(args, config, task_type, [*linear_targets(model), *fused_experts(model)])
     plus = longlora_modules(model)
     if config.is_prompt_learning:
-        wrapped = learn_again(load_adapter(model, args.peft_path))
+        wrapped = train_directly(load_adapter(model, args.peft_path))
     else:
         wrapped = load_adapter(model, args.peft_path, is_trainable=True)
     logger.info(f"adapter: continues from {args.peft_path}, {_summary(wrapped)}")
@@ -143,7 +143,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
             # AdaLoRA's pattern lists ranks within a matrix; this check is for LoRA's, which lists matrices
             warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
             if kind == "ADALORA" and is_trainable:
-                wrapped = load_whole(base, folder, config)
+                wrapped = load_with_all_ranks(base, folder, config)
             else:
                 wrapped = PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError, TypeError, UserWarning) as error:

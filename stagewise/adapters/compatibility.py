@@ -37,7 +37,7 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
     if adapter is None or model is None:
         return
     if adapter.peft_path:
-        take_method_of_adapter(adapter, STAGES[stage].task)
+        set_method_from_adapter(adapter, STAGES[stage].task)
     if adapter.method in VIRTUAL_TOKENS:
         _check_virtual_tokens(stage, args, adapter)
     elif adapter.method == "adalora":
@@ -59,7 +59,7 @@ def check_methods(stage: str, args: TrainingArguments, parts: Sequence[Any]) -> 
         raise ArgumentError(f"--optim {args.optim.value}: paged optimizers need a GPU; leave it out on a CPU")
 
 
-def take_method_of_adapter(adapter: AdapterArguments, task_type: str) -> None:
+def set_method_from_adapter(adapter: AdapterArguments, task_type: str) -> None:
     """Sets the method to that of the adapter of --peft_path.
 
     Raises:

@@ -26,7 +26,7 @@ from stagewise.models.loading import guard_4bit
 
 
 @dataclass
-class Job:
+class MergeJob:
     """The inputs of a merge: everything known before a weight of the base is read."""
 
     base: Path
@@ -53,7 +53,7 @@ def quantization(config: PretrainedConfig) -> str | None:
     return None if about is None else str(getattr(method, "value", method))
 
 
-def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_base(job: MergeJob, dtype: torch.dtype | str) -> PreTrainedModel:
     """Loads the base with the rows of the merged embedding; a 4- or 8-bit base is dequantized to float32."""
     method = quantization(job.base_config)
     if method and method != "bitsandbytes":
@@ -77,7 +77,7 @@ def load_base(job: Job, dtype: torch.dtype | str) -> PreTrainedModel:
     return model.eval()
 
 
-def merge_and_save(job: Job, folder: Path) -> torch.dtype:
+def merge_and_save(job: MergeJob, folder: Path) -> torch.dtype:
     """Loads the base, merges the adapter and saves the result in `folder`; returns the merged model's precision."""
     quantized = quantization(job.base_config) is not None
     # PiSSA first subtracts from the base what it adds later: in 16 bit the first rounding could not be undone.

@@ -10,7 +10,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from stagewise.adapters.attach import load_adapter
-from stagewise.adapters.merge import Job, load_base
+from stagewise.adapters.merge import MergeJob, load_base
 from stagewise.errors import MergeError
 
 TOLERANCE = 2e-4  # relative to the largest logit, or absolute for scores below 1
@@ -28,7 +28,7 @@ def logits_of(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
     return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
-def check_merged(job: Job, folder: Path, dtype: torch.dtype) -> dict[str, float]:
+def check_merged(job: MergeJob, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     """Compares merged with base + adapter in float32, one model in memory at a time.
 
     Rounding merged weights to the base's 16 bit changes the logits more than a small mistake would. So base + adapter

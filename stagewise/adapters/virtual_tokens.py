@@ -76,7 +76,7 @@ def probe(wrapped: PeftModel) -> float:
     return float((found - without).abs().max())
 
 
-def learn_again(wrapped: PeftModel) -> PeftModel:
+def train_directly(wrapped: PeftModel) -> PeftModel:
     """--peft_path: trains the virtual tokens directly; the encoder that produced them is not part of an adapter."""
     encoder = wrapped.prompt_encoder[wrapped.active_adapter]
     encoder.embedding.weight.requires_grad_(True)

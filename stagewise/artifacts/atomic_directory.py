@@ -46,7 +46,7 @@ def check_place(place: Path, overwrite: bool, read: Mapping[str, Path | str | No
     Raises:
         DirectoryError: it is a file or a mount point, is read from, or is not empty and may not be replaced.
     """
-    settle(place)
+    clean_up(place)
     for flag, path in read.items():
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(place.resolve()):
             raise DirectoryError(f"--output_dir {place} holds --{flag}: give another directory")
@@ -58,7 +58,7 @@ def check_place(place: Path, overwrite: bool, read: Mapping[str, Path | str | No
         raise DirectoryError(f"--output_dir {place} is a mount point, which cannot be replaced: give a folder in it")
 
 
-def settle(place: Path) -> None:
+def clean_up(place: Path) -> None:
     """Restores or removes what a killed run left beside `place`, and reports what it leaves alone.
 
     Raises:
@@ -85,7 +85,7 @@ def settle(place: Path) -> None:
 
 
 @contextmanager
-def whole_directory(place: Path, overwrite: bool, replaces: Sequence[str] = ("*",)) -> Iterator[Path]:
+def atomic_directory(place: Path, overwrite: bool, replaces: Sequence[str] = ("*",)) -> Iterator[Path]:
     """A directory beside `place`, to be filled in the block, that takes that place at its end.
 
     After an error in the block nothing of it is left. Its files get the usual permissions.

@@ -30,7 +30,7 @@ TEXTS = (
 ACCOUNT = ("read", "kept", "left_out", "cut")
 
 
-def begin_step(stage: str, parts: list[Any]) -> dict[str, Any]:
+def start_lineage_step(stage: str, parts: list[Any]) -> dict[str, Any]:
     """The entry of a run in the lineage, before anything has been read."""
     step: dict[str, Any] = {"stage": stage, "base_model": _flag(parts, "model_name_or_path")}
     if step["base_model"] and not Path(step["base_model"]).is_dir():
@@ -50,7 +50,7 @@ def earlier_steps(parts: list[Any]) -> list[dict[str, Any]]:
     return (_lineage(adapter) if adapter else []) or _lineage(_flag(parts, "model_name_or_path"))
 
 
-def finished_step(manifest: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+def finish_lineage_step(manifest: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """The lineage entry of a finished run, with its data and results, for readers who only have the model."""
     step = dict(manifest["lineage"][-1])
     step |= {"output_dir": str(output_dir), **{k: manifest[k] for k in KEPT if manifest.get(k) is not None}}
@@ -64,7 +64,7 @@ def finished_step(manifest: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         if split in data
     }
     found = manifest.get("metrics") or {}
-    step["metrics"] = {name: plain(values) for name, values in found.items() if name != "train"}
+    step["metrics"] = {name: plain_metrics(values) for name, values in found.items() if name != "train"}
     if loss := (found.get("train") or {}).get("train_loss"):
         step["metrics"]["train"] = {"train_loss": loss}
     return step
@@ -73,7 +73,7 @@ def finished_step(manifest: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 KEPT = ("method", "parameters", "template", "steps", "seconds", "device", "processes", "began")
 
 
-def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics without the time they took."""
     unsaid = ("runtime", "per_second", "epoch", "step")
     return {name: value for name, value in metrics.items() if not name.endswith(unsaid)}

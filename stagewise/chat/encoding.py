@@ -15,7 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagewise.chat.labels import SIDES, Turns, drop_first_exchanges, turns_of, whole_turns, without_history
+from stagewise.chat.labels import (
+    SIDES,
+    LabeledSegments,
+    drop_first_exchanges,
+    label_segments,
+    whole_turns,
+    without_history,
+)
 from stagewise.chat.select import AnyTemplate as AnyTemplate
 from stagewise.chat.template import Segment, adds_bos
 from stagewise.data.examples import Encoded, Example, Row
@@ -95,7 +102,7 @@ class ConversationEncoder(RecordEncoder):
 
     def _begin(self, conversation: Conversation) -> "_Work | RecordError":
         try:
-            turns = turns_of(self.template.segments, conversation, self.train_on_inputs)
+            turns = label_segments(self.template.segments, conversation, self.train_on_inputs)
         except RecordError as error:
             return error
         if any(turns.answers) and any(turns.learned):
@@ -161,7 +168,7 @@ class ConversationEncoder(RecordEncoder):
         known: dict[Piece, array] = {}
 
         def encoded(part: Conversation) -> _Work:
-            work = _Work(part, turns_of(self.template.segments, part, self.train_on_inputs), [])
+            work = _Work(part, label_segments(self.template.segments, part, self.train_on_inputs), [])
             pieces = work.next_pieces(float("inf"))
             new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
             known.update(zip(new, self._encoder(new), strict=True))
@@ -220,7 +227,7 @@ class _Work:
     """A conversation that is being encoded: the ids of its first segments."""
 
     conversation: Conversation
-    turns: Turns
+    turns: LabeledSegments
     ids: list[array]
     tokens: int = 0
     said: bool = False  # whether the first answer is encoded

@@ -18,7 +18,7 @@ Render = Callable[..., list[Segment]]  # the `segments` method of a template
 
 
 @dataclass(frozen=True)
-class Turns:
+class LabeledSegments:
     """The segments of a conversation: which are answers of the model, and which have labels."""
 
     texts: list[str]
@@ -26,7 +26,7 @@ class Turns:
     learned: list[bool]
 
 
-def turns_of(render: Render, conversation: Conversation, train_on_inputs: bool = False) -> Turns:
+def label_segments(render: Render, conversation: Conversation, train_on_inputs: bool = False) -> LabeledSegments:
     """The segments; answers have labels, or everything with `train_on_inputs`, except messages with weight 0.
 
     Raises RecordError if the template can't render the conversation.
@@ -35,7 +35,7 @@ def turns_of(render: Render, conversation: Conversation, train_on_inputs: bool =
     texts, learned = [segment.text for segment in segments], [segment.learn for segment in segments]
     unlearned = [number for number, message in enumerate(conversation.messages) if not message.learn]
     if not unlearned:
-        return Turns(texts, learned, [True] * len(texts) if train_on_inputs else learned)
+        return LabeledSegments(texts, learned, [True] * len(texts) if train_on_inputs else learned)
     # Segments don't distinguish an answer without labels from context; the same conversation with labels on every
     # answer does.
     messages = tuple(replace(message, learn=True) for message in conversation.messages)
@@ -46,17 +46,17 @@ def turns_of(render: Render, conversation: Conversation, train_on_inputs: bool =
             if messages[number].role not in ANSWERS:  # the segment that holds it ends with the next answer's lead
                 asked = render(replace(conversation, messages=messages[: number + 1]), generation=True)
                 learned[len(asked) - 1] = False
-    return Turns(texts, answers, learned)
+    return LabeledSegments(texts, answers, learned)
 
 
-def without_history(render: Render, conversation: Conversation, turns: Turns, keep: int) -> list[bool]:
+def without_history(render: Render, conversation: Conversation, turns: LabeledSegments, keep: int) -> list[bool]:
     """`turns.learned` of the first `keep` segments, restricted to what follows the last answered question."""
     said = sum(turns.answers[:keep])
     for place in reversed(_questions(conversation)):
         before = 0
         if place:
             earlier = replace(conversation, messages=conversation.messages[:place])
-            before = sum(turns_of(render, earlier).answers)
+            before = sum(label_segments(render, earlier).answers)
         if before < said:
             break
     numbers = [number for number, answer in enumerate(turns.answers) if answer]

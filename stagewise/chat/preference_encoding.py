@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stagewise.chat.encoding import RecordEncoder, count_characters, joined, to_row
-from stagewise.chat.labels import turns_of, whole_turns
+from stagewise.chat.labels import label_segments, whole_turns
 from stagewise.chat.reward_template import Ending
 from stagewise.chat.select import AnyTemplate
 from stagewise.data.examples import Encoded, PreferenceExample, Row
@@ -134,7 +134,7 @@ def _pair(
     first, prompt_ids = len(asked), joined(asked)
     rows, shortened = [], False
     for answer in (preference.chosen, preference.rejected):
-        turns = turns_of(template.segments, replace(prompt, messages=(*prompt.messages, *answer)))
+        turns = label_segments(template.segments, replace(prompt, messages=(*prompt.messages, *answer)))
         last = max(number for number, answers in enumerate(turns.answers) if answers) + 1
         ids = yield turns.texts[:last]
         if joined(ids[:first]) != prompt_ids:

@@ -109,7 +109,7 @@ def _check_lineage(
     tokenizer: Any, chat: ChatArguments, template: Template, own: str | None, trained_in: str | None
 ) -> None:
     """Raises ArgumentError where the model was trained in another form, or where --force_template changes nothing."""
-    other = own and trained_in and thinking.asked_by(own)[1] != thinking.asked_by(template.jinja())[1]
+    other = own and trained_in and thinking.thinking_default(own)[1] != thinking.thinking_default(template.jinja())[1]
     if other and not chat.force_template:
         turns = [{"role": message.role, "content": message.content} for message in EXAMPLE.messages]
         before = tokenizer.apply_chat_template(turns, chat_template=own, tokenize=False)
@@ -130,7 +130,7 @@ def _beginning(text: str) -> str:
 
 def _of_table(tokenizer: Any, chat: ChatArguments, own: str, trained_in: str | None) -> Template | None:
     """The template of the table that the tokenizer's text was made from, by its saved name and exact text."""
-    asked, text = thinking.asked_by(own)
+    asked, text = thinking.thinking_default(own)
     table = templates_by_name()
     if trained_in not in table:
         return None

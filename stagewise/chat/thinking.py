@@ -53,7 +53,7 @@ def default_jinja(enable_thinking: bool | None) -> str:
     return f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {value} %}}{{% endif %}}"
 
 
-def asked_by(chat_template: str) -> tuple[bool | None, str]:
+def thinking_default(chat_template: str) -> tuple[bool | None, str]:
     """The setting of `default_jinja` at the beginning of a chat template, and the text after it."""
     for value in (True, False):
         if chat_template.startswith(default_jinja(value)):

@@ -52,7 +52,7 @@ class TokenizerTemplate:
         self.name = name
         self.thinking = knows_thinking(chat_template)
         self._tokenizer = tokenizer
-        asked, chat_template = thinking.asked_by(chat_template)
+        asked, chat_template = thinking.thinking_default(chat_template)
         self.enable_thinking = asked if enable_thinking is None else enable_thinking
         self._text = thinking.default_jinja(self.enable_thinking) + without_generation_marks(chat_template)
         self._skeletons: dict[tuple[int, bool, bool], Skeleton | None] = {}

@@ -50,7 +50,7 @@ class WatchedSequence(Watched):
         return len(self._records)
 
 
-def watched(records: Iterable[Any], account: Account, tokenizer: Any) -> Watched:
+def count_control_tokens(records: Iterable[Any], account: Account, tokenizer: Any) -> Watched:
     return (WatchedSequence if hasattr(records, "__len__") else Watched)(records, account, tokenizer)
 
 

@@ -23,7 +23,7 @@ from stagewise.data.records import Account, check_on_bad_record, write_rejected
 from stagewise.errors import ArgumentError, RecordError, TooLongError
 
 CHUNK = 128  # records encoded together: enough to keep the tokenizer outside of Python for long
-LETTERS = 1 << 21  # characters of a chunk, roughly at most: one document may be as long as a chunk of others
+CHARACTERS = 1 << 21  # characters of a chunk, roughly at most: one document may be as long as a chunk of others
 AT_ONCE = 4  # chunks; more threads would wait for each other, more processes for the reader
 
 
@@ -171,7 +171,7 @@ def _chunks(records: Iterable[Any], letters: Callable[[Any], int]) -> Iterator[l
     for record in records:
         chunk.append(record)
         held += letters(record)
-        if len(chunk) == CHUNK or held > LETTERS:
+        if len(chunk) == CHUNK or held > CHARACTERS:
             yield chunk
             chunk, held = [], 0
     if chunk:

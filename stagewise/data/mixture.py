@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from stagewise.config.paths import expanded
-from stagewise.data.records import Account, Again, Records, file_of, find_files, nothing_left
+from stagewise.data.records import Account, Records, SourceText, file_of, find_files, nothing_left
 from stagewise.errors import ArgumentError
 from stagewise.formats.readers import file_names
 
@@ -146,7 +146,7 @@ def load_sources(
     total = parts[0].account
     if len(parts) > 1:
         total = Account(files=[file for part in parts for file in part.account.files])
-        total.again = Again({name: lines for part in parts for name, lines in part.account.again.lines.items()})
+        total.again = SourceText({name: lines for part in parts for name, lines in part.account.again.lines.items()})
     if sources[0].weight is None:
         return InOrder(parts, total, limit), total
     for part in parts:

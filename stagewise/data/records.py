@@ -65,7 +65,7 @@ class Account:
         return {name: value for name, value in vars(self).items() if name not in unsaid}
 
 
-class Again:
+class SourceText:
     """Reads files or a dataset a second time, for the source text of records refused after parsing.
 
     Args:
@@ -205,7 +205,7 @@ class Records(Generic[T]):
             pairs = list(zip(source, names or file_names(source), strict=True))
             self.account.files = [str(path) for path in source]
             self._lines = {name: partial(read_file, path, name) for path, name in pairs}
-        self.account.again = Again(self._lines)
+        self.account.again = SourceText(self._lines)
 
     def __iter__(self) -> Iterator[T]:
         account, kept = self.account, 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from stagewise.data.block_limit import BlockLimit
 from stagewise.data.cache import CacheWriter
-from stagewise.data.control_tokens import watched
+from stagewise.data.control_tokens import count_control_tokens
 from stagewise.data.encode_all import Encoder, encode_all
 from stagewise.data.examples import Examples
 from stagewise.data.mixture import count_shares
@@ -117,7 +117,7 @@ def _encode_split(
     writer: CacheWriter | None,
 ) -> Examples:
     examples = encode_all(
-        watched(records, account, encoding.tokenizer) if encoding.tokenizer else records,
+        count_control_tokens(records, account, encoding.tokenizer) if encoding.tokenizer else records,
         encoding.encode,
         account=account,
         on_bad_record=loader.data.on_bad_record,

@@ -50,11 +50,11 @@ def measure(items: Sequence[Example | PreferenceExample]) -> Measures:
     rows = [(item.chosen, item.rejected) if isinstance(item, PreferenceExample) else (item,) for item in items]
     shape = (len(rows), len(rows[0]) if rows else 1)
     tokens = [len(example.input_ids) for row in rows for example in row]
-    learned = [learned_tokens(example.labels) for row in rows for example in row]
+    learned = [count_labels(example.labels) for row in rows for example in row]
     return Measures(np.array(tokens, np.int64).reshape(shape), np.array(learned, np.int64).reshape(shape))
 
 
-def learned_tokens(labels: Sequence[int] | np.ndarray) -> int:
+def count_labels(labels: Sequence[int] | np.ndarray) -> int:
     """The number of labels that are not −100, without the first, which nothing predicts."""
     if isinstance(labels, np.ndarray):
         return int(np.count_nonzero(labels[1:] != IGNORE_INDEX))
@@ -197,7 +197,7 @@ class StepSize:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepContents:
     """The contents of an optimizer step (for PPO, a rollout) over all processes; means if steps differ.
 
     `rows` counts pairs if the records are pairs; `tokens` are without `padding`; `filled` is the filled share of
@@ -236,10 +236,10 @@ class Step:
         )
 
 
-def packed_step(measures: Measures, rows: int, capacity: int, size: StepSize) -> Step:
+def packed_step(measures: Measures, rows: int, capacity: int, size: StepSize) -> StepContents:
     """The contents of a step whose examples are packed into `rows` rows of at most `capacity` tokens."""
     held, tokens = min(size.rows, rows), int(measures.tokens.sum())
-    return Step(
+    return StepContents(
         kind=measures.kind,
         rows=held,
         examples=len(measures.tokens) * held / rows,
@@ -252,13 +252,13 @@ def packed_step(measures: Measures, rows: int, capacity: int, size: StepSize) ->
     )
 
 
-def padded_step(measures: Measures, size: StepSize) -> Step:
+def padded_step(measures: Measures, size: StepSize) -> StepContents:
     """The contents of a step in which every example is a row (every pair two) of a batch padded to its longest."""
     count, sides = measures.tokens.shape
     held, batch = min(size.rows, count), min(size.batch, count)
     longest = grouped_longest(measures.lengths, batch, size) if size.grouped else longest_of(measures.lengths, batch)
     tokens = int(measures.tokens.sum()) * held / count
-    return Step(
+    return StepContents(
         kind=measures.kind,
         rows=held,
         examples=float(held * sides),
@@ -297,7 +297,7 @@ def grouped_longest(lengths: np.ndarray, batch: int, size: StepSize) -> float:
     return float(sum(part.max() * len(part) for part in batches) / count)
 
 
-def rollout_contents(measures: Measures, batch: int, processes: int, rollouts: int) -> Step:
+def rollout_contents(measures: Measures, batch: int, processes: int, rollouts: int) -> StepContents:
     """The contents of a PPO rollout: `batch` prompts per process, padded to the longest; `rollouts` per run."""
     return padded_step(measures, StepSize(batch, processes=processes, max_steps=rollouts))
 

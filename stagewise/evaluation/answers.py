@@ -16,14 +16,14 @@ from stagewise.artifacts.processes import in_batches
 from stagewise.chat.encoding import ConversationEncoder
 from stagewise.data.examples import IGNORE_INDEX, Example
 from stagewise.data.packing import PaddedCollator
-from stagewise.errors import RecordError, SpeakerError, TooLongError
+from stagewise.errors import ChatModelError, RecordError, TooLongError
 from stagewise.evaluation.text_metrics import bleu_counts, language_of, rouge
 from stagewise.formats.parsers import Conversation, prompt_of
-from stagewise.inference.chat_model import Answer, SamplingArguments, Speaker
+from stagewise.inference.chat_model import Answer, ChatModel, SamplingArguments
 from stagewise.inference.decoding import settled_rotations
 from stagewise.losses import token_nll
 from stagewise.models.attention.rope import rotations
-from stagewise.models.forward import document_sums, learned_logits, takes_kept_logits
+from stagewise.models.forward import document_sums, label_logits, takes_kept_logits
 from stagewise.rl.reward_model import Scorer
 from stagewise.training.metrics import perplexity
 
@@ -61,7 +61,7 @@ class QuestionEncoder:
         max_new_tokens: the part of the context reserved for an answer.
     """
 
-    def __init__(self, speaker: Speaker, max_new_tokens: int):
+    def __init__(self, speaker: ChatModel, max_new_tokens: int):
         self.speaker, self.max_new_tokens = speaker, max_new_tokens
         self.encoder = ConversationEncoder(speaker.tokenizer, speaker.template, speaker.context)
 
@@ -71,7 +71,7 @@ class QuestionEncoder:
         prompt, reference = question_of(conversation)
         try:
             self.speaker.encode(prompt, self.max_new_tokens)
-        except SpeakerError as error:
+        except ChatModelError as error:
             message = str(error).removeprefix(f"{where}: ")
             if isinstance(error.__cause__, TooLongError):
                 raise TooLongError(where, "question too long", message) from error
@@ -81,11 +81,11 @@ class QuestionEncoder:
 
 
 @torch.no_grad()
-def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
+def reference_losses(speaker: ChatModel, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
     """(negative log-likelihood in nats, number of labels) of each example, as in the stage's validation.
 
     Raises:
-        SpeakerError: for a loss that is not finite.
+        ChatModelError: for a loss that is not finite.
     """
     collate, keep = PaddedCollator(speaker.tokenizer.pad_token_id), takes_kept_logits(speaker.model)
     device = speaker.model.get_input_embeddings().weight.device
@@ -95,10 +95,10 @@ def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: 
     def losses_of(batch: list[int]) -> list[tuple[float, int]]:
         inputs = {name: value.to(device) for name, value in collate([examples[index] for index in batch]).items()}
         with settled_rotations(speaker.base, inputs["input_ids"].shape[1]):
-            logits, targets = learned_logits(speaker.model, inputs, keep)
+            logits, targets = label_logits(speaker.model, inputs, keep)
         losses = document_sums(token_nll(logits, targets), inputs)
         if not torch.isfinite(losses).all():
-            raise SpeakerError(
+            raise ChatModelError(
                 "--model_name_or_path: gives a loss that is NaN or infinite; load it with --torch_dtype bfloat16 or "
                 "float32"
             )
@@ -109,7 +109,7 @@ def reference_losses(speaker: Speaker, examples: Sequence[Example], batch_size: 
 
 
 def answers_to(
-    speaker: Speaker, questions: Sequence[Question], sampling: SamplingArguments, batch_size: int
+    speaker: ChatModel, questions: Sequence[Question], sampling: SamplingArguments, batch_size: int
 ) -> list[Answer]:
     """The answer to each question, in order."""
 
@@ -122,7 +122,7 @@ def answers_to(
 
 def rewards_of(
     scorer: Scorer,
-    speaker: Speaker,
+    speaker: ChatModel,
     questions: Sequence[Question],
     answers: Sequence[Answer],
     max_new_tokens: int,
@@ -143,7 +143,7 @@ def rewards_of(
 
 
 def answer_rows(
-    speaker: Speaker,
+    speaker: ChatModel,
     questions: Sequence[Question],
     answers: Sequence[Answer],
     losses: Sequence[tuple[float, int]],

@@ -9,7 +9,7 @@ from stagewise.config.arguments import PairArguments
 from stagewise.config.checks import check_choice, check_shared
 from stagewise.config.command_line import Given, parse
 from stagewise.errors import ArgumentError
-from stagewise.inference.arguments import SamplingArguments, SpeakerArguments
+from stagewise.inference.arguments import ChatModelArguments, SamplingArguments
 
 
 @dataclass
@@ -71,15 +71,15 @@ class PairLimits(PairArguments):
     )
 
 
-FLAGS = [EvaluationArguments, SpeakerArguments, SamplingArguments, PairLimits]
+FLAGS = [EvaluationArguments, ChatModelArguments, SamplingArguments, PairLimits]
 
 
 @dataclass
-class Job:
+class EvaluationJob:
     """A parsed command line."""
 
     args: EvaluationArguments
-    model: SpeakerArguments
+    model: ChatModelArguments
     sampling: SamplingArguments
     limits: PairLimits
     given: set[str]
@@ -98,7 +98,7 @@ class Job:
 # ── flags ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
+def read_flags(argv: list[str] | None, description: str | None = None) -> EvaluationJob:
     """Raises ArgumentError for flags that contradict each other or would have no effect."""
     given: set[str] = set()
 
@@ -106,7 +106,7 @@ def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
         given.update(name for name, _ in flags)
         return flags
 
-    job = Job(*parse(FLAGS, argv, before=before, description=description), given)
+    job = EvaluationJob(*parse(FLAGS, argv, before=before, description=description), given)
     args = job.args
     if args.compare:
         others = sorted(given - {"compare", "output_dir", "overwrite_output_dir"})
@@ -138,7 +138,7 @@ def read_flags(argv: list[str] | None, description: str | None = None) -> Job:
     return job
 
 
-def refuse(job: Job, names: set[str], why: str) -> None:
+def refuse(job: EvaluationJob, names: set[str], why: str) -> None:
     """Raises ArgumentError if a flag without effect was given."""
     for name in sorted(names & job.given):
         raise ArgumentError(f"--{name} has no effect {why}: leave it out")

@@ -14,7 +14,7 @@ from typing import Any
 
 from stagewise.artifacts.json_files import read_object
 from stagewise.errors import ArgumentError, FileError
-from stagewise.evaluation.page import as_markdown, shown
+from stagewise.evaluation.page import as_markdown, metric_text
 from stagewise.evaluation.statistics import (
     BENCHMARK_METRICS,
     LEVEL,
@@ -110,7 +110,9 @@ def lines_of(evaluations: Sequence[Evaluation]) -> list[tuple[str, Metric, list[
 def comparison_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """One row per metric, one column per evaluation."""
     rows = [["", *(each.name for each in evaluations)]]
-    return rows + [[title, *(shown(n, metric) for n in numbers)] for title, metric, numbers in lines_of(evaluations)]
+    return rows + [
+        [title, *(metric_text(n, metric) for n in numbers)] for title, metric, numbers in lines_of(evaluations)
+    ]
 
 
 def shared_rows(first: Evaluation, other: Evaluation, part: str) -> tuple[dict[str, Row], dict[str, Row]]:
@@ -142,7 +144,7 @@ def settings_of(one: Evaluation, part: str) -> dict[str, Any]:
     return found | {name: flags.get(name, "not given") for name in names}
 
 
-def unlike(first: Evaluation, other: Evaluation) -> list[str]:
+def differing_settings(first: Evaluation, other: Evaluation) -> list[str]:
     """A sentence for each setting in which two evaluations differ: their numbers may differ for that reason alone."""
     found = []
     for part in (part for part in PARTS if part in first.rows and part in other.rows):
@@ -155,7 +157,7 @@ def unlike(first: Evaluation, other: Evaluation) -> list[str]:
     return found
 
 
-def compared(first: Evaluation, other: Evaluation) -> list[tuple[str, Difference]]:
+def compare_metrics(first: Evaluation, other: Evaluation) -> list[tuple[str, Difference]]:
     """(title, difference) of every metric that both have on shared records; benchmarks separately.
 
     Perplexity is per token: it is left out if the models split a record into different numbers of tokens. So is the
@@ -235,12 +237,12 @@ def write_comparison(folders: Sequence[str], output: Path) -> tuple[list[list[st
     first, *others = evaluations
     rows, sentences, found = comparison_table(evaluations), [], []
     for other in others:
-        for title, each in compared(first, other):
+        for title, each in compare_metrics(first, other):
             sentences.append(sentence(title, first, other, each))
             numbers = {"first": each.first, "other": each.other, "difference": each.difference}
             numbers |= {"low": each.low, "high": each.high, "records": each.records, "verdict": each.verdict}
             found.append({"metric": title, "first_dir": str(first.folder), "other_dir": str(other.folder), **numbers})
-        sentences += unlike(first, other)
+        sentences += differing_settings(first, other)
     output.mkdir(parents=True, exist_ok=True)
     result = {
         "directories": [str(each.folder) for each in evaluations],

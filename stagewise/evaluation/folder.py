@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from stagewise.artifacts.processes import from_first_process
 from stagewise.errors import ArgumentError
-from stagewise.evaluation.arguments import Job
+from stagewise.evaluation.arguments import EvaluationJob
 from stagewise.evaluation.compare import METRICS, PARTS
 
 PAGE = "examples.html"
@@ -22,7 +22,7 @@ WRITTEN = (METRICS, PAGE, "rejected.jsonl", *(name for name, _ in PARTS.values()
 
 
 @contextmanager
-def output_folder(job: Job) -> Iterator[None]:
+def output_folder(job: EvaluationJob) -> Iterator[None]:
     """The context in which `job.work` is filled; at its end the content moves to --output_dir, completely or not at
     all.
 
@@ -48,7 +48,7 @@ def output_folder(job: Job) -> Iterator[None]:
             shutil.rmtree(job.work, ignore_errors=True)
 
 
-def begin_folder(job: Job) -> None:
+def begin_folder(job: EvaluationJob) -> None:
     """Creates `job.work`, empty. Raises ArgumentError if --output_dir cannot be written to."""
     folder, done = job.folder, [name for name in (METRICS, *COMPARISON) if (job.folder / name).exists()]
     if folder.is_file():

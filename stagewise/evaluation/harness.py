@@ -14,13 +14,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from stagewise.artifacts.processes import gather_by_index
-from stagewise.inference.chat_model import Speaker
+from stagewise.inference.chat_model import ChatModel
 
 
 class SharedModel(HFLM):
     """The chat model behind lm-eval's interface, in batches of `batch_size` rows per process."""
 
-    def __init__(self, speaker: Speaker, batch_size: int):
+    def __init__(self, speaker: ChatModel, batch_size: int):
         super().__init__(speaker.model, tokenizer=speaker.tokenizer, batch_size=batch_size, max_length=speaker.context)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

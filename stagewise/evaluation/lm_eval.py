@@ -23,7 +23,7 @@ from stagewise.errors import ArgumentError
 from stagewise.evaluation.benchmark_csv import LAYOUTS, find_benchmark, read_subject
 from stagewise.evaluation.statistics import BENCHMARK_METRICS, measure
 from stagewise.evaluation.text_metrics import check_packages
-from stagewise.inference.chat_model import Speaker
+from stagewise.inference.chat_model import ChatModel
 
 TASKS = {"mmlu": "mmlu", "cmmlu": "cmmlu", "ceval": "ceval-valid"}  # our name of a benchmark -> lm-eval's
 FOLDERS = {"mmlu": "mmlu/default", "cmmlu": "cmmlu", "ceval": "ceval"}  # of their tasks in lm-eval
@@ -103,7 +103,7 @@ class Benchmarks:
         known = {**loaded["tasks"], **loaded["groups"]}
         return [found for each, found in known.items() if each not in inner]
 
-    def run(self, speaker: Speaker, batch_size: int, chat: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def run(self, speaker: ChatModel, batch_size: int, chat: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Runs every benchmark; returns its entry in metrics.json, and a row for each question.
 
         On processes other than the first, which only help, it returns nothing.

@@ -24,7 +24,7 @@ LONGEST = 4000  # characters of a text on the page
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shown(number: Mapping[str, float] | None, metric: Metric) -> str:
+def metric_text(number: Mapping[str, float] | None, metric: Metric) -> str:
     """A metric with its interval: "0.312 [0.287, 0.338]"; "–" if there is none."""
     if number is None:
         return "–"
@@ -41,7 +41,7 @@ def metric_table(
     rows = [[first, *parts]]
     for metric in metrics:
         if any(metric.name in part for part in parts.values()):
-            rows.append([metric.title, *(shown(part.get(metric.name), metric) for part in parts.values())])
+            rows.append([metric.title, *(metric_text(part.get(metric.name), metric) for part in parts.values())])
     return rows
 
 
@@ -121,14 +121,14 @@ def clipped(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} characters more)"
 
 
-def asked(row: Row) -> str:
+def question_text(row: Row) -> str:
     """The conversation up to the question, one paragraph per turn."""
     turns = [("system", row["system"])] if row.get("system") else []
     turns += [(turn["role"], turn["content"]) for turn in row["prompt"]]
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)
 
 
-def ends(rows: Sequence[Row], key: str) -> tuple[list[Row], list[Row]]:
+def best_and_worst(rows: Sequence[Row], key: str) -> tuple[list[Row], list[Row]]:
     """The SHOWN best and worst by a column, best first and worst first; few records are split between the two."""
     ordered = sorted(rows, key=lambda row: -row[key])
     count = min(SHOWN, (len(ordered) + 1) // 2)
@@ -145,13 +145,13 @@ def answer_section(rows: Sequence[Row], numbers: Sequence[Sequence[str]]) -> str
                 f"ROUGE-L {row['rougeL']:.3f} · perplexity of the reference {row['perplexity']:.2f} · "
                 f"{row['answer_tokens']} tokens{'' if row['ended'] else ', not ended'}"
                 + (f" · reward {row['reward']:.3f}" if "reward" in row else ""),
-                {"question": asked(row), "answer": row["answer"], "reference": row["reference"]},
+                {"question": question_text(row), "answer": row["answer"], "reference": row["reference"]},
                 kind,
             )
             for row in chosen
         )
 
-    best, worst = ends(rows, "rougeL")
+    best, worst = best_and_worst(rows, "rougeL")
     return section("Answers", _numbers(numbers), "<h3>Nearest to the reference</h3>", cards(best, "best"),
                    "<h3>Farthest from it</h3>", cards(worst, "worst"))  # fmt: skip
 
@@ -165,13 +165,13 @@ def pair_section(rows: Sequence[Row], *numbers: Sequence[Sequence[str]]) -> str:
                 row["where"],
                 f"margin {row['margin']:.3f} · chosen {row['chosen']:.3f}, rejected {row['rejected']:.3f} · "
                 f"{row['chosen_tokens']} and {row['rejected_tokens']} tokens",
-                {"question": asked(row), "chosen": row["chosen_answer"], "rejected": row["rejected_answer"]},
+                {"question": question_text(row), "chosen": row["chosen_answer"], "rejected": row["rejected_answer"]},
                 kind,
             )
             for row in chosen
         )
 
-    best, worst = ends(rows, "margin")
+    best, worst = best_and_worst(rows, "margin")
     return section("Pairs", *map(_numbers, numbers), "<h3>Largest margins</h3>", cards(best, "best"),
                    "<h3>Smallest margins, and wrong ones</h3>", cards(worst, "worst"))  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stagewise.errors import SpeakerError
+from stagewise.errors import ChatModelError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -15,7 +15,7 @@ EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
 
 
 @dataclass
-class SpeakerArguments:
+class ChatModelArguments:
     """Which model answers."""
 
     heading = "The model"
@@ -161,7 +161,7 @@ class SamplingArguments:
         """Every setting with its value, None if it has no effect; `own` provides those that are None here.
 
         Raises:
-            SpeakerError: for a value out of range, or one that would have no effect.
+            ChatModelError: for a value out of range, or one that would have no effect.
         """
         sample = self._samples(own)
         values: dict[str, Any] = {
@@ -183,7 +183,7 @@ class SamplingArguments:
             values["num_beams"] = 1
         _check_ranges(values, sample)
         if sample and values["num_beams"] > 1:
-            raise SpeakerError(f"--num_beams {values['num_beams']}: beam search draws nothing at random; leave out "
+            raise ChatModelError(f"--num_beams {values['num_beams']}: beam search draws nothing at random; leave out "
                                "what asks for sampling (--do_sample, --temperature, --top_p …)")  # fmt: skip
         if isinstance(values["stop_strings"], str):  # as in some models' files
             values["stop_strings"] = [values["stop_strings"]]
@@ -195,27 +195,28 @@ class SamplingArguments:
             values["early_stopping"] = EARLY_STOPPING[str(values["early_stopping"]).lower()]
         longest = values["max_new_tokens"] if own is not None or self.max_new_tokens else None
         if longest and (values["min_new_tokens"] or 0) > longest:
-            raise SpeakerError(f"--min_new_tokens {values['min_new_tokens']}: more than --max_new_tokens {longest}")
+            raise ChatModelError(f"--min_new_tokens {values['min_new_tokens']}: more than --max_new_tokens {longest}")
         return {**values, "do_sample": sample, "seed": self.seed}
 
     def _samples(self, own: GenerationConfig | None) -> bool:
-        """Whether tokens are sampled. Raises SpeakerError for a flag without effect in that case, or on one beam."""
+        """Whether tokens are sampled. Raises ChatModelError for a flag without effect in that case, or on one beam."""
         asks, greedy, beams = self.draws, self.temperature == 0, (self.num_beams or 1) > 1
         if self.do_sample is False and asks and not greedy:
-            raise SpeakerError(f"--{asks[0]} has no effect with --do_sample False: leave one of them out")
+            raise ChatModelError(f"--{asks[0]} has no effect with --do_sample False: leave one of them out")
         if self.do_sample and greedy:
-            raise SpeakerError("--temperature 0 always takes the most probable token: leave --do_sample out")
+            raise ChatModelError("--temperature 0 always takes the most probable token: leave --do_sample out")
         if greedy and (others := [name for name in asks if name != "temperature"]):
-            raise SpeakerError(f"--{others[0]} has no effect with --temperature 0: leave one of them out")
+            raise ChatModelError(f"--{others[0]} has no effect with --temperature 0: leave one of them out")
         if not beams and (shaping := [name for name in OF_BEAMS if getattr(self, name) is not None]):
-            raise SpeakerError(f"--{shaping[0]} has no effect without beam search: give --num_beams above 1, or leave "
-                               "it out")  # fmt: skip
+            raise ChatModelError(
+                f"--{shaping[0]} has no effect without beam search: give --num_beams above 1, or leave it out"
+            )
         sample = self.do_sample
         if sample is None:
             sample = not greedy and (bool(asks) or (bool(getattr(own, "do_sample", False)) and not beams))
         known = own is not None or greedy or beams or self.do_sample is False  # overrides the model's own settings
         if self.seed is not None and not sample and known:
-            raise SpeakerError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
+            raise ChatModelError("--seed has no effect on the most probable tokens: leave it out, or add --do_sample")
         return sample
 
 
@@ -241,4 +242,4 @@ def _check_ranges(values: dict[str, Any], sample: bool) -> None:
     for name, (fits, expected) in limits.items():
         value = values[name]
         if value is not None and not fits(value) and (sample or name not in DRAWING):
-            raise SpeakerError(f"--{name}: expected {expected}, found {value!r}")
+            raise ChatModelError(f"--{name}: expected {expected}, found {value!r}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stagewise.artifacts.file_hashes import sha256_of
-from stagewise.errors import RecordError, SpeakerError
+from stagewise.errors import ChatModelError, RecordError
 from stagewise.formats.byte_stream import suffixes_of
 from stagewise.formats.data_files import trouble_with
 from stagewise.formats.json_lines import json_bytes
@@ -48,22 +48,22 @@ def read_prompts(file: str | Path, field: str, system: str | None = None, *, ski
         skips: keep a record without a prompt, with the reason.
 
     Raises:
-        SpeakerError: naming file and line; also for a line that is not a record, and for a record that already has a
+        ChatModelError: naming file and line; also for a line that is not a record, and for a record that already has a
             field that an answer would overwrite.
     """
     path = Path(file)
     if path.is_dir():
-        raise SpeakerError(f"--data_file {file}: is a folder; give a file")
+        raise ChatModelError(f"--data_file {file}: is a folder; give a file")
     if trouble := trouble_with(path):
-        raise SpeakerError(f"--data_file {file}: {trouble}")
+        raise ChatModelError(f"--data_file {file}: {trouble}")
     kind = suffixes_of(path)[0]
     if kind != ".txt" and kind not in RECORD_FILES:
-        raise SpeakerError(f"--data_file {file}: expected {', '.join(RECORD_FILES)} or .txt (a question a line)")
+        raise ChatModelError(f"--data_file {file}: expected {', '.join(RECORD_FILES)} or .txt (a question a line)")
     prompts = []
     try:
         for where, record in _lines(path) if kind == ".txt" else _records(path):
             if taken := [name for name in written_fields(field) if name in record]:
-                raise SpeakerError(f"{where}: has a field {taken[0]!r} already: give another --answer_field")
+                raise ChatModelError(f"{where}: has a field {taken[0]!r} already: give another --answer_field")
             try:
                 asked = parse_prompt(_as_question(record, where), where)
             except RecordError as error:
@@ -75,9 +75,9 @@ def read_prompts(file: str | Path, field: str, system: str | None = None, *, ski
                 asked = replace(asked, system=system)
             prompts.append(Prompt(record, asked))
     except RecordError as error:
-        raise SpeakerError(str(error)) from error
+        raise ChatModelError(str(error)) from error
     if not prompts:
-        raise SpeakerError(f"--data_file {file}: holds no record")
+        raise ChatModelError(f"--data_file {file}: holds no record")
     return prompts
 
 
@@ -85,7 +85,7 @@ def _lines(path: Path):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SpeakerError(f"--data_file {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
+        raise ChatModelError(f"--data_file {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path.name}:{number}", {"prompt": line.rstrip("\r")}
@@ -132,16 +132,16 @@ class AnswerFile:
         self.settings, self.records, self.field = settings, records, field
         self.file: BinaryIO | None = None
         if self.path.is_dir():
-            raise SpeakerError(f"--output_file {path}: is a folder; give a file")
+            raise ChatModelError(f"--output_file {path}: is a folder; give a file")
         if overwrite:
             self.part.unlink(missing_ok=True)
         elif self.path.exists():
-            raise SpeakerError(
+            raise ChatModelError(
                 f"--output_file {path}: is there already; --overwrite_output_file replaces it, another name keeps it"
             )
 
     def begin(self) -> int:
-        """Opens the file; returns the number of answers it already has. Raises SpeakerError for other settings."""
+        """Opens the file; returns the number of answers it already has. Raises ChatModelError for other settings."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept, done = self._kept()
         if kept:
@@ -160,7 +160,7 @@ class AnswerFile:
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
         found = _settings_in(lines[0] if lines else data)
         if data and found is None:
-            raise SpeakerError(
+            raise ChatModelError(
                 f"--output_file {self.path}: {self.part.name} is no file of unfinished answers, or a damaged one; "
                 "move it away, or --overwrite_output_file to begin anew"
             )
@@ -170,7 +170,7 @@ class AnswerFile:
         differ = [name for name in now if found.get(name) != now[name]]
         if differ:
             told = ", ".join(f"{name} {found.get(name)!r}, now {now[name]!r}" for name in differ[:3])
-            raise SpeakerError(
+            raise ChatModelError(
                 f"--output_file {self.path}: {self.part.name} holds {len(lines) - 1} answers of a run that was "
                 f"stopped, with other settings ({told}). Give the same to continue, or "
                 "--overwrite_output_file to begin anew"

@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from stagewise.inference.decoding import Always
+from stagewise.inference.decoding import ForcedToken
 from stagewise.inference.sampling import left_padded
 from stagewise.models.attention.choose import PROBE_TOLERANCE
 
 
-def learns_prompts(model: PreTrainedModel | PeftModel) -> bool:
+def has_virtual_tokens(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the model's adapter consists of virtual tokens: prompt, P- or prefix tuning."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
@@ -36,7 +36,7 @@ def prompt_inputs(
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     device, pad = base.get_input_embeddings().weight.device, base.generation_config.pad_token_id
-    if not (adapter and learns_prompts(model)):
+    if not (adapter and has_virtual_tokens(model)):
         ids, mask = left_padded(prompts, pad)
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     config = model.active_peft_config
@@ -69,7 +69,7 @@ def padding_is_unread(model: PreTrainedModel | PeftModel) -> bool:
         out = base.generate(
             **prompt_inputs(model, prompts),
             **options,
-            logits_processor=[Always(ids[3])],
+            logits_processor=[ForcedToken(ids[3])],
             output_logits=True,
             return_dict_in_generate=True,
         )

@@ -1,7 +1,7 @@
 """A model that answers: a base, a base with any adapter, merged or quantized; one conversation as a stream, many in
 batches. Shared by the terminal, the web page and the evaluation.
 
-    speaker = Speaker.load(SpeakerArguments("models/SmolLM2-135M-Instruct", lora_model="outputs/sft"))
+    speaker = ChatModel.load(ChatModelArguments("models/SmolLM2-135M-Instruct", lora_model="outputs/sft"))
     for piece in speaker.stream(Conversation((Message("user", "Hi"),)), SamplingArguments(temperature=0.7, seed=1)):
         print(piece, end="", flush=True)
 """
@@ -27,18 +27,27 @@ from transformers.generation.streamers import BaseStreamer
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.chat.preference_encoding import encode_prompt
 from stagewise.chat.select import EXAMPLE
-from stagewise.errors import RecordError, SpeakerError
+from stagewise.errors import ChatModelError, RecordError
 from stagewise.formats.parsers import Conversation
-from stagewise.inference.arguments import DRAWING, MAX_NEW_TOKENS, SamplingArguments, SpeakerArguments
-from stagewise.inference.batching import learns_prompts, padding_is_unread, prompt_inputs
-from stagewise.inference.decoding import Ends, Halt, RowChoice, Tokens, Words, around_words, settled_rotations, text_of
+from stagewise.inference.arguments import DRAWING, MAX_NEW_TOKENS, ChatModelArguments, SamplingArguments
+from stagewise.inference.batching import has_virtual_tokens, padding_is_unread, prompt_inputs
+from stagewise.inference.decoding import (
+    RowChoice,
+    StopOnEvent,
+    StopOnText,
+    TextStream,
+    Tokens,
+    around_words,
+    settled_rotations,
+    text_of,
+)
 from stagewise.inference.loading import load_parts
 from stagewise.inference.sampling import random_numbers
 from stagewise.models.attention.choose import attention_for_generation
 from stagewise.models.attention.rope import context_of, rotations
 from stagewise.models.generation_config import finish_generation_config
 
-__all__ = ["Answer", "SamplingArguments", "Speaker", "SpeakerArguments", "SpeakerError"]
+__all__ = ["Answer", "ChatModel", "ChatModelArguments", "ChatModelError", "SamplingArguments"]
 
 UNLIMITED = 1_000_000_000  # the context of a model that names none
 
@@ -52,7 +61,7 @@ class Answer:
     ended: bool
 
 
-class Speaker:
+class ChatModel:
     """A model with its tokenizer and chat template. One answer, or one batch, is generated at a time, even with
     several threads.
 
@@ -73,7 +82,7 @@ class Speaker:
         # end markers of several tokens: they are searched for here, generate does not know them
         self.markers = self.base.generation_config.stop_strings or []
         self.base.generation_config.stop_strings = None
-        self.virtual_tokens = self.adapter.num_virtual_tokens if learns_prompts(model) else 0
+        self.virtual_tokens = self.adapter.num_virtual_tokens if has_virtual_tokens(model) else 0
         longest = context_of(self.base.config) or _sane(tokenizer.model_max_length)
         self.context: int = longest - self.virtual_tokens
         if self.defaults.max_new_tokens is None:
@@ -83,11 +92,11 @@ class Speaker:
         self._pads: bool | None = None
 
     @classmethod
-    def load(cls, args: SpeakerArguments) -> Speaker:
+    def load(cls, args: ChatModelArguments) -> ChatModel:
         """Loads the model, adapter and tokenizer that `args` name.
 
         Raises:
-            SpeakerError: with the flag of what cannot be loaded, before weights are read if possible.
+            ChatModelError: with the flag of what cannot be loaded, before weights are read if possible.
         """
         return cls(*load_parts(args))
 
@@ -97,14 +106,14 @@ class Speaker:
         """The prompt's ids up to the start of the answer.
 
         The earliest exchanges are dropped until `max_new_tokens` (default: the model's own) fit into the context.
-        Raises SpeakerError if the last question alone is too long.
+        Raises ChatModelError if the last question alone is too long.
         """
         return self.fitted(conversation, max_new_tokens)[0]
 
     def longest_question(self, max_new_tokens: int) -> int:
-        """The tokens that the context leaves for a prompt beside an answer. Raises SpeakerError if it leaves none."""
+        """The tokens that the context leaves for a prompt beside an answer. Raises ChatModelError if none."""
         if max_new_tokens >= self.context:
-            raise SpeakerError(
+            raise ChatModelError(
                 f"--max_new_tokens {max_new_tokens}: the model's context of {self.context} tokens leaves no room for "
                 "a question; lower it"
             )
@@ -118,8 +127,8 @@ class Speaker:
             return encode_prompt(self.tokenizer, self.template, conversation, limit)
         except RecordError as error:
             if error.reason != "prompt too long":
-                raise SpeakerError(str(error)) from error
-            raise SpeakerError(
+                raise ChatModelError(str(error)) from error
+            raise ChatModelError(
                 f"{conversation.where}: the last question alone is longer than the {limit} tokens that the context "
                 f"of {self.context} leaves beside --max_new_tokens {room}: shorten it, lower --max_new_tokens, or "
                 "widen the context (--rope_scaling dynamic)"
@@ -147,7 +156,7 @@ class Speaker:
             stop: once set, ends the answer where it is. Closing the iterator does so, too.
 
         Raises:
-            SpeakerError: for settings that contradict each other, or a question that is too long.
+            ChatModelError: for settings that contradict each other, or a question that is too long.
         """
         settings = self._settings(sampling)
         prompt = self.encode(conversation, settings["max_new_tokens"])
@@ -201,7 +210,7 @@ class Speaker:
         """An answer to each conversation, in order, identical to its answer alone.
 
         Raises:
-            SpeakerError: for settings that contradict each other, or a question that is too long.
+            ChatModelError: for settings that contradict each other, or a question that is too long.
         """
         settings = self._settings(sampling)
         prompts = [self.encode(conversation, settings["max_new_tokens"]) for conversation in conversations]
@@ -215,11 +224,11 @@ class Speaker:
         """The settings for the model: also stop_ids and stop_texts, which end an answer, and bad_words_ids.
 
         Raises:
-            SpeakerError: for settings that contradict each other, or that this tokenizer cannot honor.
+            ChatModelError: for settings that contradict each other, or that this tokenizer cannot honor.
         """
         settings = sampling.settled(self.defaults)
         if settings["min_new_tokens"] and self.markers:
-            raise SpeakerError(
+            raise ChatModelError(
                 f"--min_new_tokens: the end marker {self.markers[0]!r} is several tokens of this tokenizer, which "
                 "cannot be held back; leave it out"
             )
@@ -248,8 +257,8 @@ class Speaker:
                 break
         return Answer(text + ("" if words.ended else words.rest()), tuple(said), words.ended)
 
-    def _words(self, settings: dict[str, Any]) -> Words:
-        return Words(self.tokenizer, settings["stop_ids"], *self.around, settings["stop_texts"])
+    def _words(self, settings: dict[str, Any]) -> TextStream:
+        return TextStream(self.tokenizer, settings["stop_ids"], *self.around, settings["stop_texts"])
 
     def _batches(self, prompts: Sequence[Sequence[int]], size: int, longest: int) -> Iterator[list[int]]:
         """Rows of similar lengths; rows that cannot be padded exactly, or have their own positions, stay separate."""
@@ -312,9 +321,9 @@ class Speaker:
         ):
             inputs = prompt_inputs(self.model, prompts, adapter=adapter)
             begin = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-            criteria: list[StoppingCriteria] = [Halt(halts)] if halts else []
+            criteria: list[StoppingCriteria] = [StopOnEvent(halts)] if halts else []
             if settings["stop_texts"]:
-                criteria.append(Ends(self.tokenizer, settings["stop_texts"], begin))
+                criteria.append(StopOnText(self.tokenizer, settings["stop_texts"], begin))
             output = self.base.generate(
                 **inputs,
                 generation_config=config,
@@ -327,7 +336,7 @@ class Speaker:
     @contextmanager
     def _speaking(self, adapter: bool) -> Iterator[None]:
         """Switches the adapter off within the context if only the base is to answer."""
-        if adapter or self.adapter is None or learns_prompts(self.model):
+        if adapter or self.adapter is None or has_virtual_tokens(self.model):
             yield
         else:
             with self.model.disable_adapter():

@@ -33,7 +33,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from stagewise.inference.sampling import draw
+from stagewise.inference.sampling import sample_token
 
 # Settings that exclude tokens from sampling, in transformers' order, and the value that excludes none.
 FILTERS = {
@@ -91,7 +91,7 @@ class RowChoice(LogitsProcessor):
             return scores
         for each in self.filters:
             scores = each(input_ids, scores)
-        tokens = draw(scores.float().softmax(dim=-1), self.numbers[:, said.shape[1]].to(scores.device))
+        tokens = sample_token(scores.float().softmax(dim=-1), self.numbers[:, said.shape[1]].to(scores.device))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
     def _penalised(self, row: int, said: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ class RowChoice(LogitsProcessor):
         return scores
 
 
-class Always(LogitsProcessor):
+class ForcedToken(LogitsProcessor):
     """Forces one token whatever the logits are: two runs can then be compared on the same text."""
 
     def __init__(self, token: int):
@@ -114,7 +114,7 @@ class Always(LogitsProcessor):
         return chosen
 
 
-class Halt(StoppingCriteria):
+class StopOnEvent(StoppingCriteria):
     """Ends all rows where they are, once one of the events is set."""
 
     def __init__(self, events: Sequence[threading.Event]):
@@ -124,7 +124,7 @@ class Halt(StoppingCriteria):
         return torch.full((len(input_ids),), any(event.is_set() for event in self.events), device=input_ids.device)
 
 
-class Ends(StoppingCriteria):
+class StopOnText(StoppingCriteria):
     """Ends each row once its answer contains one of the texts; the end of the prompt does not count.
 
     Args:
@@ -161,7 +161,7 @@ class Tokens(BaseStreamer):
         """Does nothing: the generating thread reports its own end."""
 
 
-class Words:
+class TextStream:
     """Turns an answer's ids into pieces of text as they arrive: complete characters only, without surrounding white
     space.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stagewise.formats.json_lines import json_bytes
 from stagewise.formats.parsers import Conversation, Message
-from stagewise.inference.chat_model import Answer, SamplingArguments, Speaker
+from stagewise.inference.chat_model import Answer, ChatModel, SamplingArguments
 
 COMMANDS = {
     "/clear": "forget what was said",
@@ -25,7 +25,7 @@ HELP = "\n".join(f"  {name:<17} {what}" for name, what in COMMANDS.items()) + (
 )
 
 
-class Talk:
+class ChatSession:
     """One conversation with a chat model.
 
     Attributes:
@@ -34,7 +34,7 @@ class Talk:
         forgotten: exchanges at the beginning that did not fit into the last answer's context.
     """
 
-    def __init__(self, speaker: Speaker, sampling: SamplingArguments, system: str | None = None):
+    def __init__(self, speaker: ChatModel, sampling: SamplingArguments, system: str | None = None):
         self.speaker, self.sampling, self.system = speaker, sampling, system
         self.messages: list[Message] = []
         self.forgotten = 0
@@ -43,7 +43,7 @@ class Talk:
     def ask(self, question: str, stop: threading.Event | None = None) -> Generator[str, None, Answer]:
         """Yields the answer's pieces; question and answer then belong to the conversation.
 
-        A stopped answer is kept as far as it came. Raises SpeakerError, and the conversation stays as it was.
+        A stopped answer is kept as far as it came. Raises ChatModelError, and the conversation stays as it was.
         """
         return self._answer(self.messages, question, stop, again=0)
 
@@ -57,7 +57,7 @@ class Talk:
         self, earlier: list[Message], question: str, stop: threading.Event | None, again: int
     ) -> Generator[str, None, Answer]:
         """Refuses what cannot be asked right away, not at the first piece."""
-        messages = [*with_words(earlier), Message("user", question)]
+        messages = [*answered_messages(earlier), Message("user", question)]
         asked = Conversation(tuple(messages), self.system, where="this conversation")
         settings = self.sampling.settled(self.speaker.defaults)
         seen = self.speaker.fitted(asked, settings["max_new_tokens"])[1].messages
@@ -88,7 +88,7 @@ class Talk:
         Raises:
             ValueError: the conversation is empty, or the file cannot be written.
         """
-        said = with_words(self.messages)
+        said = answered_messages(self.messages)
         if not said:
             raise ValueError("nothing was said yet")
         names = {"user": "human", "assistant": "gpt"}
@@ -102,7 +102,7 @@ class Talk:
         return len(said)
 
 
-def with_words(messages: list[Message]) -> list[Message]:
+def answered_messages(messages: list[Message]) -> list[Message]:
     """Questions with their answers, without those stopped before the first word: they can't be trained on."""
     pairs = zip(messages[::2], messages[1::2], strict=True)
     return [message for pair in pairs if pair[1].content.strip() for message in pair]

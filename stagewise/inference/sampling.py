@@ -70,7 +70,7 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return shares
 
 
-def draw(shares: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def sample_token(shares: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative sum of a row's probabilities exceeds its number: (B, V), (B,) -> (B,)."""
     running = shares.cumsum(dim=-1)
     total = running[:, -1:]
@@ -80,7 +80,7 @@ def draw(shares: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def ready_to_speak(model: nn.Module) -> Iterator[None]:
+def adapters_folded(model: nn.Module) -> Iterator[None]:
     """Folds LoRA and AdaLoRA into the weights within the context, so that a token costs no more than with the base
     alone.
 
@@ -193,7 +193,7 @@ def sample_answers(
         cache = output.get("past_key_values")
         if cache is None:
             raise GenerationError(f"{type(base).__name__} keeps no keys and values: it cannot be sampled from")
-        tokens = draw(probabilities(output.logits[:, -1], sampling), numbers[rows, step])
+        tokens = sample_token(probabilities(output.logits[:, -1], sampling), numbers[rows, step])
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in speaking:
                 answers[row].append(token)

@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch import nn
 
-from stagewise.losses import learned_positions
+from stagewise.losses import label_positions
 
 
 def takes_kept_logits(model: nn.Module) -> bool:
@@ -20,7 +20,7 @@ def takes_kept_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def learned_logits(
+def label_logits(
     model: nn.Module, inputs: dict[str, torch.Tensor], keep_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits at the positions whose next token has a label, and those tokens.
@@ -35,7 +35,7 @@ def learned_logits(
     """
     labels = inputs["labels"]
     features = {name: value for name, value in inputs.items() if name not in ("labels", "index")}
-    positions = learned_positions(labels)
+    positions = label_positions(labels)
     targets = labels[:, positions + 1]
     positions = positions - labels.shape[1]  # counted from the end: virtual tokens of an adapter may precede the row
     if keep_logits:
@@ -47,7 +47,7 @@ def document_sums(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torc
     """Sums of per-token values for each record of a batch.
 
     Args:
-        values: (B, K), at the positions of `learned_positions(inputs["labels"])`.
+        values: (B, K), at the positions of `label_positions(inputs["labels"])`.
         inputs: the batch; a packed one (it has `position_ids`) holds several documents in its one row.
 
     Returns:
@@ -58,7 +58,7 @@ def document_sums(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torc
     document = (inputs["position_ids"][0] == 0).cumsum(0) - 1
     sums = values.new_zeros(int(document[-1]) + 1)
     # A token belongs to the document at its own position, one after the position that predicts it.
-    return sums.index_add_(0, document[learned_positions(inputs["labels"]) + 1], values[0])
+    return sums.index_add_(0, document[label_positions(inputs["labels"]) + 1], values[0])
 
 
 class EmbeddingNoise:

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from stagewise.reports.only_shown import only_shown
+from stagewise.reports.only_shown import errors_logged
 
 WIDEST_BAR = 30
 # Left out of an evaluation's line: constant, or unrelated to the model.
 UNSAID = ("epoch", "total_flos", "eval_samples_per_second", "eval_steps_per_second")
 
 
-def duration(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
     """3:04, or 2:03:04 from an hour on."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -73,12 +73,12 @@ def line_of(phase: str, done: int, total: int, words: list[str], columns: int) -
     return f"{head} {'━' * full}{'╌' * (width - full)}{tail}"
 
 
-def say(message: str) -> None:
+def write_log_line(message: str) -> None:
     """Writes a log line above the progress line, if there is one."""
     tqdm.write(message, file=sys.stderr, end="")
 
 
-def quieten() -> None:
+def hide_progress_bars() -> None:
     """--quiet: also hides the progress bars of libraries that load models and datasets."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
@@ -96,26 +96,26 @@ class Progress(TrainerCallback):
         self.began: tuple[float, int] | None = None  # when steps began, and how many were done then
         self.training = False
 
-    @only_shown("progress")
+    @errors_logged("progress")
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
         self._show("train", state.global_step, state)
 
-    @only_shown("progress")
+    @errors_logged("progress")
     def on_epoch_begin(self, args, state, control, **kwargs):
         """After --eval_on_start, and before the first batch is made: PPO's is a whole rollout."""
         self.began = self.began or (time.time(), state.global_step)
 
-    @only_shown("progress")
+    @errors_logged("progress")
     def on_step_end(self, args, state, control, **kwargs):
         self._show("train", state.global_step, state)
 
-    @only_shown("progress")
+    @errors_logged("progress")
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self.evaluated += 1
         self._show("evaluate", self.evaluated, state, total=len(eval_dataloader))
 
-    @only_shown("progress")
+    @errors_logged("progress")
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated = 0
         if self.training:
@@ -123,7 +123,7 @@ class Progress(TrainerCallback):
         else:
             self.close(leave=False)
 
-    @only_shown("progress")
+    @errors_logged("progress")
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
@@ -138,7 +138,7 @@ class Progress(TrainerCallback):
         left = self._left(state)
         logger.info(f"step {state.global_step}/{state.max_steps}{f' ({left})' if left else ''} {words}")
 
-    @only_shown("progress")
+    @errors_logged("progress")
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False
         self.close()
@@ -155,7 +155,7 @@ class Progress(TrainerCallback):
         if self.began is None or not self.began[1] < state.global_step < state.max_steps:
             return ""
         a_step = (time.time() - self.began[0]) / (state.global_step - self.began[1])
-        return f"{duration(a_step * (state.max_steps - state.global_step))} left"
+        return f"{clock_text(a_step * (state.max_steps - state.global_step))} left"
 
     def _show(self, phase: str, done: int, state, total: int | None = None) -> None:
         if not (self.updates and state.is_world_process_zero):

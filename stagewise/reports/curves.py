@@ -117,7 +117,7 @@ def line_of(history: History, name: str, label: str, noisy: bool = True) -> Line
     return Line(label, points, span, smoothed(points, span) if span else [])
 
 
-def drawn(history: History, panels: Sequence[Panel]) -> list[tuple[Panel, list[Line]]]:
+def panels_with_points(history: History, panels: Sequence[Panel]) -> list[tuple[Panel, list[Line]]]:
     """The panels that the log has points for, each with its lines."""
     found = []
     for panel in panels:
@@ -132,11 +132,11 @@ def drawn(history: History, panels: Sequence[Panel]) -> list[tuple[Panel, list[L
 
 def write_pictures(history: History, folder: Path) -> list[Path]:
     """Writes loss.png, and curves.png if there is more than a loss (RM, DPO, PPO); returns the paths."""
-    more = [panel for panel, _ in drawn(history, LEARNING) if panel.title != "perplexity"]
+    more = [panel for panel, _ in panels_with_points(history, LEARNING) if panel.title != "perplexity"]
     wanted = {"loss.png": [LOSS], "curves.png": more}
     written = []
     for name, panels in wanted.items():
-        if found := drawn(history, panels):
+        if found := panels_with_points(history, panels):
             _picture(found, folder / name)
             written.append(folder / name)
     return written

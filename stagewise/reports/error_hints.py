@@ -23,8 +23,8 @@ LESS_MEMORY = (
 
 
 @contextmanager
-def advised(flag: str, place: str | Path | None, less_memory: str, status: int = 1) -> Iterator[None]:
-    """Ends a program without training in one line if memory or disk ran out in the block; see `advice_on`.
+def errors_explained(flag: str, place: str | Path | None, less_memory: str, status: int = 1) -> Iterator[None]:
+    """Ends a program without training in one line if memory or disk ran out in the block; see `explain_error`.
 
     Args:
         flag: the flag of the output path.
@@ -49,7 +49,7 @@ def advised(flag: str, place: str | Path | None, less_memory: str, status: int =
         raise SystemExit(status) from error
 
 
-def advice_on(error: BaseException, output_dir: Path) -> str | None:
+def explain_error(error: BaseException, output_dir: Path) -> str | None:
     """One line for an error that a user can fix; None for others, which keep Python's traceback."""
     said = str(error).strip().split("\n")[0]
     if _is_out_of_memory(error):

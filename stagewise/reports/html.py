@@ -42,11 +42,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable
 
 def pairs(items: Iterable[tuple[str, Any]]) -> str:
     """A table of names and values."""
-    body = "".join(f"<tr><th>{text(name)}</th><td>{text(shown(value))}</td></tr>" for name, value in items)
+    body = "".join(f"<tr><th>{text(name)}</th><td>{text(readable(value))}</td></tr>" for name, value in items)
     return f'<div class="wide"><table>{body}</table></div>' if body else '<p class="soft">none</p>'
 
 
-def duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """12.3 s, 3 min 4 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -55,18 +55,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
-def shown(value: Any) -> str:
+def readable(value: Any) -> str:
     """A value of run.json in readable form."""
     if value is None:
         return ""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {readable(each)}" for name, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(readable, value))
     return number(value) if isinstance(value, float) else str(value)
 
 
-def bare(name: str) -> str:
+def metric_name(name: str) -> str:
     """A metric's name in words, without the prefix for validation."""
     return name.removeprefix("eval_").replace("_", " ")
 

@@ -11,8 +11,8 @@ from loguru import logger
 from transformers.utils import logging as transformers_logging
 
 from stagewise.artifacts.processes import is_main
-from stagewise.reports.console import say
-from stagewise.reports.results import has_colour
+from stagewise.reports.console import write_log_line
+from stagewise.reports.results import has_color
 from stagewise.reports.terminal_text import log_visible_text
 
 
@@ -21,8 +21,10 @@ def set_up_logging() -> None:
     logger.remove()
     log_visible_text()
     level = "INFO" if is_main() else "ERROR"
-    color = has_colour(sys.stderr)
-    logger.add(say, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=color)
+    color = has_color(sys.stderr)
+    logger.add(
+        write_log_line, level=level, format="<green>{time:HH:mm:ss}</green> <level>{message}</level>", colorize=color
+    )
     transformers_logging.set_verbosity_error()
     # Deprecations inside transformers and PEFT, which users of these scripts cannot act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

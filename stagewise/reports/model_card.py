@@ -72,13 +72,13 @@ def _first_lines(lineage: list[dict[str, Any]], scores: bool) -> str:
     base, _ = first_model(lineage)
     stages = [STAGES[step["stage"]].title for step in lineage if step["stage"] in STAGES]
     kind = "A reward model: one score for a conversation with its answer" if scores else "A language model"
-    made = f", made from {code(called(base))}" if base else ""
+    made = f", made from {code(public_name(base))}" if base else ""
     through = f" by {', then '.join(stages)}" if stages else " by merging an adapter that was trained elsewhere"
     return f"{kind}{made}{through}. The training records are described below; they are not part of this repository."
 
 
 def _license(license: dict[str, str], lineage: list[dict[str, Any]]) -> str:
-    base = called(first_model(lineage)[0] or "?")
+    base = public_name(first_model(lineage)[0] or "?")
     if license["id"] == UNKNOWN:
         return (
             f"**Unknown.** {license['source']}. Find out under which terms the base, {code(base)}, may be used "
@@ -94,15 +94,15 @@ def _steps(lineage: list[dict[str, Any]]) -> str:
         records = step.get("data", {}).get("train", {}).get("kept")
         what = STEP_TITLES.get(step["stage"], step["stage"])
         if reward := (step.get("reward_model") or {}).get("path"):
-            what += f", scored by {code(called(reward))}"
+            what += f", scored by {code(public_name(reward))}"
         if merged := step.get("merged_adapter"):
-            what += f", on the model with {code(called(merged))} merged in"
+            what += f", on the model with {code(public_name(merged))} merged in"
         if earlier := step.get("continued_adapter"):
-            what += f", continuing from {code(called(earlier))}"
+            what += f", continuing from {code(public_name(earlier))}"
         cells = [
             number,
             what,
-            code(called(step.get("base_model") or "?")),
+            code(public_name(step.get("base_model") or "?")),
             step.get("method", ""),
             step.get("steps", ""),
         ]
@@ -197,7 +197,7 @@ def _check(manifest: dict[str, Any]) -> str:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def called(path: str) -> str:
+def public_name(path: str) -> str:
     """A model's name for other readers: of a local directory only the last part."""
     return Path(path).name if Path(path).is_absolute() else path
 

@@ -9,7 +9,7 @@ from loguru import logger
 
 
 @contextmanager
-def only_shown(what: str) -> Iterator[None]:
+def errors_logged(what: str) -> Iterator[None]:
     """Logs errors of a block, or a decorated function, as warnings: training continues without its output.
 
     Not for code in which other processes take part: they would wait for the one that left it.

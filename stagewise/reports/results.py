@@ -28,12 +28,14 @@ def read_results(folder: Path, split: str) -> dict[str, Any] | None:
     return read_object(path, "delete it") if path.is_file() else None
 
 
-def has_colour(stream: TextIO) -> bool:
+def has_color(stream: TextIO) -> bool:
     """Whether to write colors to a stream: only to a terminal, and not if NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, color: bool, longest: int | None = None) -> str:
+def mark_labels(
+    tokenizer: PreTrainedTokenizerBase, example: Example, *, color: bool, longest: int | None = None
+) -> str:
     """An example's text with labels in green and context gray; without color, text with labels between «».
 
     `longest`: spans of more characters are shortened in the middle.
@@ -59,7 +61,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example, *, color: bool,
 
 def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     """Logs one training example in the form of `marked`."""
-    text = marked(tokenizer, example, color=has_colour(sys.stderr))
+    text = mark_labels(tokenizer, example, color=has_color(sys.stderr))
     where = visible(example.where)
     colored = logger.bind(colored=True)  # control characters have been made visible; the colors must pass
     colored.opt(raw=True).info(f"one training sample ({where}), learned tokens marked:\n{text}\n\n")

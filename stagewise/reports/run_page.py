@@ -14,9 +14,9 @@ from typing import Any
 
 from stagewise.artifacts.eval_samples import read_samples, sampled_steps
 from stagewise.artifacts.json_files import write_durably
-from stagewise.artifacts.lineage import first_model, plain
-from stagewise.reports.curves import COSTS, LEARNING, LOSS, STEPS, History, drawn, figure, number
-from stagewise.reports.html import anchor, bare, document, duration, pairs, shown, table, text
+from stagewise.artifacts.lineage import first_model, plain_metrics
+from stagewise.reports.curves import COSTS, LEARNING, LOSS, STEPS, History, figure, number, panels_with_points
+from stagewise.reports.html import anchor, document, duration_text, metric_name, pairs, readable, table, text
 from stagewise.reports.model_card import STEP_TITLES
 
 PAGE = "report.html"
@@ -82,12 +82,12 @@ def _tiles(manifest: dict[str, Any], history: History) -> str:
         values = [metrics[name] for _, metrics in evaluations if name in metrics]
         if values:
             was = f"{number(values[0])} → " if len(values) > 1 else ""
-            found.append((f"{bare(name)}, validation", f"{was}{number(values[-1])}"))
+            found.append((f"{metric_name(name)}, validation", f"{was}{number(values[-1])}"))
     steps = manifest.get("steps", max((log.get("step", 0) for log in history), default=0))
     found.append(("optimizer steps", f"{steps:,}"))
     if manifest.get("seconds") is not None:
         label = "time since it was resumed" if manifest.get("resumed_from") else "time"
-        found.append((label, duration(manifest["seconds"])))
+        found.append((label, duration_text(manifest["seconds"])))
     memory = manifest.get("peak_gpu_memory_gib", manifest.get("peak_memory_gib"))
     if memory is not None:
         kind = "GPU memory" if "peak_gpu_memory_gib" in manifest else "memory"
@@ -102,26 +102,26 @@ def _result(manifest: dict[str, Any], history: History) -> str:
         return '<p class="soft">No evaluation was made: there were no validation records, or the run ended before.</p>'
     names = list(dict.fromkeys(name for _, metrics in evaluations for name in metrics if not name.endswith(ERROR)))
     rows = [[step, *(_with_error(metrics, name) for name in names)] for step, metrics in evaluations]
-    return table(["step", *map(bare, names)], rows, numbers=range(len(names) + 1))
+    return table(["step", *map(metric_name, names)], rows, numbers=range(len(names) + 1))
 
 
 def _with_error(metrics: dict[str, Any], name: str) -> str:
     error = metrics.get(name + ERROR)
-    return shown(metrics.get(name)) + (f" ± {error:.2g}" if isinstance(error, float) else "")
+    return readable(metrics.get(name)) + (f" ± {error:.2g}" if isinstance(error, float) else "")
 
 
 def _evaluations(history: History) -> list[tuple[int, dict[str, Any]]]:
     """(step, metrics) of each evaluation; at the same step the later one counts."""
     found = {}
     for log in history:
-        metrics = {name: value for name, value in plain(log).items() if name.startswith("eval_")}
+        metrics = {name: value for name, value in plain_metrics(log).items() if name.startswith("eval_")}
         if metrics:
             found[log["step"]] = metrics
     return sorted(found.items())
 
 
 def _curves(history: History) -> str:
-    found = drawn(history, (LOSS, *LEARNING, *STEPS, *COSTS))
+    found = panels_with_points(history, (LOSS, *LEARNING, *STEPS, *COSTS))
     if not found:
         return '<p class="soft">Nothing was logged before the run ended.</p>'
     averaged = any(line.average for _, lines in found for line in lines)
@@ -189,7 +189,7 @@ def _data(manifest: dict[str, Any]) -> str:
     if (data.get("train") or {}).get("sources"):
         sources = data["train"]["sources"]
         names = list(dict.fromkeys(name for source in sources for name in source))
-        rows = [[shown(source.get(name)) for name in names] for source in sources]
+        rows = [[readable(source.get(name)) for name in names] for source in sources]
         parts.append(f"<h3>Sources</h3>{table([name.replace('_', ' ') for name in names], rows)}")
     summary = data.get("summary") or {}
     for name in ("train", "validation", "step"):
@@ -218,7 +218,7 @@ def _steps(steps: Sequence[dict[str, Any]], now: bool = False) -> str:
         for name, value in metrics.get("eval", {}).items():
             if name in ("eval_loss", "eval_accuracy", "eval_reward"):
                 was = metrics.get("eval_before", {}).get(name)
-                told.append(f"{bare(name)} {'' if was is None else f'{number(was)} → '}{number(value)}")
+                told.append(f"{metric_name(name)} {'' if was is None else f'{number(was)} → '}{number(value)}")
         from_where = [f"from {step.get('base_model')}"]
         from_where += [f"adapter {step[name]}" for name in ("adapter", "continued_adapter") if step.get(name)]
         from_where += [f"with {step['merged_adapter']} merged in"] if step.get("merged_adapter") else []
@@ -275,29 +275,29 @@ def _flags(manifest: dict[str, Any]) -> str:
     replaced, settled = manifest.get("replaced") or {}, manifest.get("settled") or {}
     notes = {name: [f"replaces {', '.join(values)}"] for name, values in replaced.items()}
     for name, value in settled.items():
-        notes.setdefault(name, []).append(f"given as {shown(value)}")
+        notes.setdefault(name, []).append(f"given as {readable(value)}")
     flags = manifest.get("flags") or {}
     if not notes:
         return pairs((f"--{name}", value) for name, value in flags.items())
-    rows = [(f"--{name}", shown(value), "; ".join(notes.get(name, ()))) for name, value in flags.items()]
+    rows = [(f"--{name}", readable(value), "; ".join(notes.get(name, ()))) for name, value in flags.items()]
     return table(["flag", "value", ""], rows)
 
 
 def _cost(manifest: dict[str, Any], history: History) -> str:
     rows: list[tuple[str, str]] = []
     if manifest.get("seconds") is not None:
-        rows.append(("time, from the start of the program", duration(manifest["seconds"])))
+        rows.append(("time, from the start of the program", duration_text(manifest["seconds"])))
     speeds = [log["tokens_per_second"] for log in history if "tokens_per_second" in log]
     if speeds:
         median = sorted(speeds)[len(speeds) // 2]
         rows.append(("tokens per second of training, all processes, median", f"{median:,.0f}"))
     for log in reversed(history):
         if "train_runtime" in log:
-            rows.append(("time of training, evaluations included", duration(log["train_runtime"])))
+            rows.append(("time of training, evaluations included", duration_text(log["train_runtime"])))
             break
     evaluating = sum(log["eval_runtime"] for log in history if "eval_runtime" in log)
     if evaluating:
-        rows.append(("time of evaluations, without their samples", duration(evaluating)))
+        rows.append(("time of evaluations, without their samples", duration_text(evaluating)))
     kinds = (("peak_memory_gib", "peak memory of the main process"),)
     kinds += (("peak_gpu_memory_gib", "peak GPU memory of the main process's tensors"),)
     rows += [(label, f"{manifest[name]:.2f} GiB") for name, label in kinds if manifest.get(name) is not None]

@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
 
 from stagewise.artifacts.eval_samples import read_samples
-from stagewise.reports.only_shown import only_shown
+from stagewise.reports.only_shown import errors_logged
 from stagewise.reports.terminal_text import visible
 
 OPTIMISER = ("learning_rate", "grad_norm", "epoch", "kl_coef", "clip_fraction")
@@ -70,7 +70,7 @@ class Board(TrainerCallback):
         self.writer: SummaryWriter | None = None
         self.resumed_at = 0
 
-    @only_shown("TensorBoard")
+    @errors_logged("TensorBoard")
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
             return
@@ -84,7 +84,7 @@ class Board(TrainerCallback):
         for part in hparams(self._hyperparameters(args), dict.fromkeys(names, 0.0)):
             self._write(part)
 
-    @only_shown("TensorBoard")
+    @errors_logged("TensorBoard")
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
@@ -95,7 +95,7 @@ class Board(TrainerCallback):
                 writer.add_scalar(tag, value, state.global_step)
         writer.flush()
 
-    @only_shown("TensorBoard")
+    @errors_logged("TensorBoard")
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
@@ -104,7 +104,7 @@ class Board(TrainerCallback):
             writer.add_text(f"samples/{number}", as_text(sample), state.global_step)
         writer.flush()  # an evaluation alone ends here
 
-    @only_shown("TensorBoard")
+    @errors_logged("TensorBoard")
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer is not None:
             self.writer.flush()

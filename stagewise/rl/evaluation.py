@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from stagewise.formats.json_lines import write_json_lines
 from stagewise.inference.sampling import EVALUATION, repetition
 from stagewise.training.metrics import perplexity, standard_error
-from stagewise.training.sample_generations import Sample, Text, chosen
+from stagewise.training.sample_generations import Sample, Text, choose_examples
 
 COLUMNS = ("score", "kl", "length", "nll", "ended", "repetition")
 
@@ -69,7 +69,7 @@ class EvaluatesAnswers:
         """Some of the responses that the last evaluation scored (--eval_samples)."""
         answers = {answer["where"]: answer for answer in self.answers if answer["number"] == 0}
         samples = []
-        for place in chosen(self, count):
+        for place in choose_examples(self, count):
             prompt = self.eval_dataset.examples[place]
             own = answers[prompt.where]
             text = Text("answer", own["answer"], own["score"], own["ended"])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from stagewise.data.examples import IGNORE_INDEX
-from stagewise.losses import learned_positions, token_nll
+from stagewise.losses import label_positions, token_nll
 from stagewise.models.forward import takes_kept_logits
 from stagewise.models.reward_head import Float32Linear
 
@@ -98,7 +98,7 @@ class Policy:
         A).
         """
         features = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        places = learned_positions(batch["labels"])
+        places = label_positions(batch["labels"])
         if self.takes_positions:
             features["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         if self.keep_logits:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, proxy
 
 from tokenizers import decoders
 
-from stagewise.tokenizer.word_cache import Words, keeps_spaces, word_pattern
+from stagewise.tokenizer.word_cache import WordCache, keeps_spaces, word_pattern
 
 # Texts that a tokenizer may treat specially after a special token, and on which its two interfaces might differ.
 PROBES = ("a", " a", "  a", "\na", "\n\n a", "\n", " ", "1", ".", "é", "É a", "中", "🍯", "<", "_a")
@@ -47,7 +47,7 @@ class PieceEncoder:
         self._backend = self._find_backend()
         self._own = threading.local()
         pattern = word_pattern(self._backend) if self._backend is not None else None
-        self._by_words = Words(pattern, self._by_backend) if pattern else self._by_backend
+        self._by_words = WordCache(pattern, self._by_backend) if pattern else self._by_backend
         newline, after_newline, alone = (ids.tolist() for ids in self.encode(["\n", "\na", "a"]))
         treated = after_newline != newline + alone and after_newline[: len(newline)] == newline
         self._middle = ("\n", array("i", newline)) if treated else ("", array("i"))

@@ -39,7 +39,7 @@ PART = 1 << 14  # characters whose words are processed at a time; more would not
 Encode = Callable[[Sequence[str]], list[array]]
 
 
-class Words:
+class WordCache:
     """Maps texts to token ids through a cache of their words.
 
     Args:

@@ -45,12 +45,14 @@ def dry_run(trainer: Trainer, peak_gib: Callable[[], float]) -> None:
     batch = next(iter(loader))
     rollout = 0.0 if schedule is None else (time.perf_counter() - started) / schedule.minibatches
     short = short_batch(trainer, batch) if args.device.type == "cpu" else None
-    logger.info(f"dry run: measures {words_of(short, batch)}, forward and backward; nothing is trained or written")
+    logger.info(
+        f"dry run: measures {describe_measurement(short, batch)}, forward and backward; nothing is trained or written"
+    )
     loss, seconds, held, grown = measure(trainer, short or batch)
     if short is not None or seconds < LONG:  # the first pass also allocates gradients and compiles or loads kernels
         loss, seconds, held, grown = measure(trainer, short or batch)
     optimizer, state = measure_optimizer(trainer)
-    share = 1.0 if short is None else work(batch, model) / work(short, model)
+    share = 1.0 if short is None else count_operations(batch, model) / count_operations(short, model)
     tokens = 1.0 if short is None else batch["input_ids"].numel() / short["input_ids"].numel()
     peak = peak_gib()
     if short is not None:
@@ -142,7 +144,7 @@ def release_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-def work(batch: Mapping[str, Any], model: PreTrainedModel) -> float:
+def count_operations(batch: Mapping[str, Any], model: PreTrainedModel) -> float:
     """Floating-point operations of a batch, up to a factor: 6 per weight and token, 12 d per layer and token pair."""
     rows, length = batch["input_ids"].shape
     config = model.config.get_text_config()
@@ -154,7 +156,7 @@ def work(batch: Mapping[str, Any], model: PreTrainedModel) -> float:
     return rows * length * (6 * weights + pairs)
 
 
-def words_of(short: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> str:
+def describe_measurement(short: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> str:
     """A description of what is measured: "256 tokens for a batch of 1 × 2048"."""
     if short is not None:
         rows, length = batch["input_ids"].shape

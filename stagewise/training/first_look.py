@@ -34,7 +34,7 @@ TOKENIZERS = ("tokenizer_name_or_path", "tokenizer_path")
 FILES = ("data_file", "text_file")
 
 
-def say_error(text: str) -> None:
+def print_error_once(text: str) -> None:
     """Prints an error in one line, once per machine.
 
     Processes with the same error get here at about the same time: the first of the machine prints it, and its launcher
@@ -95,7 +95,7 @@ def first_look(
             if isinstance(part, DataArguments) and texts:
                 _check_data(part, given, texts)
     except ArgumentError as error:
-        say_error(str(error))
+        print_error_once(str(error))
         raise SystemExit(status) from None
     finally:
         logger.enable("stagewise")
@@ -106,7 +106,7 @@ def look_at_models(flags: Any) -> None:
     try:
         _check_models(flags)
     except ArgumentError as error:
-        say_error(str(error))
+        print_error_once(str(error))
         raise SystemExit(1) from None
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from stagewise.data.packing import PackedRows
-from stagewise.data.statistics import Step, StepSize, measure, packed_step, padded_step
+from stagewise.data.statistics import StepContents, StepSize, measure, packed_step, padded_step
 from stagewise.data.worker_signals import outlive_termination
 from stagewise.training.evaluation_set import padded_length
 
@@ -66,7 +66,7 @@ class GroupsByLength:
             own.worker_init_fn = partial(outlive_termination, before=own.worker_init_fn)
         return loader
 
-    def step_contents(self) -> Step:
+    def step_contents(self) -> StepContents:
         """The contents of an optimizer step."""
         rows, size = self.train_dataset, StepSize.of(self.args, self.args.world_size)
         if not isinstance(rows, PackedRows):

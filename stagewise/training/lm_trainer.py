@@ -16,16 +16,16 @@ from stagewise.data.packing import PackedRows, PaddedCollator, collate_packed
 from stagewise.data.streaming.dataset import RecordStream
 from stagewise.losses import token_nll
 from stagewise.models.attention.choose import packs_exactly
-from stagewise.models.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
+from stagewise.models.forward import EmbeddingNoise, document_sums, label_logits, takes_kept_logits
 from stagewise.models.router_loss import BalancesExperts, RouterLoss
 from stagewise.training.callbacks import Resumes
 from stagewise.training.evaluation_set import WithIndex
 from stagewise.training.finiteness import SkipsNonFinite
 from stagewise.training.length_grouping import GroupsByLength
-from stagewise.training.resume.position import KeepsPlace
-from stagewise.training.sample_generations import Sample, chosen, continued
+from stagewise.training.resume.position import KeepsPosition
+from stagewise.training.sample_generations import Sample, choose_examples, generate_samples
 from stagewise.training.stream_trainer import TakesStreams
-from stagewise.training.throughput import TellsSpeed
+from stagewise.training.throughput import LogsSpeed
 
 
 def training_rows(
@@ -71,7 +71,7 @@ def training_rows(
 
 
 class LanguageModelTrainer(
-    TakesStreams, KeepsPlace, GroupsByLength, BalancesExperts, SkipsNonFinite, Resumes, TellsSpeed, Trainer
+    TakesStreams, KeepsPosition, GroupsByLength, BalancesExperts, SkipsNonFinite, Resumes, LogsSpeed, Trainer
 ):
     """The token loss of the stages that train on text; the stage's own subclass has `compute_loss`."""
 
@@ -94,12 +94,12 @@ class LanguageModelTrainer(
         """Negative log-likelihoods of the tokens with labels, and those tokens (-100 elsewhere): (B, K), (B, K)."""
         if self.noise:
             self.noise.see(inputs)
-        logits, targets = learned_logits(model, inputs, self.keep_logits)
+        logits, targets = label_logits(model, inputs, self.keep_logits)
         return token_nll(logits, targets), targets
 
     def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
         """The model's answers to a few validation records, beside the reference answers (--eval_samples)."""
-        return continued(self, chosen(self, count), stops, synced)
+        return generate_samples(self, choose_examples(self, count), stops, synced)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Each record's summed loss and number of labels, (B, 2), and its index, (B,)."""

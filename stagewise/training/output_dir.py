@@ -48,7 +48,7 @@ def check_output_dir(args: StageArguments) -> None:
 HOW = ("resume_from_checkpoint", "quiet")  # flags that affect how a run is executed, not its result
 
 
-def says_finished(args: StageArguments, stage: str, flags: dict[str, Any]) -> bool:
+def is_already_finished(args: StageArguments, stage: str, flags: dict[str, Any]) -> bool:
     """Whether --resume_from_checkpoint True finds a finished run with the same flags or steps; logs it then.
 
     Args:

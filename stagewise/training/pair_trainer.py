@@ -20,9 +20,9 @@ from stagewise.formats.parsers import parse_preference
 from stagewise.training.callbacks import Resumes
 from stagewise.training.finiteness import SkipsNonFinite
 from stagewise.training.length_grouping import GroupsByLength
-from stagewise.training.resume.position import KeepsPlace
-from stagewise.training.sample_generations import Sample, chosen, scored_pairs
-from stagewise.training.throughput import TellsSpeed
+from stagewise.training.resume.position import KeepsPosition
+from stagewise.training.sample_generations import Sample, choose_examples, scored_pairs
+from stagewise.training.throughput import LogsSpeed
 
 
 def read_pairs(
@@ -45,7 +45,7 @@ def read_pairs(
     return read_splits(loader, encoding, train=args.do_train, validation=args.do_eval)
 
 
-class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpeed, Trainer):
+class PairTrainer(KeepsPosition, GroupsByLength, SkipsNonFinite, Resumes, LogsSpeed, Trainer):
     """Batches are (2B, T), the B chosen rows first. The stage's subclass has `rewards` and `compute_loss`.
 
     `compute_loss` gets the number of pairs of the whole batch, over all micro-batches and processes, as
@@ -86,7 +86,7 @@ class PairTrainer(KeepsPlace, GroupsByLength, SkipsNonFinite, Resumes, TellsSpee
 
     def eval_samples(self, count: int, stops: Sequence[str], synced: bool = False) -> list[Sample]:
         """A few validation pairs with their rewards (--eval_samples)."""
-        return scored_pairs(self, chosen(self, count))
+        return scored_pairs(self, choose_examples(self, count))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Each pair's two rewards, (B, 2), and its index, (B,)."""

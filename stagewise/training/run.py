@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stagewise.adapters.attach import method_callbacks
 from stagewise.artifacts.checkpoints import leave_later, step_of, trained_steps
-from stagewise.artifacts.lineage import begin_step, earlier_steps, finished_step
+from stagewise.artifacts.lineage import earlier_steps, finish_lineage_step, start_lineage_step
 from stagewise.artifacts.manifest import (
     MANIFEST,
     device_name,
@@ -38,7 +38,7 @@ from stagewise.models.attention.rope import kept_rope
 from stagewise.models.generation_config import finish_generation_config
 from stagewise.reports.console import Progress
 from stagewise.reports.curves import write_pictures
-from stagewise.reports.error_hints import advice_on
+from stagewise.reports.error_hints import explain_error
 from stagewise.reports.results import read_results, show_sample, write_results
 from stagewise.reports.run_page import PAGE, write_page
 from stagewise.reports.terminal_text import print_error
@@ -80,7 +80,7 @@ class Run:
         self.trainer: Trainer | None = None
         self.evaluated: int | None = None  # the step of the last evaluation
         self.adapter = next((part for part in parts if isinstance(part, AdapterArguments)), None)
-        step = begin_step(stage, parts)
+        step = start_lineage_step(stage, parts)
         self.manifest: dict[str, Any] = {
             "stage": stage,
             "status": "running",
@@ -118,7 +118,7 @@ class Run:
             )  # the others may not have received the signal yet: this process waits for none
         if error is None or isinstance(error, SystemExit):
             return False
-        advice = advice_on(error, self.output_dir)
+        advice = explain_error(error, self.output_dir)
         # A run that failed before training does not overwrite the results of an earlier, finished one.
         if self.manifest.get("began"):
             message = ": ".join(filter(None, (kind.__name__, advice or str(error))))
@@ -219,7 +219,7 @@ class Run:
             logger.info(step.line())
             self.manifest["data"]["summary"]["step"] = step.as_dict()
         if args.dry_run:
-            dry_run(trainer, lambda: peak(self._costs()))
+            dry_run(trainer, lambda: peak_memory_gib(self._costs()))
             return
         if not args.do_train:
             self._evaluate_only(trainer, stop)
@@ -261,7 +261,7 @@ class Run:
                 if split in metrics:
                     write_results(self.output_dir, split, metrics[split])
         self.note(status="finished", metrics=metrics, **self._steps(), **self._costs())
-        self.manifest["lineage"][-1] = finished_step(self.manifest, self.output_dir)
+        self.manifest["lineage"][-1] = finish_lineage_step(self.manifest, self.output_dir)
         self.write()
         self.show(pictures=True)
         folder = self.output_dir
@@ -294,7 +294,7 @@ class Run:
     def _watch(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """Adds the callbacks that show a run during training: samples, TensorBoard and the page, in this order."""
         self._watch_evaluations(trainer, stop)
-        trainer.add_callback(Showing(self))
+        trainer.add_callback(UpdatesPage(self))
 
     def _watch_evaluations(self, trainer: Trainer, stop: Sequence[str] | None) -> None:
         """Samples come first: TensorBoard shows them, too."""
@@ -341,7 +341,7 @@ class Run:
             logger.info(f"{key} = {value}")
 
 
-class Showing(TrainerCallback):
+class UpdatesPage(TrainerCallback):
     """Updates the page during a run, so that a killed run has one, too."""
 
     def __init__(self, run: Run):
@@ -357,6 +357,6 @@ class Showing(TrainerCallback):
         self.run.show()
 
 
-def peak(costs: dict[str, Any]) -> float:
+def peak_memory_gib(costs: dict[str, Any]) -> float:
     """The peak memory of a run in GiB: the GPU's if there is one."""
     return costs.get("peak_gpu_memory_gib", costs["peak_memory_gib"])

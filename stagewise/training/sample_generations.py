@@ -19,10 +19,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallb
 from stagewise.artifacts.eval_samples import sample_path
 from stagewise.data.examples import IGNORE_INDEX, Example, PreferenceExample
 from stagewise.formats.json_lines import write_json_lines
-from stagewise.inference.sampling import left_padded, ready_to_speak
+from stagewise.inference.sampling import adapters_folded, left_padded
 from stagewise.models.attention.choose import attention_for_generation
 from stagewise.models.attention.rope import context_of
-from stagewise.reports.only_shown import only_shown
+from stagewise.reports.only_shown import errors_logged
 
 LONGEST = 128  # tokens of such an answer
 ROOM = LONGEST + 128  # tokens of the context reserved for an answer and virtual tokens
@@ -46,7 +46,7 @@ class Sample:
     texts: list[Text] = field(default_factory=list)
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spread(count: int, wanted: int) -> list[int]:
     """At most `wanted` of the numbers 0 to count - 1, evenly spread."""
     wanted = min(count, wanted)
     return [(2 * n + 1) * count // (2 * wanted) for n in range(wanted)]
@@ -73,7 +73,7 @@ def question_and_answer(example: Example) -> tuple[list[int], list[int], bool]:
 
 
 @torch.no_grad()
-def likeliest_answers(
+def greedy_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
@@ -111,7 +111,7 @@ def likeliest_answers(
     training = model.training
     model.eval()
     try:
-        with attention_for_generation(), nullcontext() if synced else ready_to_speak(model):
+        with attention_for_generation(), nullcontext() if synced else adapters_folded(model):
             rows = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=how, synced_gpus=synced, **options
             )
@@ -126,32 +126,32 @@ def likeliest_answers(
     return found
 
 
-def chosen(trainer: Any, count: int) -> list[int]:
+def choose_examples(trainer: Any, count: int) -> list[int]:
     """The indices of the validation examples to show: at most `count` whose context leaves room for an answer."""
     examples = trainer.eval_dataset.examples
     context = context_of(trainer.model.config)
     places: list[int] = []
-    for place in spread(len(examples), count):
-        while place < len(examples) and context and len(asked(examples[place])[0]) > context - ROOM:
+    for place in evenly_spread(len(examples), count):
+        while place < len(examples) and context and len(question_of_example(examples[place])[0]) > context - ROOM:
             place += 1  # shorter ones follow
         if place < len(examples) and place not in places:
             places.append(place)
     return places
 
 
-def asked(example: Example | PreferenceExample) -> tuple[list[int], list[int], bool]:
+def question_of_example(example: Example | PreferenceExample) -> tuple[list[int], list[int], bool]:
     """`question_and_answer` of an example, or of a pair's chosen answer."""
     return question_and_answer(example.chosen if isinstance(example, PreferenceExample) else example)
 
 
-def continued(trainer: Any, places: Sequence[int], stops: Sequence[str], synced: bool) -> list[Sample]:
+def generate_samples(trainer: Any, places: Sequence[int], stops: Sequence[str], synced: bool) -> list[Sample]:
     """The model's answers to validation examples, and the reference answers."""
     tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
-    found = [asked(trainer.eval_dataset.examples[place]) for place in places]
+    found = [question_of_example(trainer.eval_dataset.examples[place]) for place in places]
     if not found:
         return []
     with trainer.accelerator.autocast():
-        answers = likeliest_answers(model, tokenizer, [ids for ids, _, _ in found], stops, synced=synced)
+        answers = greedy_answers(model, tokenizer, [ids for ids, _, _ in found], stops, synced=synced)
     samples = []
     for place, (ids, reference, answers_it), (text, ended) in zip(places, found, answers, strict=True):
         expected = tokenizer.decode(reference, skip_special_tokens=True)
@@ -175,7 +175,7 @@ def scored_pairs(trainer: Any, places: Sequence[int]) -> list[Sample]:
         ):
             answer = tokenizer.decode(question_and_answer(side)[1], skip_special_tokens=True)
             texts.append(Text(label, answer, reward))
-        samples.append(Sample(pair.where, tokenizer.decode(asked(pair)[0]), texts))
+        samples.append(Sample(pair.where, tokenizer.decode(question_of_example(pair)[0]), texts))
     return samples
 
 
@@ -196,5 +196,5 @@ class EvaluationSamples(TrainerCallback):
             logger.warning(f"--eval_samples: none at step {state.global_step}: {type(error).__name__}: {error}")
             return
         if state.is_world_process_zero and samples:
-            with only_shown("--eval_samples"):
+            with errors_logged("--eval_samples"):
                 write_json_lines(sample_path(args.output_dir, state.global_step), map(asdict, samples))

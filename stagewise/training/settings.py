@@ -48,7 +48,7 @@ class StageArguments(RunArguments, TrainingArguments):
         super().__post_init__()
 
 
-def says_yes(given: Given, flag: str) -> bool:
+def is_yes(given: Given, flag: str) -> bool:
     """Whether a boolean flag is given as true; the last one counts."""
     words = dict(given).get(flag, ["no"])
     return not words or words[0].lower() not in NO
@@ -56,16 +56,16 @@ def says_yes(given: Given, flag: str) -> bool:
 
 def device_flags(given: Given) -> Given:
     """Adds flags that make the same command run without an accelerator, including DeepSpeed."""
-    if torch.accelerator.is_available() and not says_yes(given, "use_cpu"):
+    if torch.accelerator.is_available() and not is_yes(given, "use_cpu"):
         return given
-    if says_yes(given, "fp16"):
+    if is_yes(given, "fp16"):
         raise ArgumentError("--fp16: needs a GPU; on a CPU use --bf16 or neither")
-    if says_yes(given, "use_liger_kernel"):
+    if is_yes(given, "use_liger_kernel"):
         raise ArgumentError("--use_liger_kernel: needs a GPU; leave it out on a CPU")
     names = dict(given)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if "deepspeed" not in names:
-        extra = [] if says_yes(given, "use_cpu") else [("use_cpu", ["True"])]
+        extra = [] if is_yes(given, "use_cpu") else [("use_cpu", ["True"])]
         return [*given, *extra, *([("ddp_backend", ["gloo"])] if distributed and "ddp_backend" not in names else [])]
     # DeepSpeed only starts on a CPU if accelerate's state is created first, over gloo
     from accelerate import PartialState
@@ -93,7 +93,7 @@ def settle_what_to_do(args: StageArguments, data: DataArguments | None, given: G
     if not (args.do_train or args.do_eval):
         raise ArgumentError("--do_train False and --do_eval False: nothing is left to do; leave one of them out")
     wants_eval = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
-    if wants_eval and "do_eval" in dict(given) and not says_yes(given, "do_eval"):
+    if wants_eval and "do_eval" in dict(given) and not is_yes(given, "do_eval"):
         raise ArgumentError("--do_eval False contradicts --eval_strategy and --eval_on_start: leave one of them out")
     if args.do_train and data and not (data.train_file_dir or data.dataset_name):
         raise ArgumentError("--train_file_dir: missing; give a file or folder of training records, or --dataset_name")

@@ -20,10 +20,10 @@ from stagewise.config.arguments import AdapterArguments, DataArguments
 from stagewise.config.checks import check_shared
 from stagewise.config.command_line import Given, parse
 from stagewise.errors import ArgumentError
-from stagewise.reports.console import quieten
+from stagewise.reports.console import hide_progress_bars
 from stagewise.reports.logs import set_up_logging
-from stagewise.training.first_look import say_error
-from stagewise.training.output_dir import check_output_dir, says_finished
+from stagewise.training.first_look import print_error_once
+from stagewise.training.output_dir import check_output_dir, is_already_finished
 from stagewise.training.preemption import Preemption
 from stagewise.training.resume.identity import Identity
 from stagewise.training.run import Run
@@ -75,21 +75,21 @@ def start(stage: str, dataclass_types: Sequence[type], argv: list[str] | None = 
         if args.dry_run and is_deepspeed_zero3_enabled():
             raise ArgumentError("--dry_run: not under ZeRO-3, whose engine is there only in training; try zero2.json")
         flags = given_flags([args, *parts], names)
-        if says_finished(args, stage, flags):
+        if is_already_finished(args, stage, flags):
             leave_processes(0)
             raise SystemExit(0)
         check_output_dir(args)
         identity = Identity(stage, args, parts, _resume_point(args))
         identity.check_flags()
     except ValueError as error:
-        say_error(str(error))
+        print_error_once(str(error))
         raise SystemExit(2) from error
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         # transformers would use DataParallel, which cannot split a packed row.
         args._n_gpu = 1
         logger.info(f"1 of {torch.cuda.device_count()} GPUs is used; torchrun --nproc_per_node uses them all")
     if args.quiet:
-        quieten()
+        hide_progress_bars()
     set_seed(args.seed)
     effective, replaced = effective_words([word for name, values in given for word in (f"--{name}", *values)])
     run = Run(stage, args, parts, flags, identity, preemption)

@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from stagewise.config.arguments import DataArguments, LanguageModelArguments
 from stagewise.data.packing import pack
-from stagewise.data.statistics import Measures, Step, StepSize, packed_step, padded_step
+from stagewise.data.statistics import Measures, StepContents, StepSize, packed_step, padded_step
 from stagewise.data.streaming.dataset import RecordStream
 from stagewise.errors import ArgumentError
 
@@ -91,7 +91,7 @@ class StreamPlaces(TrainerCallback):
         self.stream.settle(finished=state.global_step >= state.max_steps)
 
 
-def streamed_step(first: Measures, capacity: int | None, size: StepSize) -> Step:
+def streamed_step(first: Measures, capacity: int | None, size: StepSize) -> StepContents:
     """The contents of a step, assuming all records are like the first ones: packed to `capacity`, or padded if it is
     None.
     """
@@ -117,7 +117,7 @@ class TakesStreams:
             self.args.ignore_data_skip = True  # the stream is at its position; the Trainer would skip that much again
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def step_contents(self) -> Step | None:
+    def step_contents(self) -> StepContents | None:
         """The contents of a step, estimated from the first records of a stream."""
         stream = self.train_dataset
         if not isinstance(stream, RecordStream):

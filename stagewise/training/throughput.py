@@ -39,7 +39,7 @@ class TokenCount:
         return seen
 
 
-class TellsSpeed:
+class LogsSpeed:
     """Mixin for a Trainer: adds `tokens_per_second` of all processes and `memory_gib` of this one to every training
     log.
 

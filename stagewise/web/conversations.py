@@ -29,7 +29,7 @@ def thoughts_of(answer: str) -> tuple[str, str]:
 
 
 @dataclass
-class Turn:
+class ChatTurn:
     """A question, and each model's answer so far."""
 
     question: str
@@ -44,11 +44,11 @@ class Turn:
 
 
 @dataclass
-class Job:
+class AnswerJob:
     """A turn to be answered."""
 
     chat: Chat
-    turn: Turn
+    turn: ChatTurn
     speakers: tuple[str, ...]
     stop: Event = field(default_factory=Event)
 
@@ -59,8 +59,8 @@ class Chat:
 
     number: int
     system: str = ""
-    turns: list[Turn] = field(default_factory=list)
-    job: Job | None = None
+    turns: list[ChatTurn] = field(default_factory=list)
+    job: AnswerJob | None = None
 
     @property
     def title(self) -> str:
@@ -68,7 +68,7 @@ class Chat:
         words = " ".join(self.turns[0].question.split()) if self.turns else ""
         return words if len(words) <= TITLE_LENGTH else words[: TITLE_LENGTH - 1].rstrip() + "…"
 
-    def conversation(self, turn: Turn, speaker: str) -> Conversation:
+    def conversation(self, turn: ChatTurn, speaker: str) -> Conversation:
         """The conversation for `speaker` to answer `turn`: the exchanges before it, without empty answers."""
         messages: list[Message] = []
         for earlier in self.turns[: self._place(turn)]:
@@ -78,7 +78,7 @@ class Chat:
         messages.append(Message("user", turn.question))
         return Conversation(tuple(messages), self.system.strip() or None, None, "chat")
 
-    def _place(self, turn: Turn) -> int:
+    def _place(self, turn: ChatTurn) -> int:
         return next(place for place, own in enumerate(self.turns) if own is turn)
 
     def lines(self, speaker: str) -> Iterator[tuple[int, str, str, bool]]:
@@ -102,15 +102,15 @@ class Chat:
             self.job.stop.set()
             self.job = None
 
-    def ask(self, question: str, speakers: tuple[str, ...]) -> Job:
+    def ask(self, question: str, speakers: tuple[str, ...]) -> AnswerJob:
         if not question.strip():
             raise ChatError("empty_question")
         self.stop()
-        self.turns.append(Turn(question))
-        self.job = Job(self, self.turns[-1], speakers)
+        self.turns.append(ChatTurn(question))
+        self.job = AnswerJob(self, self.turns[-1], speakers)
         return self.job
 
-    def retry(self, speakers: tuple[str, ...]) -> Job:
+    def retry(self, speakers: tuple[str, ...]) -> AnswerJob:
         """Asks the last question again; other models' answers to it stay."""
         if not self.turns:
             raise ChatError("nothing_to_retry")
@@ -118,11 +118,11 @@ class Chat:
         last = self.turns.pop()
         # A new turn: an answer that is still being generated belongs to the old one.
         kept = {who: answer for who, answer in last.answers.items() if who not in speakers}
-        self.turns.append(Turn(last.question, kept))
-        self.job = Job(self, self.turns[-1], speakers)
+        self.turns.append(ChatTurn(last.question, kept))
+        self.job = AnswerJob(self, self.turns[-1], speakers)
         return self.job
 
-    def edit(self, number: int, question: str, speakers: tuple[str, ...]) -> Job:
+    def edit(self, number: int, question: str, speakers: tuple[str, ...]) -> AnswerJob:
         """Replaces the question of turn `number`; later turns are dropped."""
         if not question.strip():
             raise ChatError("empty_question")
@@ -143,7 +143,7 @@ class Desk:
     def __init__(self, system: str = ""):
         self.system = system
         self.chats: list[Chat] = []
-        self.jobs: list[Job] = []  # waiting jobs
+        self.jobs: list[AnswerJob] = []  # waiting jobs
         self.count = 0
         self.language = "en"
         self.current = self.new()
@@ -177,10 +177,10 @@ class Desk:
         else:
             self.new()
 
-    def put(self, job: Job) -> None:
+    def put(self, job: AnswerJob) -> None:
         self.jobs.append(job)
 
-    def next_job(self) -> Job | None:
+    def next_job(self) -> AnswerJob | None:
         """The oldest waiting job that was not stopped."""
         while self.jobs:
             job = self.jobs.pop(0)
@@ -188,7 +188,7 @@ class Desk:
                 return job
         return None
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: AnswerJob) -> None:
         if job.chat.job is job:
             job.chat.job = None
 

@@ -25,7 +25,7 @@ Ranges = list[tuple[int, int]]
 
 
 @lru_cache(maxsize=512)
-def shown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Markdown without HTML, images and diagrams that renders like `text`."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"(`{3,}|~{3,})[ \t]*mermaid", r"\1text", text, flags=re.IGNORECASE)
@@ -52,7 +52,7 @@ def _closed(text: str) -> str:
     return "".join([*parts, text[done:]])
 
 
-def written(text: str) -> str:
+def unescape_markdown(text: str) -> str:
     """The inverse of `shown`, for a text edited on the page."""
     formulas, code = _formulas(text)[0], _code(text, html=False)
     parts, done = [], 0

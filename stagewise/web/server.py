@@ -12,7 +12,7 @@ from typing import Any
 from loguru import logger
 
 from stagewise.errors import ArgumentError
-from stagewise.inference.arguments import SamplingArguments, SpeakerArguments
+from stagewise.inference.arguments import ChatModelArguments, SamplingArguments
 
 # Further restrictions on an answer: nothing from elsewhere, no code in attributes, no frames.
 POLICY = (
@@ -56,7 +56,7 @@ class WebArguments:
     title: str = field(default="Stagewise", metadata={"help": "What stands at the top of the page."})
 
 
-FLAGS = [SpeakerArguments, SamplingArguments, WebArguments]
+FLAGS = [ChatModelArguments, SamplingArguments, WebArguments]
 
 
 class Headers:
@@ -178,7 +178,7 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-def only_here(address: str) -> bool:
+def is_local_only(address: str) -> bool:
     """Whether a server on an address or name can only be reached from this machine."""
     if is_loopback(address):
         return True
@@ -190,7 +190,7 @@ def only_here(address: str) -> bool:
 
 def hosts_of(web: WebArguments) -> frozenset[str] | None:
     """The names allowed as a request's Host; None: any, since a public page may be reached under unknown names."""
-    if web.allowed_hosts is None and (web.share or not only_here(web.server_name)):
+    if web.allowed_hosts is None and (web.share or not is_local_only(web.server_name)):
         return None
     return frozenset(map(host_of, [web.server_name, *(web.allowed_hosts or ())]))
 
@@ -206,7 +206,7 @@ def serve(
     import gradio as gr
     from starlette.middleware import Middleware
 
-    if not only_here(web.server_name) and not pairs:
+    if not is_local_only(web.server_name) and not pairs:
         logger.info(f"--server_name {web.server_name} without --auth: whoever reaches this address can use the model")
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:

@@ -96,6 +96,6 @@ CHINESE = {
 CHINESE_TAGS = ("zh-CN", "zh-TW")
 
 
-def said(key: str, language: str) -> str:
+def translate(key: str, language: str) -> str:
     """A text in the language of a tag like "zh-CN"."""
     return (CHINESE if language.lower().startswith("zh") else ENGLISH)[key]

@@ -21,7 +21,7 @@ from stagewise.adapters.adalora import add_orthogonality
 from stagewise.adapters.attach import attach_adapter, load_adapter, use_loraplus
 from stagewise.config.arguments import AdapterArguments, ModelArguments
 from stagewise.errors import ArgumentError
-from stagewise.inference.sampling import ready_to_speak
+from stagewise.inference.sampling import adapters_folded
 from stagewise.models.loading import load_causal_lm, load_reward_model
 from stagewise.models.tokenizer import load_tokenizer
 from stagewise.training.run import Run
@@ -482,7 +482,7 @@ def test_what_speaks_in_ppo_is_the_adapted_model(method, folds, dtype, make):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     before, expected = {name: id(p) for name, p in model.named_parameters()}, logits(model)
     layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
-    with ready_to_speak(model):
+    with adapters_folded(model):
         assert layer.disable_adapters is folds
         tolerance = 1e-4 if dtype == "float32" else 0.05 * float(expected.abs().max())
         assert torch.allclose(logits(model), expected, atol=tolerance)

@@ -11,7 +11,7 @@ import pytest
 from loguru import logger
 
 from stagewise.artifacts import atomic_directory as module
-from stagewise.artifacts.atomic_directory import check_place, settle, whole_directory
+from stagewise.artifacts.atomic_directory import atomic_directory, check_place, clean_up
 from stagewise.errors import DirectoryError
 
 
@@ -30,7 +30,7 @@ def make(folder: Path, text: str) -> Path:
 
 def replace(place: Path, text: str, overwrite: bool = True, **options) -> None:
     check_place(place, overwrite, {})
-    with whole_directory(place, overwrite, **options) as folder:
+    with atomic_directory(place, overwrite, **options) as folder:
         make(folder, text)
 
 
@@ -119,7 +119,7 @@ def test_an_interrupt_between_the_renames_puts_the_earlier_one_back(tmp_path, mo
 
 def test_an_error_in_the_block_leaves_nothing_of_it(tmp_path):
     place = make(tmp_path / "out", "earlier")
-    with pytest.raises(ZeroDivisionError), whole_directory(place, True) as folder:
+    with pytest.raises(ZeroDivisionError), atomic_directory(place, True) as folder:
         make(folder, "new")
         raise ZeroDivisionError
     assert names(tmp_path) == ["out"] and content(place) == "earlier"
@@ -128,7 +128,7 @@ def test_an_error_in_the_block_leaves_nothing_of_it(tmp_path):
 def test_what_another_run_has_put_there_meanwhile_is_not_replaced(tmp_path):
     place = tmp_path / "out"
     check_place(place, False, {})
-    with pytest.raises(DirectoryError, match="not empty"), whole_directory(place, False) as folder:
+    with pytest.raises(DirectoryError, match="not empty"), atomic_directory(place, False) as folder:
         make(folder, "new")
         make(place, "of another run")
     assert content(place) == "of another run"
@@ -167,7 +167,7 @@ def test_a_kill_while_other_files_are_brought_along_loses_none_of_them(step, tmp
 
 
 def test_files_are_as_readable_as_any_and_folders_can_be_entered(tmp_path):
-    with whole_directory(tmp_path / "out", False) as folder:
+    with atomic_directory(tmp_path / "out", False) as folder:
         make(folder, "new")
         (folder / "last").chmod(0o600)
     (tmp_path / "any").touch()
@@ -196,8 +196,8 @@ def test_a_directory_that_another_run_may_be_writing_is_named_and_left(tmp_path)
     lines: list[str] = []
     sink = logger.add(lambda message: lines.append(message.record["message"]))
     elsewhere = make(tmp_path / ".out.writing-elsewhere-1", "other")
-    with whole_directory(tmp_path / "out", True) as mine:
-        settle(tmp_path / "out")
+    with atomic_directory(tmp_path / "out", True) as mine:
+        clean_up(tmp_path / "out")
         assert mine.is_dir()
         make(mine, "new")
     logger.remove(sink)
@@ -216,7 +216,7 @@ def test_what_a_killed_run_had_begun_to_write_is_removed_by_the_next(tmp_path, m
         monkeypatch.setattr(module.fcntl, "flock", no_locks)
     pid = os.fork()
     if pid == 0:
-        with whole_directory(tmp_path / "out", True) as folder:
+        with atomic_directory(tmp_path / "out", True) as folder:
             make(folder, "half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -229,5 +229,5 @@ def test_what_a_killed_run_had_begun_to_write_is_removed_by_the_next(tmp_path, m
 def test_without_locks_a_living_writer_is_known_by_its_number(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fcntl", None)
     living = make(tmp_path / f".out.writing-{socket.gethostname()}-{os.getppid()}", "other")
-    settle(tmp_path / "out")
+    clean_up(tmp_path / "out")
     assert content(living) == "other"

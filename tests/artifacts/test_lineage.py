@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from stagewise.artifacts.lineage import (
-    begin_step,
     earlier_steps,
     find_license,
-    finished_step,
+    finish_lineage_step,
     first_model,
     front_matter,
+    start_lineage_step,
 )
 
 APACHE = """                                 Apache License
@@ -77,11 +77,11 @@ def parts(**flags):
 
 
 def test_a_step_begins_with_where_it_comes_from(tmp_path):
-    assert begin_step("sft", parts(model_name_or_path=str(tmp_path), model_revision="main")) == {
+    assert start_lineage_step("sft", parts(model_name_or_path=str(tmp_path), model_revision="main")) == {
         "stage": "sft",
         "base_model": str(tmp_path),
     }
-    assert begin_step("sft", parts(model_name_or_path="org/model", model_revision="v2")) == {
+    assert start_lineage_step("sft", parts(model_name_or_path="org/model", model_revision="v2")) == {
         "stage": "sft",
         "base_model": "org/model",
         "from_hub": True,
@@ -100,12 +100,12 @@ def test_an_adapter_that_is_gone_on_from_brings_its_lineage(tmp_path):
     adapter = write(tmp_path / "adapter", lineage=[{"stage": "pt"}, {"stage": "sft"}])
     assert earlier_steps(parts(model_name_or_path=base)) == [{"stage": "pt"}]
     assert earlier_steps(parts(model_name_or_path=base, peft_path=adapter)) == [{"stage": "pt"}, {"stage": "sft"}]
-    assert begin_step("sft", parts(model_name_or_path=base, peft_path=adapter))["continued_adapter"] == adapter
+    assert start_lineage_step("sft", parts(model_name_or_path=base, peft_path=adapter))["continued_adapter"] == adapter
 
 
 def test_a_reward_model_comes_with_its_own_lineage(tmp_path):
     reward = write(tmp_path / "rm", lineage=[{"stage": "rm"}])
-    step = begin_step("ppo", parts(model_name_or_path=str(tmp_path), reward_model_name_or_path=reward))
+    step = start_lineage_step("ppo", parts(model_name_or_path=str(tmp_path), reward_model_name_or_path=reward))
     assert step["reward_model"] == {"path": reward, "lineage": [{"stage": "rm"}]}
 
 
@@ -119,7 +119,7 @@ def test_a_finished_step_holds_what_is_told_of_it_later():
         "eval": {"eval_loss": 1.0, "eval_runtime": 2.0, "eval_samples_per_second": 3.0, "epoch": 1.0},
     }
     manifest = {"lineage": [{"stage": "sft"}], "data": data, "metrics": metrics, "method": "lora", "steps": 4}
-    assert finished_step(manifest, Path("out")) == {
+    assert finish_lineage_step(manifest, Path("out")) == {
         "stage": "sft",
         "output_dir": "out",
         "method": "lora",

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from stagewise.data.control_tokens import any_of, control_line, watched
+from stagewise.data.control_tokens import any_of, control_line, count_control_tokens
 from stagewise.data.records import Account
 from stagewise.formats.parsers import Conversation, Message, Preference
 from tests.conftest import build_tiny_tokenizer
@@ -34,7 +34,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> Preference:
 def test_what_a_person_wrote_is_looked_through(record, first):
     account = Account()
     records = [talk("< s > and </S> are none", "nor is <s", "a.jsonl:1"), record, ("plain", "t.txt:2")]
-    looked_through = watched(records, account, build_tiny_tokenizer())
+    looked_through = count_control_tokens(records, account, build_tiny_tokenizer())
     assert (len(looked_through), list(looked_through)) == (3, records)
     assert (account.control, account.first_control) == (1, first)
     assert control_line(account) == (
@@ -59,7 +59,9 @@ def test_names_that_begin_alike_are_one_branch_and_the_longest_is_found(names, p
 
 def test_without_any_nothing_is_said_or_kept():
     account = Account()
-    assert list(watched([("plain", "t.txt:1")], account, build_tiny_tokenizer())) == [("plain", "t.txt:1")]
+    assert list(count_control_tokens([("plain", "t.txt:1")], account, build_tiny_tokenizer())) == [
+        ("plain", "t.txt:1")
+    ]
     assert control_line(account) is None
     assert "control" not in account.as_dict()
 

@@ -184,7 +184,7 @@ def test_a_worker_that_is_killed_is_said(monkeypatch):
 
 def test_a_chunk_of_long_documents_is_short(monkeypatch):
     """The bound on memory where a record is as long as a book."""
-    monkeypatch.setattr(preparation, "LETTERS", 10)
+    monkeypatch.setattr(preparation, "CHARACTERS", 10)
     chunks = preparation._chunks(["a" * 4, "b" * 7, "c" * 30, *"defg"], len)
     assert [[text[0] for text in chunk] for chunk in chunks] == [["a", "b"], ["c"], ["d", "e", "f", "g"]]
     monkeypatch.setattr(preparation, "CHUNK", 3)

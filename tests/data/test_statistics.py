@@ -12,8 +12,8 @@ from stagewise.data.statistics import (
     Measures,
     StepSize,
     bins,
+    count_labels,
     grouped_longest,
-    learned_tokens,
     longest_of,
     measure,
     packed_step,
@@ -35,10 +35,10 @@ def example(labels: list[int]) -> Example:
 
 
 def test_learned_tokens_leave_out_the_first_which_nothing_predicts():
-    assert learned_tokens([-100, -100, 5, 6]) == 2
-    assert learned_tokens([5, 6, -100]) == 1  # 5 stands first
-    assert learned_tokens([5]) == learned_tokens([-100]) == 0
-    assert learned_tokens(np.array([5, 6, -100, 8])) == 2
+    assert count_labels([-100, -100, 5, 6]) == 2
+    assert count_labels([5, 6, -100]) == 1  # 5 stands first
+    assert count_labels([5]) == count_labels([-100]) == 0
+    assert count_labels(np.array([5, 6, -100, 8])) == 2
 
 
 def test_examples_are_measured():

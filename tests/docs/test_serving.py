@@ -41,9 +41,9 @@ def merged(smollm, tmp_path_factory):
 def ours(merged):
     """What inference.py says: {question: (text, whether it ended by itself, the prompt's ids)}, greedy, in float32."""
     from stagewise.formats.parsers import Conversation, Message
-    from stagewise.inference.chat_model import SamplingArguments, Speaker, SpeakerArguments
+    from stagewise.inference.chat_model import ChatModel, ChatModelArguments, SamplingArguments
 
-    speaker = Speaker.load(SpeakerArguments(str(merged), torch_dtype="float32", device="cpu"))
+    speaker = ChatModel.load(ChatModelArguments(str(merged), torch_dtype="float32", device="cpu"))
     conversations = [Conversation((Message("user", q),), None, None, "test") for q in QUESTIONS]
     sampling = SamplingArguments(do_sample=False, max_new_tokens=TOKENS)
     answers = speaker.answers(conversations, sampling, batch_size=1)

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from stagewise.errors import SpeakerError
+from stagewise.errors import ChatModelError
 from stagewise.formats.parsers import Conversation, Message
 from stagewise.inference.arguments import SamplingArguments
-from stagewise.inference.chat_model import Speaker, SpeakerArguments
+from stagewise.inference.chat_model import ChatModel, ChatModelArguments
 
 ASKED = [Conversation((Message("user", text),)) for text in ("the user asks", "a", "drink water and rest when you")]
 LENGTH = 16
@@ -17,7 +17,7 @@ LENGTH = 16
 @pytest.fixture
 def speaker(tiny_checkpoint):
     """A speaker of letters that comes to an end now and then: one token in eight is an end marker."""
-    found = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama"))))
+    found = ChatModel.load(ChatModelArguments(str(tiny_checkpoint("llama"))))
     found.stops = tuple(range(2, 300, 8))
     text = [found.tokenizer.decode([token]) for token in range(found.base.config.vocab_size)]
     odd = [token for token in range(3, len(text)) if not re.fullmatch("[a-zA-Z ]+", text[token])]
@@ -25,7 +25,7 @@ def speaker(tiny_checkpoint):
     return found
 
 
-def by_transformers(speaker: Speaker, conversation: Conversation, **flags) -> list[int]:
+def by_transformers(speaker: ChatModel, conversation: Conversation, **flags) -> list[int]:
     """What transformers' generate says to one prompt alone, up to its end."""
     prompt = torch.tensor([speaker.encode(conversation, LENGTH)])
     usual = {"do_sample": False, "max_new_tokens": LENGTH, "eos_token_id": list(speaker.stops), "pad_token_id": 0}
@@ -35,7 +35,7 @@ def by_transformers(speaker: Speaker, conversation: Conversation, **flags) -> li
     return ids[: ends[0] + 1] if ends else ids
 
 
-def streamed(speaker: Speaker, conversation: Conversation, sampling: SamplingArguments):
+def streamed(speaker: ChatModel, conversation: Conversation, sampling: SamplingArguments):
     """The answer as a terminal gets it, and its pieces joined."""
     stream, pieces = speaker.stream(conversation, sampling), []
     while True:
@@ -148,9 +148,9 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(speaker, flags):
 
 
 def test_a_marker_of_several_tokens_cannot_be_held_back(tiny_checkpoint):
-    speaker = Speaker.load(SpeakerArguments(str(tiny_checkpoint("llama"))))
+    speaker = ChatModel.load(ChatModelArguments(str(tiny_checkpoint("llama"))))
     speaker.markers = ["<|end|>"]
-    with pytest.raises(SpeakerError, match="--min_new_tokens: the end marker '<.end.>' is several tokens"):
+    with pytest.raises(ChatModelError, match="--min_new_tokens: the end marker '<.end.>' is several tokens"):
         speaker.answers(ASKED, SamplingArguments(min_new_tokens=3), batch_size=1)
     speaker.answers(ASKED[:1], SamplingArguments(min_new_tokens=0, max_new_tokens=2), batch_size=1)
 
@@ -185,7 +185,7 @@ def test_a_marker_of_several_tokens_cannot_be_held_back(tiny_checkpoint):
     ],
 )
 def test_settings_without_effect_are_refused(given, message):
-    with pytest.raises(SpeakerError, match=message):
+    with pytest.raises(ChatModelError, match=message):
         SamplingArguments(**given).settled()
 
 
@@ -208,9 +208,9 @@ def test_what_is_not_given_is_the_models_own():
     found = SamplingArguments(num_beams=2, early_stopping="true").settled()
     assert (found["early_stopping"], found["length_penalty"]) == (True, None)
     assert SamplingArguments(min_new_tokens=600).settled()["min_new_tokens"] == 600  # the model's own may allow it
-    with pytest.raises(SpeakerError, match="--min_new_tokens 600: more than --max_new_tokens 512"):
+    with pytest.raises(ChatModelError, match="--min_new_tokens 600: more than --max_new_tokens 512"):
         SamplingArguments(min_new_tokens=600).settled(GenerationConfig())
     alone = SamplingArguments(seed=3)  # before the model is known, its own settings may still sample
     assert (alone.settled()["do_sample"], alone.settled(own)["seed"]) == (False, 3)
-    with pytest.raises(SpeakerError, match="--seed has no effect"):
+    with pytest.raises(ChatModelError, match="--seed has no effect"):
         alone.settled(GenerationConfig())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stagewise.errors import SpeakerError
+from stagewise.errors import ChatModelError
 from stagewise.formats.parsers import Conversation, Message
-from stagewise.inference.chat_model import SamplingArguments, Speaker, SpeakerArguments
+from stagewise.inference.chat_model import ChatModel, ChatModelArguments, SamplingArguments
 from stagewise.inference.decoding import settled_rotations
 from tests.conftest import FAMILIES, build_tiny_tokenizer
 
@@ -23,9 +23,9 @@ DRAWN = SamplingArguments(temperature=1.0, top_k=0, max_new_tokens=12, seed=5)
 ADAPTERS = ("lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning")
 
 
-def load(folder, **flags) -> Speaker:
-    return Speaker.load(
-        SpeakerArguments(str(folder), **{k: str(v) if k == "lora_model" else v for k, v in flags.items()})
+def load(folder, **flags) -> ChatModel:
+    return ChatModel.load(
+        ChatModelArguments(str(folder), **{k: str(v) if k == "lora_model" else v for k, v in flags.items()})
     )
 
 
@@ -155,7 +155,7 @@ def test_an_adapter_brings_its_tokenizer_its_template_and_its_base(tiny_checkpoi
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     tokenizer.save_pretrained(adapter)
-    speaker = Speaker.load(SpeakerArguments(lora_model=str(adapter)))
+    speaker = ChatModel.load(ChatModelArguments(lora_model=str(adapter)))
     assert speaker.tokenizer.decode(speaker.encode(HELLO)) == "user:the user asks</s>assistant:"
 
 
@@ -171,7 +171,7 @@ def test_an_adapter_on_a_merged_adapter_gets_that_base(tiny_checkpoint, tmp_path
     with torch.no_grad(), found.model.disable_adapter():  # without its own adapter it is base + first
         assert torch.allclose(found.model(ids).logits, expected.model(ids).logits, atol=1e-4)
     first.rename(tmp_path / "gone")
-    with pytest.raises(SpeakerError, match="not there any more. Merge it: python merge_peft_adapter.py"):
+    with pytest.raises(ChatModelError, match="not there any more. Merge it: python merge_peft_adapter.py"):
         load(base, lora_model=second)
 
 
@@ -250,9 +250,9 @@ def test_the_earliest_exchanges_are_dropped_whole(tiny_checkpoint):
     text = speaker.tokenizer.decode(ids)
     assert len(ids) <= 108 and text.startswith("S") and "three" in text
     assert len(seen.messages) < 5 and seen.messages[0].role == "user"
-    with pytest.raises(SpeakerError, match="this line: the last question alone is longer than the 8 tokens"):
+    with pytest.raises(ChatModelError, match="this line: the last question alone is longer than the 8 tokens"):
         speaker.encode(Conversation((Message("user", "word " * 50),), where="this line"), 120)
-    with pytest.raises(SpeakerError, match="--max_new_tokens 128: the model's context of 128 tokens leaves no room"):
+    with pytest.raises(ChatModelError, match="--max_new_tokens 128: the model's context of 128 tokens leaves no room"):
         speaker.encode(HELLO, 128)
 
 
@@ -262,7 +262,7 @@ def test_dynamic_positions_are_one_answers_own(tiny_checkpoint):
     assert (speaker.context, plain.context) == (128, 64)
     short, long = HELLO, Conversation((Message("user", "a fever " * 9),))
     few = SamplingArguments(do_sample=False, max_new_tokens=4)
-    bare = SpeakerArguments(str(folder), rope_scaling="dynamic", template_name="vicuna")
+    bare = ChatModelArguments(str(folder), rope_scaling="dynamic", template_name="vicuna")
     assert bare.rope_factor is None  # 2, said aloud
     speaker.context = plain.context = 10**6
     before = speaker.answers([short], few, batch_size=1)
@@ -288,35 +288,35 @@ def test_dynamic_positions_are_one_answers_own(tiny_checkpoint):
 def test_what_cannot_speak_is_refused_by_its_flag(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("llama")
     adapter = make_adapter(base, "lora", tmp_path / "adapter")
-    with pytest.raises(SpeakerError, match="--base_model .*: this is an adapter; give it as --lora_model"):
+    with pytest.raises(ChatModelError, match="--base_model .*: this is an adapter; give it as --lora_model"):
         load(adapter)
-    with pytest.raises(SpeakerError, match="--base_model: missing"):
-        Speaker.load(SpeakerArguments())
-    with pytest.raises(SpeakerError, match="--base_model ./nowhere: no such directory"):
+    with pytest.raises(ChatModelError, match="--base_model: missing"):
+        ChatModel.load(ChatModelArguments())
+    with pytest.raises(ChatModelError, match="--base_model ./nowhere: no such directory"):
         load("./nowhere")
     named = tmp_path / "named"
     named.mkdir()
     save_file({}, named / "adapter_model.safetensors")
     text = json.loads((adapter / "adapter_config.json").read_text())
     (named / "adapter_config.json").write_text(json.dumps({**text, "base_model_name_or_path": "./gone"}))
-    with pytest.raises(SpeakerError, match="./gone: no such directory; --lora_model .*named names this base"):
-        Speaker.load(SpeakerArguments(lora_model=str(named)))
-    with pytest.raises(SpeakerError, match="--lora_model .*expected an adapter"):
+    with pytest.raises(ChatModelError, match="./gone: no such directory; --lora_model .*named names this base"):
+        ChatModel.load(ChatModelArguments(lora_model=str(named)))
+    with pytest.raises(ChatModelError, match="--lora_model .*expected an adapter"):
         load(base, lora_model=base)
-    with pytest.raises(SpeakerError, match="--device: expected one of auto, cpu, cuda"):
+    with pytest.raises(ChatModelError, match="--device: expected one of auto, cpu, cuda"):
         load(base, device="tpu")
-    with pytest.raises(SpeakerError, match="are both given"):
+    with pytest.raises(ChatModelError, match="are both given"):
         load(base, load_in_4bit=True, load_in_8bit=True)
     if not torch.cuda.is_available():
-        with pytest.raises(SpeakerError, match="--device_map places a model on GPUs: there is none here"):
+        with pytest.raises(ChatModelError, match="--device_map places a model on GPUs: there is none here"):
             load(base, device_map="auto")
-    with pytest.raises(SpeakerError, match="--rope_factor needs --rope_scaling"):
+    with pytest.raises(ChatModelError, match="--rope_factor needs --rope_scaling"):
         load(base, rope_factor=2.0)
-    with pytest.raises(SpeakerError, match="a reward model has no language-model head"):
+    with pytest.raises(ChatModelError, match="a reward model has no language-model head"):
         load(tiny_checkpoint("llama", task="score"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
-    with pytest.raises(SpeakerError, match="an adapter of a reward model"):
+    with pytest.raises(ChatModelError, match="an adapter of a reward model"):
         load(base, lora_model=adapter)
 
 

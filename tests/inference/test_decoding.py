@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stagewise.inference.decoding import FILTERS, Ends, RowChoice, Words, overlap
+from stagewise.inference.decoding import FILTERS, RowChoice, StopOnText, TextStream, overlap
 from tests.conftest import build_tiny_tokenizer
 
 
@@ -63,7 +63,7 @@ def test_penalties_do_not_see_padding():
 
 def words_of(text: str, **around):
     tokenizer = build_tiny_tokenizer()
-    words = Words(tokenizer, (2,), around.get("before", ""), around.get("after", ""), around.get("strings", ()))
+    words = TextStream(tokenizer, (2,), around.get("before", ""), around.get("after", ""), around.get("strings", ()))
     pieces = [words.add(token) for token in tokenizer(text, add_special_tokens=False).input_ids]
     return [piece for piece in [*pieces, words.rest()] if piece], words
 
@@ -73,7 +73,7 @@ def test_pieces_hold_whole_characters():
     assert words_of("你好🙂!")[0] == ["你", "好", "🙂", "!"]
     tokenizer = build_tiny_tokenizer()
     first_bytes = tokenizer("好", add_special_tokens=False).input_ids[:2]
-    cut, ended = (Words(tokenizer, (2,), "", "", ()) for _ in range(2))
+    cut, ended = (TextStream(tokenizer, (2,), "", "", ()) for _ in range(2))
     for words in (cut, ended):
         assert [words.add(token) for token in first_bytes] == ["", ""]
     assert cut.rest() == ""  # stopped within a character
@@ -85,11 +85,11 @@ def test_a_stop_string_that_ends_within_a_token():
 
     pieces = [b"\xe5\xa5\xbd", b"\xe5\x81\x9c", b"\xe6\xad\xa2\xe4", b""]  # 好, 停, 止 with a byte more, padding
     tokenizer = SimpleNamespace(decode=lambda ids, **_: b"".join(pieces[i] for i in ids).decode(errors="replace"))
-    words = Words(tokenizer, (), "", "", ("停止",))
+    words = TextStream(tokenizer, (), "", "", ("停止",))
     assert [words.add(token) for token in (0, 1)] == ["好", ""]
     assert (words.add(2), words.ended) == ("", True)  # there, not at the padding of its batch
     assert (words.add(3), words.rest()) == ("", "")
-    ends = Ends(tokenizer, ["停止"], 0)
+    ends = StopOnText(tokenizer, ["停止"], 0)
     assert ends(torch.tensor([[0, 1, 2], [0, 0, 1]]), None).tolist() == [True, False]
 
 

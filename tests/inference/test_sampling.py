@@ -8,12 +8,12 @@ import torch
 from stagewise.inference import sampling as generation
 from stagewise.inference.sampling import (
     Sampling,
-    draw,
+    adapters_folded,
     probabilities,
     random_numbers,
-    ready_to_speak,
     repetition,
     sample_answers,
+    sample_token,
 )
 from tests.conftest import EOS_ID, FAMILIES, OTHER_FAMILIES
 
@@ -87,14 +87,14 @@ def test_probabilities(sampling, expected):
 def test_draw_finds_the_token_whose_share_holds_the_number():
     shares = torch.tensor([[0.25, 0.0, 0.25, 0.5]] * 6)
     numbers = torch.tensor([0.0, 0.2499, 0.25, 0.4999, 0.5, 1 - 2**-24])
-    assert draw(shares, numbers).tolist() == [0, 0, 2, 2, 3, 3]
+    assert sample_token(shares, numbers).tolist() == [0, 0, 2, 2, 3, 3]
     # a token of no share behind the last one is not drawn, however near to 1 the number is
-    assert draw(torch.tensor([[1 / 3, 2 / 3, 0.0]]), torch.tensor([1 - 2**-24])).tolist() == [1]
+    assert sample_token(torch.tensor([[1 / 3, 2 / 3, 0.0]]), torch.tensor([1 - 2**-24])).tolist() == [1]
 
 
 def test_draws_have_the_shares_they_are_drawn_with():
     shares = torch.tensor([[0.1, 0.6, 0.3]]).expand(20000, 3)
-    drawn = draw(shares, random_numbers([(n,) for n in range(20000)], 1)[:, 0]).bincount() / 20000
+    drawn = sample_token(shares, random_numbers([(n,) for n in range(20000)], 1)[:, 0]).bincount() / 20000
     torch.testing.assert_close(drawn, torch.tensor([0.1, 0.6, 0.3]), rtol=0, atol=4 * math.sqrt(0.25 / 20000))
 
 
@@ -120,7 +120,7 @@ def test_a_folded_adapter_says_the_same_and_is_put_back(family, tiny_model):
     with model.disable_adapter():
         base = model(input_ids=ids).logits
     assert (expected - base).abs().max() > 1e-2
-    with pytest.raises(KeyError), ready_to_speak(model):
+    with pytest.raises(KeyError), adapters_folded(model):
         torch.testing.assert_close(model.get_base_model()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
         raise KeyError
     after = dict(model.named_parameters())
@@ -135,7 +135,7 @@ def test_a_folded_adapter_leaves_modules_trained_in_full_as_they_are(tiny_model)
         model.get_input_embeddings().weight.add_(0.5)
     ids = torch.tensor([[5, 9, 17]])
     expected = model(input_ids=ids).logits
-    with ready_to_speak(model):
+    with adapters_folded(model):
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_without_memory_for_copies_the_adapter_is_lowered_instead(tiny_model, mo
     before = dict(model.named_parameters())
     copies = {name: value.detach().clone() for name, value in before.items()}
     monkeypatch.setattr(generation, "_fits", lambda weights: False)
-    with pytest.raises(KeyError), ready_to_speak(model):
+    with pytest.raises(KeyError), adapters_folded(model):
         assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
         assert all(before[name] is value for name, value in model.named_parameters() if "base_layer" in name)
         raise KeyError

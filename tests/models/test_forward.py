@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from stagewise.data.examples import Example
 from stagewise.data.packing import PaddedCollator, collate_packed
 from stagewise.losses import token_nll
-from stagewise.models.forward import EmbeddingNoise, document_sums, learned_logits, takes_kept_logits
+from stagewise.models.forward import EmbeddingNoise, document_sums, label_logits, takes_kept_logits
 from tests.conftest import FAMILIES
 
 EXAMPLES = [
@@ -33,7 +33,7 @@ def test_padded_batch_gives_each_record_the_loss_it_has_alone(tiny_model, family
     model = tiny_model(family)
     batch = PaddedCollator(pad_token_id=0)(EXAMPLES)
     with torch.no_grad():
-        logits, targets = learned_logits(model, batch, takes_kept_logits(model))
+        logits, targets = label_logits(model, batch, takes_kept_logits(model))
         sums = document_sums(token_nll(logits, targets), batch)
         expected = [alone(model, example) for example in EXAMPLES]
     torch.testing.assert_close(sums.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-4, atol=2e-4)
@@ -45,7 +45,7 @@ def test_packed_batch_gives_each_record_the_loss_it_has_alone(tiny_model, family
     model = tiny_model(family)
     batch = collate_packed([EXAMPLES[:2], EXAMPLES[2:]])
     with torch.no_grad():
-        logits, targets = learned_logits(model, batch, takes_kept_logits(model))
+        logits, targets = label_logits(model, batch, takes_kept_logits(model))
         sums = document_sums(token_nll(logits, targets), batch)
         expected = [alone(model, example) for example in EXAMPLES]
     torch.testing.assert_close(sums.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-4, atol=2e-4)
@@ -55,7 +55,7 @@ def test_the_head_runs_only_where_a_token_is_learned(tiny_model):
     model = tiny_model("llama")
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
-    learned_logits(model, collate_packed([EXAMPLES]), True)
+    label_logits(model, collate_packed([EXAMPLES]), True)
     assert seen == [(1, 7, 32)]
 
 
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_whole_head(tiny_model):
     gradients = []
     for keep in (True, False):
         model = tiny_model("llama")
-        logits, targets = learned_logits(model, batch, keep)
+        logits, targets = label_logits(model, batch, keep)
         token_nll(logits, targets).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)

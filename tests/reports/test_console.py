@@ -16,13 +16,13 @@ import pytest
 from loguru import logger
 
 from stagewise.reports import console
-from stagewise.reports.console import Progress, duration, figures, line_of
+from stagewise.reports.console import Progress, clock_text, figures, line_of
 from tests.launching import ROOT, environment, python
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(4.9, "0:04"), (65, "1:05"), (3 * 3600 + 62, "3:01:02")])
 def test_durations(seconds, expected):
-    assert duration(seconds) == expected
+    assert clock_text(seconds) == expected
 
 
 def test_a_training_log_in_a_few_words():
@@ -53,7 +53,7 @@ def told(monkeypatch, stream, quiet):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(console.shutil, "get_terminal_size", lambda: os.terminal_size((90, 24)))
     logger.remove()  # what a run of another test in this process has put there
-    logger.add(console.say, format="{message}", colorize=False)
+    logger.add(console.write_log_line, format="{message}", colorize=False)
     try:
         progress = Progress(quiet)
         state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=4)

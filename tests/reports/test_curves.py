@@ -9,10 +9,10 @@ from stagewise.reports.curves import (
     LOSS,
     STEPS,
     Line,
-    drawn,
     figure,
     line_of,
     number,
+    panels_with_points,
     points_of,
     smoothed,
     span_of,
@@ -42,7 +42,7 @@ def test_what_is_no_number_is_no_point():
 
 
 def test_a_panel_without_points_is_left_out():
-    assert [panel.title for panel, _ in drawn(HISTORY, (LOSS, *LEARNING, *STEPS))] == [
+    assert [panel.title for panel, _ in panels_with_points(HISTORY, (LOSS, *LEARNING, *STEPS))] == [
         "loss",
         "accuracy: share of pairs in the right order",
         "learning rate",
@@ -111,13 +111,13 @@ def test_few_points_and_validation_are_drawn_as_they_are():
     assert line_of(history, "eval_loss", "validation").average == []
     assert line_of(history[:11], "loss", "training").average == []
     schedule = [{"step": step, "learning_rate": 1.0 - step / 40} for step in range(40)]
-    ((_, (line,)),) = drawn(schedule, STEPS)
+    ((_, (line,)),) = panels_with_points(schedule, STEPS)
     assert line.average == []
 
 
 def test_a_noisy_line_is_faint_behind_its_average():
     history = [{"step": step, "loss": float(step % 2)} for step in range(40)]
-    ((panel, lines),) = drawn(history, (LOSS,))
+    ((panel, lines),) = panels_with_points(history, (LOSS,))
     page = figure(panel, lines)
     assert re.findall(r'<polyline class="([^"]+)"', page) == ["line0 faint", "line0"]
     bold = re.findall(r'<polyline class="line0" points="([^"]+)"', page)[0].split()

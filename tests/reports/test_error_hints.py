@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import merge_peft_adapter
-from stagewise.reports.error_hints import advice_on, advised
+from stagewise.reports.error_hints import errors_explained, explain_error
 
 
 class SafetensorError(Exception):
@@ -38,7 +38,7 @@ def full(number):
 )
 def test_what_to_do(tmp_path, monkeypatch, error, says):
     monkeypatch.chdir(tmp_path)
-    found = advice_on(error, tmp_path.joinpath("out").relative_to(tmp_path))
+    found = explain_error(error, tmp_path.joinpath("out").relative_to(tmp_path))
     assert says in found
     assert "\n" not in found
 
@@ -53,7 +53,7 @@ def test_what_to_do(tmp_path, monkeypatch, error, says):
     ],
 )
 def test_other_errors_keep_their_traceback(tmp_path, error):
-    assert advice_on(error, tmp_path) is None
+    assert explain_error(error, tmp_path) is None
 
 
 # ── programs that train nothing ─────────────────────────────────────────────────────────────────────────────────────
@@ -75,7 +75,7 @@ def test_other_errors_keep_their_traceback(tmp_path, error):
     ],
 )
 def test_programs_end_in_one_line(capsys, error, says):
-    with pytest.raises(SystemExit) as ended, advised("output_file", "answers.jsonl", "Take less.", status=2):
+    with pytest.raises(SystemExit) as ended, errors_explained("output_file", "answers.jsonl", "Take less.", status=2):
         raise error
     assert ended.value.code == 2
     said = capsys.readouterr().err
@@ -83,9 +83,9 @@ def test_programs_end_in_one_line(capsys, error, says):
 
 
 def test_errors_without_advice_stay_as_they_are():
-    with pytest.raises(KeyError), advised("output_file", "answers.jsonl", "Take less."):
+    with pytest.raises(KeyError), errors_explained("output_file", "answers.jsonl", "Take less."):
         raise KeyError("labels")
-    with pytest.raises(OSError, match="No space"), advised("output_dir", None, "Take less."):
+    with pytest.raises(OSError, match="No space"), errors_explained("output_dir", None, "Take less."):
         raise full(errno.ENOSPC)
 
 

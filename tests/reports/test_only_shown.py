@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stagewise.artifacts.eval_samples import read_samples
 from stagewise.reports.console import Progress
-from stagewise.reports.only_shown import only_shown
+from stagewise.reports.only_shown import errors_logged
 from stagewise.reports.tensorboard import Board, SummaryWriter
 
 ODD = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1e \r # \x1b[31m \x9b2J \u202e"
@@ -108,7 +108,7 @@ def test_a_board_whose_files_cannot_be_made(tmp_path):
 
 
 def test_ctrl_c_is_no_error_of_what_is_shown():
-    with pytest.raises(KeyboardInterrupt), only_shown("samples"):
+    with pytest.raises(KeyboardInterrupt), errors_logged("samples"):
         raise KeyboardInterrupt
 
 

@@ -6,7 +6,7 @@ import pytest
 from loguru import logger
 
 from stagewise.data.examples import IGNORE_INDEX, Example
-from stagewise.reports.results import has_colour, marked, show_sample
+from stagewise.reports.results import has_color, mark_labels, show_sample
 from tests.tools.test_show_data import byte_tokenizer
 
 GREEN, GREY, OFF = "\033[32m", "\033[90m", "\033[0m"
@@ -27,24 +27,24 @@ def example(tokenizer, *parts: tuple[str, bool]) -> Example:
 
 def test_what_is_learned_stands_between_marks(tokenizer):
     sample = example(tokenizer, ("Q: why\n", False), (" so </s>", True), ("\nQ: and\n", False), ("yes", True))
-    assert marked(tokenizer, sample, color=False) == "Q: why\n« so </s>»\nQ: and\n«yes»"
+    assert mark_labels(tokenizer, sample, color=False) == "Q: why\n« so </s>»\nQ: and\n«yes»"
 
 
 def test_what_is_learned_is_green_and_the_rest_grey(tokenizer):
     sample = example(tokenizer, ("Q\n", False), ("yes", True))
-    assert marked(tokenizer, sample, color=True) == f"{GREY}Q\n{OFF}{GREEN}yes{OFF}"
+    assert mark_labels(tokenizer, sample, color=True) == f"{GREY}Q\n{OFF}{GREEN}yes{OFF}"
 
 
 def test_letters_of_several_tokens_are_whole(tokenizer):
     sample = example(tokenizer, ("感冒？", False), ("休息。", True))  # three bytes, and tokens, a letter
-    assert marked(tokenizer, sample, color=False) == "感冒？«休息。»"
+    assert mark_labels(tokenizer, sample, color=False) == "感冒？«休息。»"
 
 
 def test_the_middle_of_long_stretches_is_left_out(tokenizer):
     sample = example(tokenizer, ("a" * 30 + "b" * 30, False), ("c" * 50, True))
     # 60 characters are longer than 10 and the room that the note takes; 50 are not.
-    assert marked(tokenizer, sample, color=False, longest=10) == f"aaaaa [… 50 characters …] bbbbb«{'c' * 50}»"
-    assert marked(tokenizer, sample, color=False) == f"{'a' * 30}{'b' * 30}«{'c' * 50}»"
+    assert mark_labels(tokenizer, sample, color=False, longest=10) == f"aaaaa [… 50 characters …] bbbbb«{'c' * 50}»"
+    assert mark_labels(tokenizer, sample, color=False) == f"{'a' * 30}{'b' * 30}«{'c' * 50}»"
 
 
 def test_a_space_that_a_tokenizer_drops_at_the_start_of_a_text_is_kept():
@@ -58,7 +58,7 @@ def test_a_space_that_a_tokenizer_drops_at_the_start_of_a_text_is_kept():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
     assert tokenizer.decode([2]) == "so"
     sample = Example([1, 2], [IGNORE_INDEX, 2])
-    assert marked(tokenizer, sample, color=False) == "why« so»"
+    assert mark_labels(tokenizer, sample, color=False) == "why« so»"
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch):
@@ -67,11 +67,11 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
             return True
 
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert has_colour(Terminal()) and not has_colour(io.StringIO())
+    assert has_color(Terminal()) and not has_color(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "")  # as no-color.org has it: empty is as if it were not set
-    assert has_colour(Terminal())
+    assert has_color(Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not has_colour(Terminal())
+    assert not has_color(Terminal())
 
 
 def test_the_sample_in_the_log_says_where_it_is_from(tokenizer):

@@ -326,7 +326,7 @@ def test_what_is_only_looked_at_does_not_end_a_run(stage, tiny_checkpoint, tmp_p
         raise OSError("no space left on device")
 
     monkeypatch.setattr("stagewise.training.run.write_page", full)
-    monkeypatch.setattr("stagewise.training.sample_generations.likeliest_answers", full)
+    monkeypatch.setattr("stagewise.training.sample_generations.greedy_answers", full)
     out = stage("supervised_finetuning", *flags(tmp_path, tiny_checkpoint("llama")))
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     assert (out / "adapter_model.safetensors").is_file()

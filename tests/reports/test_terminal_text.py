@@ -9,7 +9,7 @@ from loguru import logger
 
 from stagewise.data.examples import Example
 from stagewise.reports.logs import set_up_logging
-from stagewise.reports.results import marked, show_sample
+from stagewise.reports.results import mark_labels, show_sample
 from stagewise.reports.terminal_text import log_visible_text, print_error, visible
 
 
@@ -69,8 +69,8 @@ class Letters:
 def test_a_sample_has_our_colors_and_no_others(log, monkeypatch):
     text = "\x1b[31mq\x9ba"
     example = Example([*map(ord, text)], [*[-100] * 6, *map(ord, text[6:])], "a\x1b.jsonl:1")
-    assert marked(Letters(), example, color=True) == "\033[90m␛[31mq\033[0m\033[32m<U+009B>a\033[0m"
-    monkeypatch.setattr("stagewise.reports.results.has_colour", lambda stream: True)
+    assert mark_labels(Letters(), example, color=True) == "\033[90m␛[31mq\033[0m\033[32m<U+009B>a\033[0m"
+    monkeypatch.setattr("stagewise.reports.results.has_color", lambda stream: True)
     show_sample(Letters(), example)
     assert "".join(log) == (
         "one training sample (a␛.jsonl:1), learned tokens marked:\n\033[90m␛[31mq\033[0m\033[32m<U+009B>a\033[0m\n\n"

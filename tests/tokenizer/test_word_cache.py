@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from stagewise.tokenizer import word_cache as words_module
 from stagewise.tokenizer.encode import PieceEncoder
-from stagewise.tokenizer.word_cache import Words, word_pattern
+from stagewise.tokenizer.word_cache import WordCache, word_pattern
 from tests.odd_tokenizers import lossy_tokenizer, sentencepiece_tokenizer
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<unk0>", "[/INST]"]
@@ -69,7 +69,7 @@ def by_words(backend):
     def encode(texts):
         return [array("i", found.ids) for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return Words(word_pattern(backend), encode)
+    return WordCache(word_pattern(backend), encode)
 
 
 def whole(backend, text):
@@ -106,7 +106,9 @@ def test_words_are_cut_where_the_tokenizer_cuts():
 
 def test_each_word_is_asked_for_once():
     asked = []
-    encode = Words(word_pattern(KNOWN["gpt2"]()), lambda texts: asked.extend(texts) or [array("i", [7])] * len(texts))
+    encode = WordCache(
+        word_pattern(KNOWN["gpt2"]()), lambda texts: asked.extend(texts) or [array("i", [7])] * len(texts)
+    )
     assert [ids.tolist() for ids in encode(["to be or to be", "be to be"])] == [[7] * 6, [7] * 4]
     encode(["or to be"])
     assert sorted(asked) == ["", " be", " or", " to", "be", "or", "to"]

@@ -353,7 +353,7 @@ def test_a_picture_is_written_where_it_is_asked_for(show, model, data, tmp_path,
 
 def test_learned_tokens_are_green_on_a_terminal(show, model, data, monkeypatch):
     words = ("sft", "--model_name_or_path", model(), "--train_file_dir", data, "--samples", 1)
-    monkeypatch.setattr(show_data, "has_colour", lambda stream: True)
+    monkeypatch.setattr(show_data, "has_color", lambda stream: True)
     found = show(*words)
     assert "\033[90mU:hi\nA:\033[0m\033[32myes</s>\033[0m" in found
     assert "what is learned is green" in found and "«" not in found

@@ -184,5 +184,5 @@ def test_an_error_is_said_by_the_first_process_of_a_machine_or_by_the_one_that_f
     for rank, waits in ((None, []), ("0", []), ("3", [first_look.ALONE])):
         slept.clear()
         monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
-        first_look.say_error("--data_file no.jsonl: no such file")
+        first_look.print_error_once("--data_file no.jsonl: no such file")
         assert (slept, capsys.readouterr().err) == (waits, "error: --data_file no.jsonl: no such file\n")

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from stagewise.data.examples import IGNORE_INDEX, Example
-from stagewise.training.sample_generations import LONGEST, likeliest_answers, question_and_answer, spread
+from stagewise.training.sample_generations import LONGEST, evenly_spread, greedy_answers, question_and_answer
 from tests.conftest import adapter_weights
 from tests.launching import run, torchrun
 from tests.pair_runs import flags_of
@@ -18,7 +18,7 @@ from tests.pair_runs import flags_of
     [(10, 3, [1, 5, 8]), (3, 3, [0, 1, 2]), (2, 3, [0, 1]), (7, 1, [3]), (0, 3, []), (5, 0, [])],
 )
 def test_samples_are_spread_over_all_records(count, wanted, expected):
-    assert spread(count, wanted) == expected
+    assert evenly_spread(count, wanted) == expected
 
 
 X = IGNORE_INDEX
@@ -71,7 +71,7 @@ def test_answers_are_the_likeliest_ones(tiny_model, tiny_tokenizer, family, adap
     model.config.use_cache = False  # as training leaves it
     prompts = [tokenizer.encode(text) for text in ("the user asks", "drink", "rest when you have a fever and")]
     model.train()
-    found = likeliest_answers(model, tokenizer, prompts, ["</s>"], longest=10)
+    found = greedy_answers(model, tokenizer, prompts, ["</s>"], longest=10)
     assert model.training, "left in the mode that it was in"
     model.eval()
     for prompt, answer in zip(prompts, found, strict=True):
@@ -85,7 +85,7 @@ def test_an_answer_ends_at_the_templates_marker(tiny_model, tiny_tokenizer):
     tokens, _ = greedy(model, prompt, set(), 12)
     marker = tokenizer.decode(tokens[4:5])
     at = tokens.index(tokenizer.encode(marker, add_special_tokens=False)[0])
-    ((text, ended),) = likeliest_answers(model, tokenizer, [prompt], [marker], longest=12)
+    ((text, ended),) = greedy_answers(model, tokenizer, [prompt], [marker], longest=12)
     assert ended and text == tokenizer.decode(tokens[:at], skip_special_tokens=True)
 
 
@@ -93,7 +93,7 @@ def test_virtual_tokens_stand_before_the_prompt_once(tiny_model, tiny_tokenizer)
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     prompts = [tokenizer.encode(text) for text in ("the user asks", "drink")]
-    found = likeliest_answers(model, tokenizer, prompts, [], longest=6)
+    found = greedy_answers(model, tokenizer, prompts, [], longest=6)
     for prompt, answer in zip(prompts, found, strict=True):
         tokens, ended = greedy(model, prompt, {tokenizer.eos_token_id}, 6)
         assert answer == (tokenizer.decode(tokens, skip_special_tokens=True), ended)

@@ -3,7 +3,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from stagewise.config.arguments import DataArguments
 from stagewise.errors import ArgumentError
-from stagewise.training.settings import StageArguments, device_flags, says_yes, settle_what_to_do
+from stagewise.training.settings import StageArguments, device_flags, is_yes, settle_what_to_do
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from stagewise.training.settings import StageArguments, device_flags, says_yes, 
     ],
 )
 def test_a_flag_says_yes_or_no(given, expected):
-    assert says_yes(given, "fp16") is expected
+    assert is_yes(given, "fp16") is expected
 
 
 def test_flags_of_a_gpu_that_say_no_are_no_hindrance_on_a_cpu():

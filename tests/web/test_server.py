@@ -10,7 +10,7 @@ from stagewise.errors import ArgumentError
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-web.txt")
 
 import web_demo  # noqa: E402
-from stagewise.inference.chat_model import Speaker  # noqa: E402
+from stagewise.inference.chat_model import ChatModel  # noqa: E402
 from stagewise.web.server import LARGEST, WebArguments, check_web, host_of, hosts_of, serve  # noqa: E402
 
 
@@ -175,7 +175,7 @@ def test_an_allowed_host_is_a_name(name):
     ],
 )
 def test_flags_are_refused_by_name_before_anything_is_loaded(words, named, monkeypatch):
-    monkeypatch.setattr(Speaker, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(ChatModel, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ArgumentError) as error:
         web_demo.main(["--base_model", "nowhere", *words])
     assert named in str(error.value)

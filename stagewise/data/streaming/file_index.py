@@ -50,7 +50,7 @@ class Position(NamedTuple):
     record: int = 0
 
 
-class Place(NamedTuple):
+class RecordLocation(NamedTuple):
     """One record: where it begins, and, for a file without random access, its value."""
 
     start: Position
@@ -90,7 +90,7 @@ class Files:
         """Names and sizes of the files, which the locations depend on."""
         return [[name, path.stat().st_size] for name, path in zip(self.names, self.paths, strict=True)]
 
-    def places(self, start: Position, wanted: Callable[[int], bool] = lambda record: True) -> Iterator[Place]:
+    def places(self, start: Position, wanted: Callable[[int], bool] = lambda record: True) -> Iterator[RecordLocation]:
         """The records from `start` on whose number is `wanted`, to the end of the last file, without blank lines."""
         record = start.record
         for file in range(start.file, len(self.paths)):
@@ -103,7 +103,7 @@ class Files:
                     yield place
                 record += 1
 
-    def read(self, place: Place) -> Line:
+    def read(self, place: RecordLocation) -> Line:
         """The record at a location; an unreadable one is a Line with its RecordError."""
         file, offset, line, _ = place.start
         held, name = place.held, self.names[file]
@@ -120,7 +120,7 @@ class Files:
         ended = bool(problem) or data.endswith(b"\n")
         return parse_line(f"{name}:{line}", RawLine(line, data.removesuffix(b"\n"), ended, problem))
 
-    def _walk(self, position: Position) -> Iterator[Place]:
+    def _walk(self, position: Position) -> Iterator[RecordLocation]:
         path = self.paths[position.file]
         kind, packed = suffixes_of(path)
         start = start_of(path) if kind in (".jsonl", ".txt") else b""
@@ -148,7 +148,7 @@ class Files:
 # --- one file, from a position on ------------------------------------------------------------------------------------
 
 
-def lines(path: Path, position: Position) -> Iterator[Place]:
+def lines(path: Path, position: Position) -> Iterator[RecordLocation]:
     """The non-blank lines of an uncompressed file."""
     file, offset, line, record = position
     with open_file(path) as stream:
@@ -158,29 +158,29 @@ def lines(path: Path, position: Position) -> Iterator[Place]:
             while not data.endswith(b"\n") and (data := stream.readline(BLOCK)):  # the rest of a very long line
                 size += len(data)
             if not blank:
-                yield Place(Position(file, offset, line, record), size, 1)
+                yield RecordLocation(Position(file, offset, line, record), size, 1)
                 record += 1
             offset, line = offset + size, line + 1
 
 
-def packed_lines(path: Path, position: Position) -> Iterator[Place]:
+def packed_lines(path: Path, position: Position) -> Iterator[RecordLocation]:
     """The same for a compressed file, which is unpacked, but not parsed, up to the position."""
     file, offset, _, record = position
     for number, raw in enumerate(split_lines(read_blocks(path))):
         if number >= offset and (raw.data.strip() or raw.problem):
-            yield Place(Position(file, number, raw.number, record), 1, 1, raw)
+            yield RecordLocation(Position(file, number, raw.number, record), 1, 1, raw)
             record += 1
 
 
-def records(path: Path, name: str, position: Position) -> Iterator[Place]:
+def records(path: Path, name: str, position: Position) -> Iterator[RecordLocation]:
     """The records of a list, a table, or any other format of `readers`."""
     file, offset, line, record = position
     for number, read in enumerate(read_file(path, name)):
         if number >= offset:
-            yield Place(Position(file, number, line, record + number - offset), 1, 0, read)
+            yield RecordLocation(Position(file, number, line, record + number - offset), 1, 0, read)
 
 
-def pieces(path: Path, name: str, position: Position) -> Iterator[Place]:
+def pieces(path: Path, name: str, position: Position) -> Iterator[RecordLocation]:
     """A text in pieces of at most 2 · PIECE."""
     file, offset, line, record = position
     packed = suffixes_of(path)[1]
@@ -193,7 +193,7 @@ def pieces(path: Path, name: str, position: Position) -> Iterator[Place]:
         except BrokenStream as error:
             where = f"{name}:{line}"
             broken = Line(where, "", CutError(where, str(error), len(rest)))
-            yield Place(Position(file, offset, line, record), len(rest), 0, broken)
+            yield RecordLocation(Position(file, offset, line, record), len(rest), 0, broken)
             return
         if not rest:
             return
@@ -201,7 +201,7 @@ def pieces(path: Path, name: str, position: Position) -> Iterator[Place]:
             size = piece_size(rest[: 2 * PIECE])
             piece, rest = rest[:size], rest[size:]
             breaks = piece.count(b"\n") or piece.count(b"\r")
-            yield Place(Position(file, offset, line, record), size, breaks, piece if packed else None)
+            yield RecordLocation(Position(file, offset, line, record), size, breaks, piece if packed else None)
             offset, line, record = offset + size, line + breaks, record + 1
 
 

@@ -27,7 +27,7 @@ from stagewise.data.encode_all import Encoder
 from stagewise.data.examples import Encoded, Example, Row
 from stagewise.data.packing import pack
 from stagewise.data.records import Account
-from stagewise.data.streaming.file_index import Files, Place, Position
+from stagewise.data.streaming.file_index import Files, Position, RecordLocation
 from stagewise.errors import ArgumentError, RecordError, TooLongError
 
 WINDOW_ROWS = 32  # rows packed together: 64 rows save one in a hundred more, for twice the wait
@@ -36,7 +36,7 @@ HOPELESS_PASS = 100  # the same, if a pass ends without a kept record
 
 
 @lru_cache(maxsize=256)
-def draw(*key: Any) -> int:
+def pseudo_random(*key: Any) -> int:
     """A pseudo-random number below 2**64 that depends only on the key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
@@ -133,14 +133,14 @@ class Recipe:
         """
         if self.lanes == 1:
             return True
-        shift = passes if self.buffer == 1 else draw(self.seed, "group", source, passes, record // self.lanes)
+        shift = passes if self.buffer == 1 else pseudo_random(self.seed, "group", source, passes, record // self.lanes)
         return (record + shift) % self.lanes == lane
 
     def source_of(self, lane: int, number: int) -> int:
         """The source of a lane's record number `number`, drawn by weight."""
         if self.weights is None:
             return 0
-        drawn, total = draw(self.seed, "source", lane, number) / 2**64 * sum(self.weights), 0.0
+        drawn, total = pseudo_random(self.seed, "source", lane, number) / 2**64 * sum(self.weights), 0.0
         for source, weight in enumerate(self.weights):
             total += weight
             if drawn < total:
@@ -155,8 +155,8 @@ class Share:
         self.recipe, self.source, self.lane = recipe, source, lane
         self.files = recipe.sources[source]
         self.passes, self.start, self.index = taken
-        self.block: list[Place] = []
-        self.walk: Iterator[Place] | None = None
+        self.block: list[RecordLocation] = []
+        self.walk: Iterator[RecordLocation] | None = None
 
     @property
     def taken(self) -> Taken:
@@ -170,7 +170,7 @@ class Share:
             self._fill()
         return self.passes
 
-    def take(self) -> Place:
+    def take(self) -> RecordLocation:
         """The next record. Raises ArgumentError if the files hold none."""
         self.upcoming()
         self.index += 1
@@ -187,7 +187,7 @@ class Share:
         if self.block:
             self.behind = self.block[-1].after
             if recipe.buffer > 1:
-                key = draw(recipe.seed, "block", self.source, self.lane, passes, self.start.record)
+                key = pseudo_random(recipe.seed, "block", self.source, self.lane, passes, self.start.record)
                 random.Random(key).shuffle(self.block)
             return
         if self.start == Position() and next(self.files.places(self.start), None) is None:
@@ -283,7 +283,7 @@ class Lane:
         if recipe.capacity:
             rows = pack([len(row.ids) for row in window.rows], recipe.capacity)
         if recipe.buffer > 1:
-            random.Random(draw(recipe.seed, "rows", self.number, began.draws)).shuffle(rows)
+            random.Random(pseudo_random(recipe.seed, "rows", self.number, began.draws)).shuffle(rows)
         counted: set[int] = set()
         accounts = began.accounts
         for number, row in enumerate(rows):

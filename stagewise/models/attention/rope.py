@@ -45,11 +45,11 @@ def scale_rope(config: PretrainedConfig, args: ModelArguments) -> None:
     before = parameters.get("rope_type", "default")
     if before not in ("default", kind):
         raise RopeError(
-            f"--rope_scaling {kind}: the model's positions are scaled by {before} already, {described(parameters)}; "
-            "leave the flag out, or start from the model before that"
+            f"--rope_scaling {kind}: the model's positions are scaled by {before} already, "
+            f"{describe_rope(parameters)}; leave the flag out, or start from the model before that"
         )
     context = own_context(text, parameters)
-    factor = args.rope_factor or wanted_factor(args, context)
+    factor = args.rope_factor or scaling_factor(args, context)
     values: dict[str, Any] = {**parameters, "rope_type": kind, "factor": float(factor)}
     values.pop("type", None)  # the former name of rope_type
     if kind in NAMES_ITS_CONTEXT:
@@ -60,7 +60,7 @@ def scale_rope(config: PretrainedConfig, args: ModelArguments) -> None:
     if before == kind and values["factor"] != parameters.get("factor"):
         logger.info(f"rope: {kind} with factor {parameters.get('factor')} becomes {values['factor']:g}")
     set_rotations(text, values)
-    logger.info(f"rope: {described(values)}; own context {context}, now {round(context * factor)} tokens")
+    logger.info(f"rope: {describe_rope(values)}; own context {context}, now {round(context * factor)} tokens")
 
 
 def rotations(text: PretrainedConfig) -> dict[str, Any] | None:
@@ -97,7 +97,7 @@ def context_of(config: PretrainedConfig) -> int | None:
     return longest
 
 
-def wanted_factor(args: ModelArguments, context: int) -> float:
+def scaling_factor(args: ModelArguments, context: int) -> float:
     """The training length divided by the model's own context."""
     if args.rope_length is None:
         raise RopeError(f"--rope_scaling {args.rope_scaling}: give --rope_factor, how many times {context} tokens")
@@ -148,7 +148,7 @@ def longrope_factors(file: str | None, text: PretrainedConfig, before: dict[str,
     return {name: [float(value) for value in found[name]] for name in names}
 
 
-def described(parameters: dict[str, Any]) -> str:
+def describe_rope(parameters: dict[str, Any]) -> str:
     factor = parameters.get("factor")
     return f"{parameters.get('rope_type', 'default')}{'' if factor is None else f', factor {factor:g}'}"
 
@@ -172,7 +172,7 @@ def restore_rope(config: PretrainedConfig, kept: dict[str, Any]) -> None:
         raise RopeError(f"the adapter was trained with scaled positions, which a {config.model_type} base has not")
     text.rope_parameters = copy.deepcopy(kept["rope_parameters"])
     text.max_position_embeddings = kept["max_position_embeddings"]
-    logger.info(f"rope: {described(rotations(text))}, as the adapter was trained")
+    logger.info(f"rope: {describe_rope(rotations(text))}, as the adapter was trained")
 
 
 def write_rope(raw: dict[str, Any], config: PretrainedConfig) -> None:

@@ -53,7 +53,7 @@ BLOCK = 64  # weights that share a scale in 4 bit
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """The contents of a training step, from the flags."""
 
     rows: int  # sequences of one forward pass
@@ -118,7 +118,7 @@ def layers_in_bits(model: PreTrainedModel) -> set[int]:
     }
 
 
-def weight_bytes(model: nn.Module, step: Step, in_bits: set[int]) -> float:
+def weight_bytes(model: nn.Module, step: TrainingStep, in_bits: set[int]) -> float:
     """Bytes of all weights, including an adapter's; tied ones once."""
     total = 0.0
     for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def optimizer_bytes(trained: Iterable[nn.Parameter], optim: str) -> float:
     return sum(p.numel() * (states * p.element_size() + others) for p in trained)
 
 
-def layer_activations(layer: Layer, step: Step, compute: int, stream: int) -> float:
+def layer_activations(layer: Layer, step: TrainingStep, compute: int, stream: int) -> float:
     """Bytes per token that one layer keeps for its backward pass.
 
     - a root-mean-square norm: 4 · width (its input in float32), and s · width (Gemma: 4 · width) if its weight is
@@ -205,7 +205,7 @@ def held_in_8_bit(layer: Layer, compute: int) -> tuple[int, float]:
     return compute * (layer.inputs + layer.attended), compute * layer.downward / 2
 
 
-def estimate(model: nn.Module, step: Step, in_bits: set[int]) -> Memory:
+def estimate(model: nn.Module, step: TrainingStep, in_bits: set[int]) -> Memory:
     """The memory of a training step of a model without weights, with its adapter, if any.
 
     Three moments can be the worst: the loss (all activations and the logits), the last layer's backward pass (with
@@ -279,7 +279,7 @@ def _trains(head: nn.Module) -> bool:
     return any(p.requires_grad for p in head.parameters())
 
 
-def _weight_copies(layer: Layer, step: Step, compute: int, stream: int) -> float:
+def _weight_copies(layer: Layer, step: TrainingStep, compute: int, stream: int) -> float:
     """Bytes of a layer's weights that are made in the forward pass and kept for the backward pass.
 
     Experts that are dequantized, or have an adapter added, in the precision of the weights; nothing else, since the
@@ -293,14 +293,14 @@ def _weight_copies(layer: Layer, step: Step, compute: int, stream: int) -> float
     return copies
 
 
-def _beside(layer: Layer, step: Step, compute: int) -> float:
+def _beside(layer: Layer, step: TrainingStep, compute: int) -> float:
     """Bytes per token of the gradients of the widest layer: two of I, and two more in float32 for LoRA."""
     wide = max(layer.middle, layer.expert_middle, layer.query, layer.norms[0].width if layer.norms else 0)
     cast = layer.adapter_inputs and not (step.autocast and step.bits)
     return wide * (2 * compute + (8 if cast else 0))
 
 
-def _put_together(layer: Layer, step: Step, stream: int) -> float:
+def _put_together(layer: Layer, step: TrainingStep, stream: int) -> float:
     """Bytes of weights made for one product: a dequantized linear layer, or the gradient of experts with an adapter.
 
     That gradient belongs to the sum of adapter and weight, so it has the weight's size. The last parameter's coexists

@@ -27,14 +27,14 @@ from stagewise.training.length_grouping import LengthGroups
 from stagewise.training.resume.identity import read_record, refuse
 
 
-class Place(NamedTuple):
+class RowPosition(NamedTuple):
     """Completed epochs, and rows of the next one."""
 
     epoch: int
     rows: int
 
 
-START = Place(0, 0)
+START = RowPosition(0, 0)
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Grid:
         """Steps of a full epoch."""
         return max(1, self.steps(self.rows))
 
-    def after(self, steps: int, start: Place = START) -> Place:
+    def after(self, steps: int, start: RowPosition = START) -> RowPosition:
         """The position of a run after some steps from `start`."""
         first = self.steps(self.rows - start.rows)
         if steps < first:
-            return Place(start.epoch, start.rows + steps * self.step)
+            return RowPosition(start.epoch, start.rows + steps * self.step)
         epochs, rest = divmod(steps - first, self.an_epoch)
-        return Place(start.epoch + 1 + epochs, rest * self.step)
+        return RowPosition(start.epoch + 1 + epochs, rest * self.step)
 
-    def left(self, place: Place, epochs: float) -> int:
+    def left(self, place: RowPosition, epochs: float) -> int:
         """The steps from `place` to the end of a run of so many epochs; negative if that end is before it."""
         last, share = divmod(math.ceil(epochs * self.an_epoch), self.an_epoch)  # share: steps of a partial epoch
         if place.epoch < last:
@@ -113,7 +113,7 @@ class RowsFrom(Sampler[int]):
         return islice(iter(self.sampler), first, None)
 
 
-class KeepsPlace:
+class KeepsPosition:
     """Mixin for a Trainer with counted rows: a resumed run continues after the last row that was trained.
 
     transformers finds the position by the number of steps, which is right as long as steps have the same size.
@@ -125,10 +125,10 @@ class KeepsPlace:
         self.moved = False  # whether the number of steps would give another position
         self.resumed: Path | None = None  # the checkpoint that this start continues from
         self.order: RowsFrom | None = None
-        self.add_callback(EpochOfPlace(self))
+        self.add_callback(EpochOfPosition(self))
 
     def place(self) -> dict[str, Any]:
-        """The position to save in a checkpoint, for `place_in`."""
+        """The position to save in a checkpoint, for `read_position`."""
         if not has_length(self.train_dataset):
             return {}
         grid = Grid.of(self)
@@ -140,7 +140,7 @@ class KeepsPlace:
         if self.args.max_steps > 0:
             return self.args.max_steps - trained_steps(checkpoint)
         grid = Grid.of(self)
-        return grid.left(place_in(checkpoint, grid), self.args.num_train_epochs)
+        return grid.left(read_position(checkpoint, grid), self.args.num_train_epochs)
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any):
         self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -165,7 +165,7 @@ class KeepsPlace:
         if self.resumed is None or not has_length(self.train_dataset):
             return values
         grid, step = Grid.of(self), trained_steps(self.resumed)
-        place = Place(step // grid.an_epoch, 0) if args.ignore_data_skip else place_in(self.resumed, grid)
+        place = RowPosition(step // grid.an_epoch, 0) if args.ignore_data_skip else read_position(self.resumed, grid)
         if isinstance(self.order.sampler, LengthGroups) and place.rows:
             self._check_groups(grid)
         self.begun, self.begun_step = place, step
@@ -179,7 +179,7 @@ class KeepsPlace:
             max_steps = step + grid.left(place, args.num_train_epochs)
         later = max(0, max_steps - step - grid.steps(grid.rows - place.rows))
         epochs = place.epoch + 1 + math.ceil(later / grid.an_epoch)
-        then = saved_place(self.resumed).get("rows_per_step", grid.step)
+        then = position_to_save(self.resumed).get("rows_per_step", grid.step)
         logger.info(
             f"--per_device_train_batch_size × --gradient_accumulation_steps × processes: {grid.step} rows per step, "
             f"{then} when {self.resumed.name} was saved; continues after row {place.rows} of {grid.rows} in epoch "
@@ -189,7 +189,7 @@ class KeepsPlace:
 
     def _check_groups(self, grid: Grid) -> None:
         """Raises ArgumentError if rows were grouped by length for other step sizes."""
-        then = saved_place(self.resumed).get("rows_per_step", grid.step)
+        then = position_to_save(self.resumed).get("rows_per_step", grid.step)
         if then != grid.step:
             what = "--train_sampling_strategy group_by_length with a number of rows per step of"
             refuse(self.resumed, what, then, grid.step)
@@ -215,10 +215,10 @@ class KeepsPlace:
         )
 
 
-class EpochOfPlace(TrainerCallback):
+class EpochOfPosition(TrainerCallback):
     """The epoch in the logs of a run that resumed within one: transformers counts from its own start."""
 
-    def __init__(self, trainer: KeepsPlace):
+    def __init__(self, trainer: KeepsPosition):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -228,16 +228,16 @@ class EpochOfPlace(TrainerCallback):
             state.epoch = place["epoch"] + place["rows"] / place["rows_per_epoch"]
 
 
-def saved_place(checkpoint: Path) -> dict[str, int]:
+def position_to_save(checkpoint: Path) -> dict[str, int]:
     return (read_record(checkpoint) or {}).get("place", {})
 
 
-def place_in(checkpoint: Path, grid: Grid) -> Place:
+def read_position(checkpoint: Path, grid: Grid) -> RowPosition:
     """The position saved in a checkpoint; for older checkpoints, the one that follows from the number of steps."""
-    place = saved_place(checkpoint)
+    place = position_to_save(checkpoint)
     if "epoch" not in place:
         return grid.after(trained_steps(checkpoint))
-    found = Place(place["epoch"], place["rows"])
+    found = RowPosition(place["epoch"], place["rows"])
     if found.rows and not grid.steps(grid.rows - found.rows):  # the rest of the epoch fills no batch
-        return Place(found.epoch + 1, 0)
+        return RowPosition(found.epoch + 1, 0)
     return found

@@ -12,7 +12,7 @@ from benchmarks.memory_shapes import Cell
 from stagewise.errors import EstimateError
 from stagewise.models.attention.shifted import register_shifted
 from stagewise.models.memory import estimate as memory
-from stagewise.models.memory.estimate import Step, estimate, layers_in_bits, quantized_bytes
+from stagewise.models.memory.estimate import TrainingStep, estimate, layers_in_bits, quantized_bytes
 from stagewise.models.memory.structure import decoder_layers, measure_layer, parameters_of, skeleton
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -78,7 +78,7 @@ def kept_by_autograd(model, autocast: bool, positions=None, rows=2, tokens=64) -
 def test_activations_are_what_autograd_keeps(family, method, dtype, autocast, build):
     real, empty = build(family, method, dtype)
     wanted = kept_by_autograd(real, autocast)
-    found = estimate(empty, Step(rows=2, tokens=64, logit_tokens=0, autocast=autocast), set())
+    found = estimate(empty, TrainingStep(rows=2, tokens=64, logit_tokens=0, autocast=autocast), set())
     # with 32-bit weights under autocast the estimate also has the head's 16-bit copy, which is not run here
     assert found.activations == pytest.approx(wanted, rel=0.06 if dtype == torch.float32 and autocast else 0.03)
 
@@ -89,7 +89,7 @@ def test_every_family_that_is_called_compared_is(family, method, build):
     changes = {"num_local_experts": 4} if family == "mixtral" else {}
     real, empty = build(family, method, torch.bfloat16, **changes)
     wanted = kept_by_autograd(real, method == "lora")
-    found = estimate(empty, Step(rows=2, tokens=64, logit_tokens=0, autocast=method == "lora"), set())
+    found = estimate(empty, TrainingStep(rows=2, tokens=64, logit_tokens=0, autocast=method == "lora"), set())
     assert found.activations == pytest.approx(wanted, rel=0.1)
 
 
@@ -124,7 +124,7 @@ def test_activations_of_experts_are_what_autograd_keeps(bits, targets, dtype, wi
         pytest.importorskip("bitsandbytes")
     real, empty = with_experts(bits, targets, dtype)
     autocast = bits is None  # PEFT asks for a GPU's autocast: on a CPU a layer in 4 bit copies its input besides
-    step = Step(rows=2, tokens=256, logit_tokens=0, autocast=autocast, bits=bits, experts_in_bits=bits == 4)
+    step = TrainingStep(rows=2, tokens=256, logit_tokens=0, autocast=autocast, bits=bits, experts_in_bits=bits == 4)
     wanted = kept_by_autograd(real, autocast, tokens=256)
     assert estimate(empty, step, set()).activations == pytest.approx(wanted, rel=0.03)
 
@@ -169,7 +169,7 @@ def test_experts_in_4_bit_are_put_together_one_layer_at_a_time(targets, checkpoi
         assert seen.peak == layers * (down + up) + gradient
         assert not seen.alive
     layer = measure_layer(decoder_layers(empty.get_base_model())[0], empty.config)
-    step = Step(rows=1, tokens=16, logit_tokens=0, autocast=True, bits=4, experts_in_bits=True)
+    step = TrainingStep(rows=1, tokens=16, logit_tokens=0, autocast=True, bits=4, experts_in_bits=True)
     matrices = 2 * (layer.adapter_numbers + layer.expert_adapter_numbers)
     assert memory._weight_copies(layer, step, 2, 2) == down + up + matrices
     assert memory._put_together(layer, step, 2) == (gradient or 2 * 128 * 128)  # or a linear layer from 4 bit
@@ -188,9 +188,9 @@ def test_a_mask_costs_what_autograd_keeps_of_it(build):
     real, empty = build("llama", "full", torch.bfloat16)
     positions = torch.cat([torch.arange(20), torch.arange(44)])[None]  # two documents in a row
     wanted = kept_by_autograd(real, False, positions=positions, rows=1)
-    found = estimate(empty, Step(rows=1, tokens=64, logit_tokens=0, mask_width=64), set())
+    found = estimate(empty, TrainingStep(rows=1, tokens=64, logit_tokens=0, mask_width=64), set())
     assert found.activations == pytest.approx(wanted, rel=0.03)
-    alone = estimate(empty, Step(rows=1, tokens=64, logit_tokens=0), set())
+    alone = estimate(empty, TrainingStep(rows=1, tokens=64, logit_tokens=0), set())
     assert alone.activations < 0.97 * wanted
 
 
@@ -198,14 +198,14 @@ def test_shifted_groups_keep_what_the_estimate_says(build):
     real, empty = build("llama", "full", torch.bfloat16)
     real.set_attn_implementation(register_shifted(0.25))
     wanted = kept_by_autograd(real, False)
-    found = estimate(empty, Step(rows=2, tokens=64, logit_tokens=0), set())
+    found = estimate(empty, TrainingStep(rows=2, tokens=64, logit_tokens=0), set())
     # the half groups at a row's ends are filled up: a quarter more queries, keys and values of half the heads
     assert found.activations == pytest.approx(wanted, rel=0.1)
 
 
 def test_one_layer_by_hand(build):
     _, empty = build("llama", "full", torch.bfloat16)
-    found = estimate(empty, Step(rows=3, tokens=10, logit_tokens=7), set())
+    found = estimate(empty, TrainingStep(rows=3, tokens=10, logit_tokens=7), set())
     # a layer: two norms (4 + 2) · 128; inputs of q, k, v and of gate, up 2 · 128 each, of down 2 · 352; attention
     # 2 · (2 · 128 + 2 · 64) and 4 · 8 heads; the feed-forward layer 3 · 2 · 352
     layer = 2 * 6 * 128 + 2 * (2 * 128 + 352) + 2 * 384 + 32 + 6 * 352
@@ -223,8 +223,8 @@ def test_one_layer_by_hand(build):
 def test_checkpointing_keeps_the_layers_inputs_and_one_layer(build):
     _, empty = build("llama", "lora", torch.bfloat16)
     step = {"rows": 4, "tokens": 500, "logit_tokens": 0, "autocast": True}
-    found = estimate(empty, Step(**step, checkpointing=True), set())
-    whole = estimate(empty, Step(**step), set())
+    found = estimate(empty, TrainingStep(**step, checkpointing=True), set())
+    whole = estimate(empty, TrainingStep(**step), set())
     assert found.activations == 2000 * (4 * 2 * 128 + 4 * 128)
     assert found.moment == "the backward pass of the last layers"
     layers = (whole.activations - 2000 * 4 * 128) / 4
@@ -285,20 +285,22 @@ def test_what_8_bit_holds_with_checkpointing_by_hand(build):
     _, empty = build("llama", "full", torch.bfloat16)
     in_bits = layers_in_bits(empty)
     _, empty = build("llama", "lora", torch.bfloat16)
-    four, eight = (estimate(empty, Step(**EIGHT_BIT | {"bits": bits}, checkpointing=True), in_bits) for bits in (4, 8))
+    four, eight = (
+        estimate(empty, TrainingStep(**EIGHT_BIT | {"bits": bits}, checkpointing=True), in_bits) for bits in (4, 8)
+    )
     assert eight.inputs_of_8_bit_layers == 200 * 4 * HELD_INPUTS
     assert eight.outliers_of_8_bit_layers == 200 * 4 * HELD_OUTLIERS / 2  # from none to all of them
     assert eight.activations == four.activations == 200 * (4 * 2 * 128 + 4 * 128)
     assert four.inputs_of_8_bit_layers == four.outliers_of_8_bit_layers == 0
     parts = sum(value for name, value in eight.rows() if name not in ("gradients", "logits"))
     assert (eight.moment, eight.peak) == ("the backward pass of the last layers", parts)
-    whole = estimate(empty, Step(**EIGHT_BIT), in_bits)  # its activations have the inputs in them
+    whole = estimate(empty, TrainingStep(**EIGHT_BIT), in_bits)  # its activations have the inputs in them
     assert whole.inputs_of_8_bit_layers == whole.outliers_of_8_bit_layers == 0
 
 
 def test_8_bit_holds_its_inputs_to_the_end_of_the_backward_pass(build):
     _, empty = build("llama", "full", torch.bfloat16)
-    step = Step(**EIGHT_BIT | {"tokens": 1}, checkpointing=True)
+    step = TrainingStep(**EIGHT_BIT | {"tokens": 1}, checkpointing=True)
     found = estimate(empty, step, set())  # its gradients are more than all else
     assert found.moment == "the end of the backward pass"
     others = found.weights + found.optimizer + found.gradients + found.working
@@ -329,7 +331,7 @@ def test_a_measured_peak_in_8_bit(shape):
 
 
 def test_dropout_keeps_a_byte_for_each_input(build):
-    step = Step(rows=1, tokens=10, logit_tokens=0, autocast=True)
+    step = TrainingStep(rows=1, tokens=10, logit_tokens=0, autocast=True)
     _, without = build("llama", "lora", torch.bfloat16)
     _, with_dropout = build("llama", "lora", torch.bfloat16, dropout=0.1)
     more = estimate(with_dropout, step, set()).activations - estimate(without, step, set()).activations
@@ -358,8 +360,8 @@ def test_weights_in_bits_by_hand(build):
     rows = 4 * (128 + 64 + 64 + 128 + 352 + 352 + 128)
     others = 2 * (4 * 2 * 128 + 2 * 320 * 128 + 128)
     step = {"rows": 1, "tokens": 8, "logit_tokens": 0}
-    assert estimate(empty, Step(**step, bits=8), in_bits).weights == numbers + 4 * rows + others
-    double = estimate(empty, Step(**step, bits=4), in_bits).weights
+    assert estimate(empty, TrainingStep(**step, bits=8), in_bits).weights == numbers + 4 * rows + others
+    double = estimate(empty, TrainingStep(**step, bits=4), in_bits).weights
     assert double == pytest.approx(numbers / 2 + numbers / 64 * (1 + 4 / 256) + others)
 
 
@@ -412,12 +414,12 @@ def test_kinds_cover_every_family(family, tiny_model):
     kinds = {p.kind for p in found}
     assert {"embedding", "attention", "norms"} <= kinds
     assert "experts" in kinds if family == "mixtral" else "MLP" in kinds
-    assert estimate(model, Step(rows=1, tokens=16, logit_tokens=16), set()).peak > 0
+    assert estimate(model, TrainingStep(rows=1, tokens=16, logit_tokens=16), set()).peak > 0
 
 
 def test_accumulated_gradients_stay_while_the_next_batch_is_computed(build):
     _, empty = build("llama", "full", torch.bfloat16)
     step = {"rows": 8, "tokens": 64, "logit_tokens": 512}
-    once, more = (estimate(empty, Step(**step, accumulates=many), set()) for many in (False, True))
+    once, more = (estimate(empty, TrainingStep(**step, accumulates=many), set()) for many in (False, True))
     assert once.moment == more.moment == "the loss"
     assert more.peak - once.peak == once.gradients

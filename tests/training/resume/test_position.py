@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from stagewise.training.resume.position import Grid, Place
+from stagewise.training.resume.position import Grid, RowPosition
 from tests.launching import ROOT, torchrun
 from tests.launching import run as run_command
 
@@ -15,7 +15,7 @@ def test_a_place_is_counted_in_rows():
     grid = Grid(rows=13, batch=2, accumulation=2)  # 7 batches, steps of 4, 4, 4 and 1 rows
     assert (grid.step, grid.an_epoch) == (4, 4)
     assert [grid.after(steps) for steps in (0, 1, 3, 4, 9)] == [(0, 0), (0, 4), (0, 12), (1, 0), (2, 4)]
-    begun = Place(1, 6)  # 7 rows are left of this epoch: steps of 4 and 3 rows
+    begun = RowPosition(1, 6)  # 7 rows are left of this epoch: steps of 4 and 3 rows
     assert [grid.after(steps, begun) for steps in (0, 1, 2, 3)] == [(1, 6), (1, 10), (2, 0), (2, 4)]
 
 
@@ -34,7 +34,7 @@ def test_a_place_is_counted_in_rows():
     ],
 )
 def test_the_steps_that_are_left(place, epochs, left):
-    assert Grid(rows=13, batch=2, accumulation=2).left(Place(*place), epochs) == left
+    assert Grid(rows=13, batch=2, accumulation=2).left(RowPosition(*place), epochs) == left
 
 
 def test_incomplete_batches_that_are_left_out_are_no_steps():
