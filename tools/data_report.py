@@ -140,7 +140,7 @@ def prompt_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
     return [
         f"--batch_size {batch} × {counted(processes, 'process', 'processes')}",
         rollout_contents(measures, batch, processes, rollouts).line(),
-        f"each is learned from in {counted(updates, 'update', 'updates')}; its answers may have up to "
+        f"each is used in {counted(updates, 'update', 'updates')}; its answers may have up to "
         f"{shown.flag('max_target_length'):,} tokens each",
     ]
 
@@ -167,10 +167,10 @@ def sample_lines(shown: Shown, items: Sequence[Any], count: int, color: bool) ->
 
 
 def about(example: Example) -> str:
-    """ "312 tokens, 120 of them learned (38.5%)"."""
+    """ "312 tokens, 120 with labels (38.5%)"."""
     measures = measure([example])
     tokens, learned = int(measures.tokens[0, 0]), int(measures.learned[0, 0])
-    part = f", {learned:,} of them learned ({percent(learned, tokens)})" if learned else ""
+    part = f", {learned:,} with labels ({percent(learned, tokens)})" if learned else ""
     return counted(tokens, "token", "tokens") + part
 
 
@@ -190,7 +190,7 @@ def report(shown: Shown, processes: int, samples: int, color: bool) -> str:
         lines += [f"── left out: {len(first)} of {len(shown.rejected)} ──", *first, ""]
     lines = [visible(line) for line in lines]
     split = "train" if len(shown.splits.train) else "validation"
-    how = "what is learned is green" if color else "what is learned stands between « and »"
+    how = "labels are green" if color else "labels are between « and »"
     if samples:
         lines += [f"── samples of {split}: {how} ──", ""]
         lines += sample_lines(shown, getattr(shown.splits, split), samples, color)
@@ -214,7 +214,7 @@ def draw(shown: Shown, path: Path) -> None:
         learned.hist(100 * shares, bins=np.arange(0, 101, 5), label=split, alpha=0.6)
         unit = "blocks" if summary.examples != summary.records else UNITS[summary.kind][1]
         lengths.set(xlabel="tokens" if summary.kind != "pairs" else "tokens of the longer row", ylabel=unit)
-        learned.set(xlabel="% of the tokens learned", ylabel=unit)
+        learned.set(xlabel="% of tokens with labels", ylabel=unit)
     for axis in (lengths, learned):
         axis.grid(alpha=0.3)
         axis.legend()

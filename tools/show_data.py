@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report(shown, own.processes, own.samples, has_color(sys.stdout)))
     if own.figure:
         draw(shown, own.figure)
-        print(f"{own.figure}: lengths and learned shares, as a picture")
+        print(f"{own.figure}: lengths and shares of labels, as a picture")
 
 
 if __name__ == "__main__":

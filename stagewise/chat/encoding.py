@@ -159,7 +159,7 @@ class ConversationEncoder(RecordEncoder):
         return Encoded("Example", [(row,)], shortened or length > self.max_length or lost)
 
     def _no_room(self, where: str, learned: Sequence[bool]) -> TooLongError:
-        why = "the first question alone fills" if any(learned) else "nothing that is learned stays within"
+        why = "the first question alone fills" if any(learned) else "no label stays within"
         return TooLongError(where, "no room for an answer", f"{why} the limit of {self.max_length} tokens, no token "
                             "of an answer is left; raise --model_max_length")  # fmt: skip
 

@@ -52,7 +52,7 @@ def choose_template(tokenizer: Any, chat: ChatArguments, earlier: str | None = N
     elif own:
         template = _of_table(tokenizer, chat, own, trained_in) or _own_template(tokenizer, chat, own)
         name = trained_in or template.name
-        since = ", which the model was trained in" if trained_in else ""
+        since = ", which the model was trained with" if trained_in else ""
         logger.info(f"template: {name}{since}; answers end with {template.stop}")
     else:
         template = _bound(tokenizer, replace(chat, template_name="vicuna"))
@@ -108,7 +108,7 @@ def _no_thinking(what: str) -> str:
 def _check_lineage(
     tokenizer: Any, chat: ChatArguments, template: Template, own: str | None, trained_in: str | None
 ) -> None:
-    """Raises ArgumentError where the model was trained in another form, or where --force_template changes nothing."""
+    """Raises ArgumentError if the model was trained with another template, or --force_template changes nothing."""
     other = own and trained_in and thinking.thinking_default(own)[1] != thinking.thinking_default(template.jinja())[1]
     if other and not chat.force_template:
         turns = [{"role": message.role, "content": message.content} for message in EXAMPLE.messages]
@@ -117,10 +117,10 @@ def _check_lineage(
         raise ArgumentError(
             f"--template_name {template.name}: the model was trained with {trained_in}; with two templates it would "
             f"use neither well\n  {trained_in}: {_beginning(before)}\n  {template.name}: {_beginning(now)}\n"
-            f"leave --template_name out to continue in {trained_in}, or add --force_template"
+            f"leave --template_name out to continue with {trained_in}, or add --force_template"
         )
     if chat.force_template and not other:
-        found = f"in {trained_in}, the same form" if trained_in else "in no form of this project"
+        found = f"with {trained_in}, the same template" if trained_in else "with no template of this project"
         raise ArgumentError(f"--force_template has no effect: the model was trained {found}; leave it out")
 
 

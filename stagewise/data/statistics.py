@@ -104,7 +104,7 @@ class Summary:
         (one, many), n = UNITS[self.kind], self.lengths
         blocks = f" in {counted(self.examples, 'block', 'blocks')}" if self.examples != self.records else ""
         part = {
-            "records": f", {self.learned:,} of them learned ({percent(self.learned, self.tokens)})",
+            "records": f", {self.learned:,} with labels ({percent(self.learned, self.tokens)})",
             "pairs": f" in both rows, {self.learned:,} of them the answers' ({percent(self.learned, self.tokens)})",
             "prompts": "; the answers are still to come",
         }[self.kind]
@@ -225,8 +225,8 @@ class StepContents:
             held = f"{rows}, {self.filled:.1%} full, with {self.examples:,.1f} examples"
         elif self.kind == "pairs":
             held += f" in {2 * self.rows:,} rows"
-        whose = {"records": "learned", "pairs": "the answers'"}.get(self.kind)
-        learned = f", {self.learned:,.0f} of them {whose}" if whose else ""
+        which = {"records": "with labels", "pairs": "of them the answers'"}.get(self.kind)
+        learned = f", {self.learned:,.0f} {which}" if which else ""
         padding = "no padding"
         if round(self.padding):
             padding = f"{self.padding:,.0f} of padding ({percent(self.padding, self.tokens + self.padding)})"

@@ -64,4 +64,4 @@ def show_sample(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     text = mark_labels(tokenizer, example, color=has_color(sys.stderr))
     where = visible(example.where)
     colored = logger.bind(colored=True)  # control characters have been made visible; the colors must pass
-    colored.opt(raw=True).info(f"one training sample ({where}), learned tokens marked:\n{text}\n\n")
+    colored.opt(raw=True).info(f"one training sample ({where}), labels marked:\n{text}\n\n")

@@ -277,7 +277,7 @@ def test_mask_history_learns_what_follows_the_last_question_that_is_kept(spellin
         encode_conversation(tokenizer, template, marked(conversation, 5), 9999, mask_history=True)
     assert (type(caught.value), caught.value.reason) == (RecordError, "nothing learned")
     # the first answer has weight 0, the second is behind the limit: a larger limit keeps the record
-    with pytest.raises(TooLongError, match="nothing that is learned stays within the limit of 30"):
+    with pytest.raises(TooLongError, match="no label stays within the limit of 30"):
         encode_conversation(tokenizer, template, marked(talk("a", "b", "c", "d"), 1), 30)
 
 

@@ -678,7 +678,7 @@ def test_forcing_without_a_conflict_is_refused(tokenizers):
     with pytest.raises(ArgumentError, match="--force_template has no effect without --template_name"):
         choose_template(tokenizer, ChatArguments(force_template=True))
     forced = ChatArguments(template_name="vicuna", force_template=True)
-    with pytest.raises(ArgumentError, match="--force_template has no effect: the model was trained in no form"):
+    with pytest.raises(ArgumentError, match="--force_template has no effect: the model was trained with no template"):
         choose_template(tokenizer, forced)
     choose_template(tokenizer, ChatArguments(template_name="vicuna"))
     with pytest.raises(

@@ -109,7 +109,7 @@ def test_a_summary_counts_what_is_learned_and_cut():
         "cut_share": 0.5,
     }
     assert summary.lines() == [
-        "2 records, 10 tokens, 7 of them learned (70%)",
+        "2 records, 10 tokens, 7 with labels (70%)",
         "tokens of a record: 4 at least, median 4, 90% have at most 6, 99% at most 6, the longest 6",
         "50% of the records (1) are cut at --model_max_length 6",
     ]
@@ -117,7 +117,7 @@ def test_a_summary_counts_what_is_learned_and_cut():
 
 def test_a_summary_tells_blocks_from_the_records_that_they_come_from():
     summary = summarize(measure([example([1, 1, 1])] * 3), records=1, limits={"block_size": 3})
-    assert summary.lines()[0] == "1 record in 3 blocks, 9 tokens, 6 of them learned (66.7%)"
+    assert summary.lines()[0] == "1 record in 3 blocks, 9 tokens, 6 with labels (66.7%)"
     assert summary.lines()[1].startswith("tokens of a block: 3 at least")
     assert len(summary.lines()) == 2  # nothing is cut
 
@@ -182,7 +182,7 @@ def test_a_padded_step():
         "filled": None,
     }
     assert step.line() == (
-        "a step: 2 records; 4 tokens, 2 of them learned, and 2 of padding (33.3%); 1 step per epoch, 1 in all"
+        "a step: 2 records; 4 tokens, 2 with labels, and 2 of padding (33.3%); 1 step per epoch, 1 in all"
     )
 
 
@@ -195,7 +195,7 @@ def test_a_step_over_accumulation_and_processes():
     step = padded_step(lengths(*[6] * 48), StepSize(batch=2, accumulation=3, processes=4, epochs=2.5))
     assert (step.rows, step.tokens, step.learned) == (24, 144, 96)
     assert (step.steps_per_epoch, step.steps) == (2, 5)
-    assert "24 records; 144 tokens, 96 of them learned, and no padding; 2 steps per epoch, 5 in all" in step.line()
+    assert "24 records; 144 tokens, 96 with labels, and no padding; 2 steps per epoch, 5 in all" in step.line()
 
 
 def test_max_steps_count_where_they_are_given():
@@ -208,7 +208,7 @@ def test_a_packed_step():
     assert (step.rows, step.examples, step.tokens, step.learned, step.padding) == (1, 2, 9.5, 5.5, 0)
     assert (step.filled, step.steps_per_epoch) == (0.95, 2)
     assert step.line() == (
-        "a step: 1 packed row, 95.0% full, with 2.0 examples; 10 tokens, 6 of them learned, and no padding; "
+        "a step: 1 packed row, 95.0% full, with 2.0 examples; 10 tokens, 6 with labels, and no padding; "
         "2 steps per epoch, 2 in all"
     )
 

@@ -1,4 +1,4 @@
-"""What a person looks at: samples with their learned tokens marked."""
+"""What a person looks at: samples with their labels marked."""
 
 import io
 
@@ -81,4 +81,4 @@ def test_the_sample_in_the_log_says_where_it_is_from(tokenizer):
         show_sample(tokenizer, example(tokenizer, ("{Q} <b>\n", False), ("yes", True)))
     finally:
         logger.remove(number)
-    assert "".join(said) == "one training sample (a.jsonl:1), learned tokens marked:\n{Q} <b>\n«yes»\n\n"
+    assert "".join(said) == "one training sample (a.jsonl:1), labels marked:\n{Q} <b>\n«yes»\n\n"

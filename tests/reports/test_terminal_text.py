@@ -73,7 +73,7 @@ def test_a_sample_has_our_colors_and_no_others(log, monkeypatch):
     monkeypatch.setattr("stagewise.reports.results.has_color", lambda stream: True)
     show_sample(Letters(), example)
     assert "".join(log) == (
-        "one training sample (a␛.jsonl:1), learned tokens marked:\n\033[90m␛[31mq\033[0m\033[32m<U+009B>a\033[0m\n\n"
+        "one training sample (a␛.jsonl:1), labels marked:\n\033[90m␛[31mq\033[0m\033[32m<U+009B>a\033[0m\n\n"
     )
 
 

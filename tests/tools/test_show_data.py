@@ -92,7 +92,7 @@ supervised_finetuning.py with {folder}, chat template: the tokenizer's own
 ── train ──
 {data}/a.jsonl
 3 records read, 3 kept, 0 left out, 0 cut
-3 records, 50 tokens, 17 of them learned (34%)
+3 records, 50 tokens, 17 with labels (34%)
 tokens of a record: 12 at least, median 18, 90% have at most 20, 99% at most 20, the longest 20
 
 tokens  records
@@ -109,18 +109,18 @@ tokens  records
 ── a step ──
 --per_device_train_batch_size 2 × --gradient_accumulation_steps 1 × 1 process
 rows are packed: llama is a tested family
-a step: 2 packed rows, 78.1% full, with 3.0 examples; 50 tokens, 17 of them learned, and no padding; \
+a step: 2 packed rows, 78.1% full, with 3.0 examples; 50 tokens, 17 with labels, and no padding; \
 1 step per epoch, 3 in all
 
-── samples of train: what is learned stands between « and » ──
+── samples of train: labels are between « and » ──
 
-1 of 2: a.jsonl:1, 12 tokens, 4 of them learned (33.3%)
+1 of 2: a.jsonl:1, 12 tokens, 4 with labels (33.3%)
 
 U:hi
 A:«yes</s>»
 
 
-2 of 2: a.jsonl:3, 18 tokens, 4 of them learned (22.2%)
+2 of 2: a.jsonl:3, 18 tokens, 4 with labels (22.2%)
 
 U:a
 A:«b</s>»
@@ -136,7 +136,7 @@ def test_padded_rows_are_counted_with_their_padding(show, model, data):
     words = ("--model_name_or_path", model(), "--train_file_dir", data, "--packing", "False", "--samples", 0)
     found = show("sft", *words, "--per_device_train_batch_size", 3)
     assert "rows are padded: --packing False" in found
-    assert "a step: 3 records; 50 tokens, 17 of them learned, and 10 of padding (16.7%); 1 step per epoch" in found
+    assert "a step: 3 records; 50 tokens, 17 with labels, and 10 of padding (16.7%); 1 step per epoch" in found
     assert "samples" not in found
 
 
@@ -249,7 +249,7 @@ def test_processes_make_a_step_larger(show, model, data):
     words = ("--model_name_or_path", model(), "--train_file_dir", data, "--samples", 0, "--packing", "False")
     found = show("sft", *words, "--per_device_train_batch_size", 1, "--processes", 3)
     assert "--per_device_train_batch_size 1 × --gradient_accumulation_steps 1 × 3 processes" in found
-    assert "a step: 3 records; 50 tokens, 17 of them learned, and no padding; 1 step per epoch, 3 in all" in found
+    assert "a step: 3 records; 50 tokens, 17 with labels, and no padding; 1 step per epoch, 3 in all" in found
 
 
 def test_a_file_of_flags_is_read(show, model, data, tmp_path):
@@ -261,7 +261,7 @@ def test_a_file_of_flags_is_read(show, model, data, tmp_path):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(flags))
     found = show("sft", tmp_path / "run.yaml", "--samples", 1, "--max_train_samples", 1)
-    assert "1 record, 12 tokens, 4 of them learned (33.3%)" in found and "1 of 1: a.jsonl:1" in found
+    assert "1 record, 12 tokens, 4 with labels (33.3%)" in found and "1 of 1: a.jsonl:1" in found
 
 
 def test_a_stream_is_stood_for_by_its_first_records(show, model, data, monkeypatch, capsys):
@@ -281,11 +281,11 @@ def test_a_stream_is_stood_for_by_its_first_records(show, model, data, monkeypat
     words += ("--max_steps", 7, "--per_device_train_batch_size", 1)
     found = show("sft", *words)
     assert "--streaming: these are the first records, and stand for all" in found
-    assert "3 records, 50 tokens, 17 of them learned" in found and "3 of 3: a.jsonl:3" in found
+    assert "3 records, 50 tokens, 17 with labels" in found and "3 of 3: a.jsonl:3" in found
     assert "a step: 1 packed row, 78.1% full, with 1.5 examples; 25 tokens" in found
     assert "and no padding; 7 in all" in found and "per epoch" not in found
     monkeypatch.setattr(show_data, "STREAMED", 2)
-    assert "2 records, 32 tokens, 13 of them learned" in show("sft", *words)
+    assert "2 records, 32 tokens, 13 with labels" in show("sft", *words)
     assert "1 record, 12 tokens" in show("sft", *words, "--max_train_samples", 1)
 
 
@@ -310,9 +310,9 @@ def test_texts(show, model, tmp_path):
     # abcdefg and the end token: 8 tokens in blocks of 5, the second of which begins with the last token of the first.
     folder = write(tmp_path / "texts" / "a.jsonl", [{"text": "abcdefg"}])
     found = show("pretraining.py", "--model_name_or_path", model(), "--train_file_dir", folder, "--block_size", 5)
-    assert "1 record in 2 blocks, 9 tokens, 7 of them learned (77.8%)" in found
-    assert "1 of 2: a.jsonl:1, 5 tokens, 4 of them learned (80%)\n\n«abcde»\n" in found
-    assert "2 of 2: a.jsonl:1, 4 tokens, 3 of them learned (75%)\n\n«efg</s>»\n" in found
+    assert "1 record in 2 blocks, 9 tokens, 7 with labels (77.8%)" in found
+    assert "1 of 2: a.jsonl:1, 5 tokens, 4 with labels (80%)\n\n«abcde»\n" in found
+    assert "2 of 2: a.jsonl:1, 4 tokens, 3 with labels (75%)\n\n«efg</s>»\n" in found
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
@@ -323,8 +323,8 @@ def test_pairs(show, model, tmp_path, stage):
     found = show(stage, "--model_name_or_path", model(), "--train_file_dir", folder)
     assert "1 pair, 21 tokens in both rows, 7 of them the answers' (33.3%)" in found
     assert "a step: 1 pair in 2 rows; 21 tokens, 7 of them the answers', and 1 of padding (4.5%)" in found
-    assert "1 of 1: a.jsonl:1, chosen, 11 tokens, 4 of them learned (36.4%)\n\nU:hi\nA:«yes</s>»\n" in found
-    assert "1 of 1: a.jsonl:1, rejected, 10 tokens, 3 of them learned (30%)\n\nU:hi\nA:«no</s>»\n" in found
+    assert "1 of 1: a.jsonl:1, chosen, 11 tokens, 4 with labels (36.4%)\n\nU:hi\nA:«yes</s>»\n" in found
+    assert "1 of 1: a.jsonl:1, rejected, 10 tokens, 3 with labels (30%)\n\nU:hi\nA:«no</s>»\n" in found
 
 
 def test_prompts(show, model, data):
@@ -333,7 +333,7 @@ def test_prompts(show, model, data):
     found = show("ppo", *words, "--batch_size", 3, "--max_target_length", 9, "--samples", 1)
     assert "3 prompts, 32 tokens; the answers are still to come" in found
     assert "a rollout: 3 prompts; 32 tokens, and 13 of padding (28.9%); 1 rollout per epoch, 3 in all" in found
-    assert "each is learned from in 4 updates; its answers may have up to 9 tokens each" in found
+    assert "each is used in 4 updates; its answers may have up to 9 tokens each" in found
     assert "1 of 1: a.jsonl:1, 7 tokens\n\nU:hi\nA:\n" in found
     # The third loses its first exchange: U:c⏎A: is 6.
     found = show("ppo", *words, "--max_source_length", 10, "--samples", 0)
@@ -347,7 +347,9 @@ def test_a_picture_is_written_where_it_is_asked_for(show, model, data, tmp_path,
     before = set(tmp_path.iterdir())
     assert "data.png" not in show("sft", *words)
     assert set(tmp_path.iterdir()) == before
-    assert show("sft", *words, "--figure", "data.png").endswith("data.png: lengths and learned shares, as a picture\n")
+    assert show("sft", *words, "--figure", "data.png").endswith(
+        "data.png: lengths and shares of labels, as a picture\n"
+    )
     assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -356,7 +358,7 @@ def test_learned_tokens_are_green_on_a_terminal(show, model, data, monkeypatch):
     monkeypatch.setattr(show_data, "has_color", lambda stream: True)
     found = show(*words)
     assert "\033[90mU:hi\nA:\033[0m\033[32myes</s>\033[0m" in found
-    assert "what is learned is green" in found and "«" not in found
+    assert "labels are green" in found and "«" not in found
 
 
 def test_samples_are_taken_from_all_over():
