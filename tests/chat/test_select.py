@@ -652,7 +652,7 @@ def test_another_form_on_a_later_stage_is_refused_and_both_are_shown(tokenizers,
     assert message.startswith("--template_name chatml: the model was trained with vicuna")
     assert '\n  vicuna: "A chat between a curious user and an artificial' in message
     assert '\n  chatml: "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n"' in message
-    assert "leave --template_name out to continue in vicuna, or add --force_template" in message
+    assert "leave --template_name out to continue with vicuna, or add --force_template" in message
     assert tokenizer.chat_template == before
     template = choose_template(tokenizer, ChatArguments(template_name="chatml", force_template=True))
     assert tokenizer.chat_template == template.jinja() == TEMPLATES["chatml"].bind(tokenizer).jinja()
