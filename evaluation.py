@@ -266,7 +266,7 @@ def evaluate(job: EvaluationJob) -> None:
     sections: list[str] = []
     if scores:
         if args.benchmarks:
-            raise ArgumentError("--benchmarks: this is a reward model, which scores and does not speak")
+            raise ArgumentError("--benchmarks: this is a reward model, which gives scores and no text")
         refuse(job, {f.name for f in fields(SamplingArguments)} | {"reward_model_name_or_path"}, "on a reward model")
         pairs = on_every_process(partial(read_test, job, parse_preference))
         found["rm"], section = measure_pairs(job, folder, pairs)

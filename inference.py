@@ -75,7 +75,7 @@ from stagewise.errors import ArgumentError, ChatModelError
 from stagewise.inference.batch_file import AnswerFile, Prompt, fingerprint, read_prompts
 from stagewise.inference.chat_model import Answer, ChatModel
 from stagewise.inference.loading import choose_device
-from stagewise.inference.repl import HELP, ChatSession
+from stagewise.inference.repl import ChatSession, chat_help
 from stagewise.inference.terminal_input import Lines, open_input
 from stagewise.inference.word_wrap import WordWrap
 from stagewise.reports.console import columns_of
@@ -95,7 +95,7 @@ WITHOUT_TRACE = ("device", "device_map", "hf_hub_token", "cache_dir", "trust_rem
 def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
     """Raises ChatModelError for flags that do not fit together, before anything is loaded."""
     if args.interactive == bool(args.data_file):
-        raise ChatModelError("give --interactive to talk, or --data_file and --output_file to answer a file"
+        raise ChatModelError("give --interactive to chat, or --data_file and --output_file to answer a file"
                            + (", not both" if args.interactive else ""))  # fmt: skip
     if args.data_file and not args.output_file:
         raise ChatModelError("--output_file: missing; give the file that the answers are written to")
@@ -107,7 +107,7 @@ def check(args: InferenceArguments, sampling: SamplingArguments) -> None:
         if given := [name for name in names if getattr(args, name) != getattr(usual, name)]:
             raise ChatModelError(f"--{given[0]} has no effect with --interactive: it belongs to --data_file")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ChatModelError("--interactive: a terminal talks with one process; start it without torchrun")
+            raise ChatModelError("--interactive: runs in one process; start it without torchrun")
     if args.batch_size < 1:
         raise ChatModelError(f"--batch_size: expected at least 1, found {args.batch_size}")
     if args.on_bad_record not in ("error", "skip"):
@@ -128,7 +128,7 @@ def look_for_adapter(args: InferenceArguments, which: ChatModelArguments) -> Non
             logger.info(f"adapter: found in {folder}")
             return
     if folders:
-        logger.info(f"adapter: none in {' or '.join(folders)}; the base alone speaks")
+        logger.info(f"adapter: none in {' or '.join(folders)}; only the base answers")
 
 
 # ── in the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,7 +136,7 @@ def look_for_adapter(args: InferenceArguments, which: ChatModelArguments) -> Non
 
 def converse(talk: ChatSession, lines: Lines) -> None:
     """Handles questions and commands until /quit or the end of the input."""
-    print(f"Type a question, or a command:\n{HELP}")
+    print(f"Type a question, or a command:\n{chat_help(columns_of(sys.stdout))}")
     while True:
         try:
             text = lines.read("you: ")
@@ -184,9 +184,9 @@ def do(talk: ChatSession, text: str) -> bool:
         file = rest or "conversation.jsonl"
         print(f"{talk.save(file)} messages appended to {visible(file)}")
     elif name == "/help":
-        print(HELP)
+        print(chat_help(columns_of(sys.stdout)))
     else:
-        print(f"{visible(name)}: no such command\n{HELP}")
+        print(f"{visible(name)}: no such command\n{chat_help(columns_of(sys.stdout))}")
     return True
 
 

@@ -143,7 +143,7 @@ def test_examples_that_are_not_there(tmp_path):
     with pytest.raises(ArgumentError, match=r"--num_fewshot 5: .*anatomy_dev.csv has 2 examples"):
         benchmark_csv.read_subject(tmp_path, "mmlu", "anatomy", 5)
     (tmp_path / "dev/anatomy_dev.csv").unlink()
-    with pytest.raises(ArgumentError, match=r"anatomy_dev.csv is not there; --num_fewshot 0 shows no examples"):
+    with pytest.raises(ArgumentError, match=r"anatomy_dev.csv does not exist; --num_fewshot 0 uses no examples"):
         benchmark_csv.read_subject(tmp_path, "mmlu", "anatomy", 1)
     assert len(benchmark_csv.read_subject(tmp_path, "mmlu", "anatomy", 0)["test"]) == 4
     with pytest.raises(ArgumentError, match=r"--benchmark_dir .*: holds no ceval/val/\*_val.csv"):
@@ -658,7 +658,7 @@ def test_two_processes_find_what_one_finds(tmp_path, tiny_checkpoint, says):
         (["--test_file", "x", "--batch_size", "0"], "--batch_size: expected at least 1, found 0"),
         (["--test_file", "x", "--max_samples", "0"], "--max_samples: expected at least 1, found 0"),
         (["--test_file", "x", "--base_model", "a", "--model_name_or_path", "b"], "mean the same: give one of them"),
-        (["--compare", "a", "b", "--batch_size", "4"], "--batch_size has no effect beside --compare"),
+        (["--compare", "a", "b", "--batch_size", "4"], "--batch_size has no effect with --compare"),
         (["--compare", "a"], "--compare: give two folders or more"),
         (["--compare", "data", "tests"], "--compare data: holds no metrics.json"),
         (["--compare", "data", "data/"], "--compare data data/: names a folder twice"),
@@ -889,7 +889,7 @@ def test_a_comparison_says_what_it_is_of(tmp_path):
     found = dict(compare_metrics(*evaluations))["ROUGE-L"]
     assert sentence("ROUGE-L", *evaluations, found).endswith("-0.100 [-0.100, -0.100] on 10 records: worse")
     (tmp_path / "a/answers.jsonl").unlink()
-    with pytest.raises(ArgumentError, match=r"answers.jsonl is gone, which metrics.json speaks of"):
+    with pytest.raises(ArgumentError, match=r"answers.jsonl, which metrics.json names, is missing"):
         read_evaluations(folders)
 
 

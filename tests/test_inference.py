@@ -200,7 +200,7 @@ def test_a_part_that_is_none_of_ours_is_named_and_kept(tmp_path, text):
     part = tmp_path / "out.jsonl.part"
     part.write_text(text)
     with pytest.raises(
-        ChatModelError, match="out.jsonl: out.jsonl.part is no file of unfinished answers.*--overwrite_"
+        ChatModelError, match="out.jsonl: out.jsonl.part is not a file of unfinished answers.*--overwrite_"
     ):
         AnswerFile(tmp_path / "out.jsonl", {"seed": 1}, [{}], "response").begin()
     assert part.read_text() == text
@@ -235,7 +235,7 @@ def test_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "give --interactive to talk, or --data_file"),
+        ([], "give --interactive to chat, or --data_file"),
         (["--interactive", "--data_file", "x"], "not both"),
         (["--data_file", "x"], "--output_file: missing"),
         (["--data_file", "x", "--output_file", "./x"], "--output_file ./x: is the file of prompts"),
@@ -473,7 +473,7 @@ def test_an_answer_stopped_before_its_first_word_is_not_gone_on_from(tiny_checkp
     talk = ChatSession(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
     alone = "".join(talk.ask("two"))
     talk.messages = [Message("user", "one"), Message("assistant", "")]
-    with pytest.raises(ValueError, match="nothing was said yet"):  # training refuses such a record
+    with pytest.raises(ValueError, match="the conversation is empty"):  # training refuses such a record
         talk.save(tmp_path / "talk.jsonl")
     assert "".join(talk.ask("two")) == alone
     assert [m.content for m in talk.messages] == ["two", alone]
@@ -484,7 +484,8 @@ def test_an_answer_stopped_before_its_first_word_is_not_gone_on_from(tiny_checkp
 def test_what_cannot_be_asked_is_refused_before_the_model_is_said_to_speak(tiny_checkpoint, capsys):
     speaker = ChatModel.load(ChatModelArguments(str(tiny_checkpoint("llama", max_position_embeddings=64))))
     talk = ChatSession(speaker, SamplingArguments(do_sample=False, max_new_tokens=8))
-    for text, refused in (("/regen", "nothing was asked"), ("long " * 99, "longer than the"), ("/save", "was said")):
+    refusals = {"/regen": "nothing was asked", "long " * 99: "longer than the", "/save": "the conversation is empty"}
+    for text, refused in refusals.items():
         with pytest.raises(ValueError, match=refused):
             inference.do(talk, text)
     assert capsys.readouterr().out == ""

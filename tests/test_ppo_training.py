@@ -279,7 +279,8 @@ def test_it_learns_what_is_rewarded(stage, words, tmp_path, monkeypatch):
 @pytest.mark.timeout(3600)
 def test_shuffled_rewards_do_not_pass_the_reports_line(stage, tmp_path, monkeypatch):
     """The pipeline's PPO once more, by the command in its run.json, on the models that are there: with its rewards
-    dealt to other answers the line that the report judges by does not hold."""
+    dealt to other answers the line that the report judges by does not hold.
+    """
     outputs = Path(os.environ.get("OUTPUTS", ROOT / "outputs"))
     if not (outputs / "ppo" / "eval_records").is_dir():
         pytest.skip(f"{outputs} holds no PPO run of the pipeline: bash run_pipeline.sh makes it; OUTPUTS names others")

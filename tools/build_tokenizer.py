@@ -93,9 +93,9 @@ def with_tokenizers(lines: Sequence[str], args: argparse.Namespace) -> tuple[Tok
     alphabet = [SPACE, *letters_kept(lines, args.character_coverage)]
     if (least := len(SPECIAL) + len(BYTE_PIECES) + len(alphabet)) >= args.vocab_size:
         raise VocabularyError(
-            f"--vocab_size {args.vocab_size}: the special and byte pieces and the {len(alphabet):,} letters that "
-            f"--character_coverage {args.character_coverage:g} keeps are {least:,} already, and no letters would be "
-            "joined; give a larger size, or a lower coverage"
+            f"--vocab_size {args.vocab_size}: the special and byte pieces and the {len(alphabet):,} characters that "
+            f"--character_coverage {args.character_coverage:g} keeps are {least:,} already, and no characters would "
+            "be joined; give a larger size, or a lower coverage"
         )
     trainer = trainers.BpeTrainer(
         vocab_size=args.vocab_size,
@@ -224,7 +224,7 @@ def check(args: argparse.Namespace) -> None:
     if not 0.98 <= args.character_coverage <= 1.0:
         raise VocabularyError(f"--character_coverage {args.character_coverage}: expected 0.98 to 1.0")
     if not 2 <= args.max_piece_length <= 512:
-        raise VocabularyError(f"--max_piece_length {args.max_piece_length}: expected 2 to 512 letters")
+        raise VocabularyError(f"--max_piece_length {args.max_piece_length}: expected 2 to 512 characters")
     if args.min_frequency is not None and choose_library(args.kind, args.library) != "tokenizers":
         raise VocabularyError("--min_frequency: sentencepiece has no such setting; leave it out")
     if args.min_frequency is None:

@@ -144,7 +144,7 @@ def _check_quantized(
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 5):
         raise ArgumentError(f"{flag}: needs a GPU of compute capability 7.5 or later; load in 16 bit")
     if adapter.method == "prefix_tuning":
-        logger.info(f"{flag}: the prefix is cast to the precision of the keys and values it stands among")
+        logger.info(f"{flag}: the prefix is cast to the precision of the other keys and values")
 
 
 def check_continuation(
@@ -174,7 +174,9 @@ def check_continuation(
                 f"--{name} {getattr(args, name)}: the adapter of --peft_path has {own}; leave the flag out"
             )
     if "init_lora_weights" in METHODS[method] and args.asks("init_lora_weights"):
-        raise AdapterError("--init_lora_weights has no effect: the adapter of --peft_path has begun; leave it out")
+        raise AdapterError(
+            "--init_lora_weights has no effect: the adapter of --peft_path is already initialized; leave it out"
+        )
     for name in ("target_modules", "modules_to_save") if "target_modules" in METHODS[method] else ():
         asked, own = getattr(args, name), names_of(getattr(config, name))
         wanted, experts = names_of(asked), names_of(getattr(config, "target_parameters", None))

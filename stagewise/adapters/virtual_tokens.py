@@ -51,7 +51,7 @@ def attach_virtual_tokens(model: PreTrainedModel, args: AdapterArguments, task_t
         ) from error
     if not effect > 0:
         raise AdapterError(
-            f"--fine_tuning_type {args.method}: {name} does not read what stands before the text; train with "
+            f"--fine_tuning_type {args.method}: {name} does not read tokens before the text; train with "
             "--fine_tuning_type lora"
         )
     return wrapped

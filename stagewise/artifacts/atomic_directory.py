@@ -104,7 +104,9 @@ def atomic_directory(place: Path, overwrite: bool, replaces: Sequence[str] = ("*
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise DirectoryError(f"--output_dir {place}: {folder} cannot be made beside it: {error.strerror}") from error
+        raise DirectoryError(
+            f"--output_dir {place}: {folder} cannot be created beside it: {error.strerror}"
+        ) from error
     with _locked(folder):
         yield from _filled(folder, place, overwrite, replaces)
 

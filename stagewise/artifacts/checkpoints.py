@@ -64,7 +64,9 @@ def leave_later(output_dir: str | Path, resume: Path) -> None:
     for folder in checkpoints(output_dir):
         if step_of(folder) > step and (folder / MARK).is_file():
             os.replace(folder / MARK, folder / LEFT)
-            logger.info(f"{folder} is behind step {step}, from which this run continues: it counts by its name alone")
+            logger.info(
+                f"{folder} is later than step {step}, from which this run continues: it can now only be given by name"
+            )
 
 
 def trained_steps(folder: Path) -> int:
@@ -196,8 +198,8 @@ def check_resumable(folder: Path) -> None:
     if not any(next(folder.glob(pattern), None) for pattern in ("optimizer*", "global_step*")):
         raise ArgumentError(
             f"--resume_from_checkpoint: {folder} was saved with --save_only_model, without the optimizer's state that "
-            f"a run continues from; begin anew from its weights: --peft_path {folder}, or --model_name_or_path where "
-            "all weights were trained"
+            f"a run continues from; start a new run from its weights: --peft_path {folder}, or --model_name_or_path "
+            "if all weights were trained"
         )
 
 

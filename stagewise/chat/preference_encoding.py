@@ -154,7 +154,7 @@ def _pair(
         rows.append(row)
     if rows[0].ids == rows[1].ids and shortened:
         raise TooLongError(where, "answers too long", f"both answers begin with the same {max_target_length} or fewer "
-                           "tokens and differ only behind the limit; raise --max_target_length")  # fmt: skip
+                           "tokens and differ only beyond the limit; raise --max_target_length")  # fmt: skip
     if rows[0].ids == rows[1].ids:
         raise RecordError(where, "answers alike", "both answers are the same tokens")
     return Encoded("PreferenceExample", [tuple(rows)], cut or shortened)

@@ -114,9 +114,7 @@ def _check_data(data: DataArguments) -> None:
     if percentage is not None and not 0 < percentage < 100:
         raise ArgumentError(f"--validation_split_percentage: expected 1 to 99, found {percentage}")
     if percentage is not None and data.validation_file_dir:
-        raise ArgumentError(
-            "--validation_split_percentage has no effect beside --validation_file_dir: give one of them"
-        )
+        raise ArgumentError("--validation_split_percentage has no effect with --validation_file_dir: give one of them")
     for name in ("max_train_samples", "max_eval_samples"):
         value = getattr(data, name)
         if value != -1 and value < 1:

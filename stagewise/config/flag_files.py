@@ -48,7 +48,7 @@ def read_flags(path: Path, known: Mapping[str, Flag]) -> list[tuple[str, list[st
         line = key.start_mark.line + 1
         name = _name(str(key.value))
         if name in lines:
-            raise ArgumentError(f"{path}:{line}: {name} stands there twice, first in line {lines[name]}; leave one")
+            raise ArgumentError(f"{path}:{line}: {name} is given twice, first in line {lines[name]}; leave one")
         lines[name] = line
         words = _words(node, known.get(name), f"{path}:{line}: {name}")
         if words is not None:
@@ -125,7 +125,7 @@ def _once(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ArgumentError(f"{place}: {twice} stands there twice; leave one")
+        raise ArgumentError(f"{place}: {twice} is given twice; leave one")
     return dict(pairs)
 
 

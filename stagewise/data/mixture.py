@@ -39,7 +39,7 @@ def find_sources(given: str, weights: str | None, suffixes: Sequence[str], flag:
     listed = Path(given).suffix.lower() in (".yaml", ".yml") and Path(given).is_file()
     if listed:
         if weights is not None:
-            raise ArgumentError(f"--data_weights beside {flag} {given}: write the weights into that file")
+            raise ArgumentError(f"--data_weights with {flag} {given}: write the weights into that file")
         entries = _entries(given, flag)
         for number, entry in enumerate(entries, 1):
             entry["path"] = expanded(entry["path"], f"{flag} {given}: source {number}")

@@ -49,7 +49,7 @@ def question_of(conversation: Conversation) -> tuple[Conversation, str]:
         raise RecordError(conversation.where, "no answer in words", "every answer is a call of a tool")
     prompt = prompt_of(replace(conversation, messages=messages[: spoken[-1]]))
     if not prompt.messages:
-        raise RecordError(conversation.where, "no question", "nothing stands before the only answer")
+        raise RecordError(conversation.where, "no question", "there is no question before the only answer")
     return prompt, messages[spoken[-1]].content
 
 

@@ -111,7 +111,7 @@ def read_flags(argv: list[str] | None, description: str | None = None) -> Evalua
     if args.compare:
         others = sorted(given - {"compare", "output_dir", "overwrite_output_dir"})
         if others:
-            raise ArgumentError(f"--{others[0]} has no effect beside --compare, which loads no model: leave it out")
+            raise ArgumentError(f"--{others[0]} has no effect with --compare, which loads no model: leave it out")
         return job
     if not args.test_file and not args.benchmarks:
         raise ArgumentError("nothing to measure: give --test_file, --benchmarks or --compare")

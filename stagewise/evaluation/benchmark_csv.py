@@ -76,7 +76,7 @@ def read_subject(folder: Path, name: str, subject: str, shots: int) -> dict[str,
     found = {layout.split: read_questions(layout.file(folder, layout.split, subject), name)}
     examples = layout.file(folder, "dev", subject)
     if shots and not examples.is_file():
-        raise ArgumentError(f"--num_fewshot {shots}: {examples} is not there; --num_fewshot 0 shows no examples")
+        raise ArgumentError(f"--num_fewshot {shots}: {examples} does not exist; --num_fewshot 0 uses no examples")
     if examples.is_file():
         found["dev"] = read_questions(examples, name)
         if len(found["dev"]) < shots:

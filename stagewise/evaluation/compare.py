@@ -78,7 +78,7 @@ def _read(folder: str, name: str) -> Evaluation:
             if part not in metrics:
                 continue
             if not (path / file).is_file():
-                raise ArgumentError(f"--compare {folder}: {file} is gone, which {METRICS} speaks of; evaluate again")
+                raise ArgumentError(f"--compare {folder}: {file}, which {METRICS} names, is missing; evaluate again")
             with (path / file).open(encoding="utf-8") as lines:
                 rows[part] = {row["where"]: row for row in map(json.loads, lines)}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -161,8 +161,8 @@ class AnswerFile:
         found = _settings_in(lines[0] if lines else data)
         if data and found is None:
             raise ChatModelError(
-                f"--output_file {self.path}: {self.part.name} is no file of unfinished answers, or a damaged one; "
-                "move it away, or --overwrite_output_file to begin anew"
+                f"--output_file {self.path}: {self.part.name} is not a file of unfinished answers, or is damaged; "
+                "move it away, or --overwrite_output_file to start over"
             )
         if len(lines) < 2:  # no answer yet
             return 0, 0
@@ -173,7 +173,7 @@ class AnswerFile:
             raise ChatModelError(
                 f"--output_file {self.path}: {self.part.name} holds {len(lines) - 1} answers of a run that was "
                 f"stopped, with other settings ({told}). Give the same to continue, or "
-                "--overwrite_output_file to begin anew"
+                "--overwrite_output_file to start over"
             )
         return sum(map(len, lines)), len(lines) - 1
 

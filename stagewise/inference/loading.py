@@ -133,7 +133,7 @@ def find_adapter(args: ChatModelArguments) -> tuple[str | None, PeftConfig | Non
     """
     source, config = local_adapter(args)
     if config is not None and task_of(config) == "SEQ_CLS":
-        raise ChatModelError(f"--lora_model {source}: an adapter of a reward model, which scores and does not speak")
+        raise ChatModelError(f"--lora_model {source}: an adapter of a reward model, which gives scores and no text")
     return source, config
 
 
@@ -187,8 +187,8 @@ def merge_predecessor_of(model: PreTrainedModel, args: ChatModelArguments, about
     )
     if not (Path(first) / "adapter_config.json").is_file():
         raise ChatModelError(
-            f"--lora_model {args.lora_model}: was trained with {first} merged into its base, which is not there any "
-            f"more. Merge it: {way_out}"
+            f"--lora_model {args.lora_model}: was trained with {first} merged into its base, which no longer "
+            f"exists. Merge it: {way_out}"
         )
     if args.load_in_4bit or args.load_in_8bit:
         raise ChatModelError(f"--lora_model {args.lora_model}: was trained with {first} merged into its base, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import threading
 from collections.abc import Generator
 from dataclasses import replace
@@ -12,17 +13,29 @@ from stagewise.formats.parsers import Conversation, Message
 from stagewise.inference.chat_model import Answer, ChatModel, SamplingArguments
 
 COMMANDS = {
-    "/clear": "forget what was said",
+    "/clear": "clear the conversation",
     "/system [TEXT|-]": "show, set or (-) remove the system prompt",
-    "/regen": "answer the last question anew",
+    "/regen": "answer the last question again",
     "/save [FILE]": "append the conversation to a jsonl file that can be trained on (conversation.jsonl)",
     "/help": "this list",
-    "/quit": "end (Ctrl-D too)",
+    "/quit": "exit (also Ctrl-D)",
 }
-HELP = "\n".join(f"  {name:<17} {what}" for name, what in COMMANDS.items()) + (
-    "\n  Enter sends; Alt+Enter, or \\ at the end of a line, begins a new line; Ctrl-C stops an answer."
-    "\n  A question that begins with / is written with two: //"
+KEYS = (
+    "Enter sends; Alt+Enter, or \\ at the end of a line, starts a new line; Ctrl-C stops an answer.",
+    "A question that begins with / is written with two: //",
 )
+NARROWEST = 44  # columns to which the help is wrapped at least: the longest word beside the names
+
+
+def chat_help(columns: int) -> str:
+    """The commands of the chat and its keys, wrapped at words to the width of the terminal."""
+    width = max(columns, NARROWEST)
+    lines = [
+        textwrap.fill(f"{name:<17} {what}", width, initial_indent="  ", subsequent_indent=" " * 20)
+        for name, what in COMMANDS.items()
+    ]
+    lines += [textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ") for text in KEYS]
+    return "\n".join(lines)
 
 
 class ChatSession:
@@ -90,7 +103,7 @@ class ChatSession:
         """
         said = answered_messages(self.messages)
         if not said:
-            raise ValueError("nothing was said yet")
+            raise ValueError("the conversation is empty")
         names = {"user": "human", "assistant": "gpt"}
         record: dict[str, object] = {} if self.system is None else {"system": self.system}
         record["conversations"] = [{"from": names[m.role], "value": m.content} for m in said]

@@ -148,7 +148,7 @@ def settle_precision(args: StageArguments, parts: Sequence[Any]) -> None:
     if model and args.bf16 and model.torch_dtype == "float16":
         # commands of earlier pipelines give both; layer norms on a CPU reject the mixture
         logger.info(
-            "--torch_dtype float16 beside --bf16: the weights are loaded in bfloat16, as they are computed with"
+            "--torch_dtype float16 with --bf16: the weights are loaded in bfloat16, the precision of the computation"
         )
         model.torch_dtype = "bfloat16"
     if not (model and adapter) or adapter.trains_adapter:

@@ -28,8 +28,10 @@ def check_streaming(args: TrainingArguments, data: DataArguments, rows: Language
             f"--shuffle_buffer: expected at least 1 (the order of the files), found {rows.shuffle_buffer}"
         )
     if args.do_train and args.max_steps <= 0:
-        raise ArgumentError("--max_steps: missing; --streaming does not know how long the files are, so the number of "
-                            "steps has to be said (--num_train_epochs can't be counted)")  # fmt: skip
+        raise ArgumentError(
+            "--max_steps: missing; with --streaming the length of the files is unknown, so the number of steps has to "
+            "be given (--num_train_epochs can't be counted)"
+        )
     if args.do_train and not data.train_file_dir:
         raise ArgumentError("--streaming reads the files of --train_file_dir; a `datasets` set is not streamed: give "
                             "the folder of its parquet or jsonl files, or leave --streaming out")  # fmt: skip

@@ -149,7 +149,7 @@ def logins(auth: str | None) -> list[tuple[str, str]] | None:
     if not pairs or any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ArgumentError("--auth: expected NAME:PASSWORD, or a file with one on each line")
     if len(dict(pairs)) < len(pairs):
-        raise ArgumentError("--auth: a name stands there twice")
+        raise ArgumentError("--auth: a name is given twice")
     return pairs
 
 

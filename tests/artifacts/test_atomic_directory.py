@@ -185,7 +185,7 @@ def test_places_that_are_refused(tmp_path, monkeypatch):
         check_place(full, False, {})
     with pytest.raises(DirectoryError, match="holds --text_dir"):
         check_place(full, True, {"other": None, "text_dir": full / "part"})
-    with pytest.raises(DirectoryError, match="cannot be made beside it: Not a directory"):
+    with pytest.raises(DirectoryError, match="cannot be created beside it: Not a directory"):
         replace(tmp_path / "file" / "out", "new")
     monkeypatch.setattr(module.os.path, "ismount", lambda path: True)
     with pytest.raises(DirectoryError, match="a mount point, which cannot be replaced: give a folder in it"):

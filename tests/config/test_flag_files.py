@@ -152,12 +152,12 @@ def test_a_flag_that_a_file_has_twice_is_an_error(text, tmp_path):
     line = text.count("\n")
     got = in_file(kinds_of("supervised_finetuning"), tmp_path / "run.yaml", text)
     name = text.split(":")[0]
-    assert got == f"error: {tmp_path}/run.yaml:{line}: {name} stands there twice, first in line 1; leave one"
+    assert got == f"error: {tmp_path}/run.yaml:{line}: {name} is given twice, first in line 1; leave one"
 
 
 def test_a_flag_that_a_json_file_has_twice_is_an_error(tmp_path):
     got = in_file(kinds_of("supervised_finetuning"), tmp_path / "run.json", '{"seed": 1, "seed": 2}')
-    assert got == f"error: {tmp_path}/run.json: seed stands there twice; leave one"
+    assert got == f"error: {tmp_path}/run.json: seed is given twice; leave one"
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_broken_list_is_refused_by_what_is_wrong(folders, content, says):
 
 def test_weights_stand_in_the_list_or_in_the_flag(folders):
     (folders / "s.yaml").write_text("- {path: a, weight: 1}\n- {path: b, weight: 1}")
-    with pytest.raises(ArgumentError, match="--data_weights beside --train_file_dir s.yaml"):
+    with pytest.raises(ArgumentError, match="--data_weights with --train_file_dir s.yaml"):
         found("s.yaml", "1,1")
 
 

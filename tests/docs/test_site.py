@@ -50,7 +50,7 @@ def test_links_lead_to_the_pages_of_the_site():
     assert site_link("benchmarks/README.md", "../docs/memory.md") == "memory.md"
 
     class Page:
-        class file:
+        class file:  # noqa: N801
             src_uri = "index.md"
 
     text = "[a](docs/data.md#text-pt) [b](https://example.org/docs/x.md) [c](#here)"

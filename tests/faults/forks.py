@@ -1,5 +1,6 @@
 """A stage's run in a fork of this process, where it can be killed, sent a signal or kept from the disk: a second each
-in place of the ten that a new Python takes to import everything."""
+in place of the ten that a new Python takes to import everything.
+"""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_an_adapter_on_a_merged_adapter_gets_that_base(tiny_checkpoint, tmp_path
     with torch.no_grad(), found.model.disable_adapter():  # without its own adapter it is base + first
         assert torch.allclose(found.model(ids).logits, expected.model(ids).logits, atol=1e-4)
     first.rename(tmp_path / "gone")
-    with pytest.raises(ChatModelError, match="not there any more. Merge it: python merge_peft_adapter.py"):
+    with pytest.raises(ChatModelError, match="no longer exists. Merge it: python merge_peft_adapter.py"):
         load(base, lora_model=second)
 
 

@@ -524,7 +524,7 @@ def test_other_kinds_of_tokenizers_are_refused():
         ("--vocab_size 259", "--vocab_size 259: expected at least 260"),
         ("--vocab_size 270", "--vocab_size 270: the special and byte pieces and the"),
         ("--character_coverage 0.5", "--character_coverage 0.5: expected 0.98 to 1.0"),
-        ("--max_piece_length 1", "--max_piece_length 1: expected 2 to 512 letters"),
+        ("--max_piece_length 1", "--max_piece_length 1: expected 2 to 512 characters"),
         ("--kind unigram --min_frequency 3", "--min_frequency: sentencepiece has no such setting"),
         ("--min_frequency 0", "--min_frequency 0: expected at least 1"),
     ],

@@ -132,7 +132,7 @@ def check_rows(model: PreTrainedModel, bits: int) -> list[str]:
     """
     names = rows_to_quantize(model)
     if not names:
-        raise RowQuantizationError(f"{type(model).__name__} has no linear layers beside its head")
+        raise RowQuantizationError(f"{type(model).__name__} has no linear layers except its head")
     for name in names if bits == 4 else []:
         layer = model.get_submodule(name)
         inputs = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
