@@ -49,14 +49,17 @@ def dry_run(trainer: Trainer, peak_gib: Callable[[], float]) -> None:
         f"dry run: measures {describe_measurement(short, batch)}, forward and backward; nothing is trained or written"
     )
     loss, seconds, held, grown = measure(trainer, short or batch)
-    if short is not None or seconds < LONG:  # the first pass also allocates gradients and compiles or loads kernels
-        loss, seconds, held, grown = measure(trainer, short or batch)
     optimizer, state = measure_optimizer(trainer)
+    repeats = short is not None or seconds < LONG
+    if repeats:  # the first pass also compiles or loads kernels, and had no optimizer state beside it
+        if args.gradient_accumulation_steps == 1:
+            model.zero_grad()  # as before each step
+        loss, seconds, held, grown = measure(trainer, short or batch)
     share = 1.0 if short is None else count_operations(batch, model) / count_operations(short, model)
     tokens = 1.0 if short is None else batch["input_ids"].numel() / short["input_ids"].numel()
-    peak = peak_gib()
+    peak = peak_gib() if repeats else peak_gib() + state / GIB
     if short is not None:
-        peak = max(peak, (held + grown * tokens + state) / GIB)
+        peak = max(peak, (held + grown * tokens) / GIB)
     step = (seconds * share + rollout) * args.gradient_accumulation_steps + optimizer
     logger.info(f"dry run: measured {seconds:.2f} s, loss {loss:.4f}; a step of the run takes about {step:.1f} s")
     logger.info(
@@ -128,7 +131,8 @@ def measure(trainer: Trainer, batch: Mapping[str, Any]) -> tuple[float, float, i
     started = time.perf_counter()
     count = trainer._get_num_items_in_batch([batch], trainer.args.device)
     inputs = trainer._prepare_inputs(batch)
-    loss = trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=count)
+    with trainer.accelerator.autocast():  # in training, accelerate wraps the model in it
+        loss = trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=count)
     loss.backward()
     value = float(loss.detach())  # waits for the device
     seconds = time.perf_counter() - started
