@@ -56,7 +56,7 @@ PAGES = {
 # What a stage's page says behind its own flags.
 SHARED = (
     "All other flags are shared by the stages: [Arguments](arguments.md#shared-flags).",
-    "其余参数为各阶段共用:[参数](arguments_zh.md#共用参数)。",
+    "其余参数为各阶段共用：[参数](arguments_zh.md#共用参数)。",
 )
 # The same for the scripts that use a model.
 USE_TITLES = {
@@ -70,7 +70,7 @@ USE_TITLES = {
 COLUMNS = {
     "flags": {"en": ("flag", "default", "what it does"), "zh": ("参数", "默认值", "作用")},
     "renamed": {"en": ("name of earlier pipelines", "today"), "zh": ("早期流程中的名称", "今天的名称")},
-    "dropped": {"en": ("flag", "taken and left out, because"), "zh": ("参数", "接受但略去,因为")},
+    "dropped": {"en": ("flag", "taken and left out, because"), "zh": ("参数", "接受但略去，因为")},
     "refused": {"en": ("flag", "what to do today"), "zh": ("参数", "今天的做法")},
 }
 REQUIRED = {"en": "required", "zh": "必填"}
@@ -197,7 +197,7 @@ def block(name: str, language: str, known: dict[str, tuple[type, list[str]]]) ->
     if name not in known:
         raise FlagsError(f"{DOCUMENTS[language]}: a table is marked {name}, which is no dataclass of flags")
     kind, stages = known[name]
-    words = {"en": ("Stages: ", ", ", "."), "zh": ("用于:", "、", "。")}[language]
+    words = {"en": ("Stages: ", ", ", "."), "zh": ("用于：", "、", "。")}[language]
     who = f"{words[0]}{words[1].join(stages)}{words[2]}\n\n" if stages else ""
     return who + flag_table(kind, language)
 
