@@ -103,10 +103,10 @@ CHINESE: dict[str, str] = {
         "没有给出验证集时，从训练数据中留出的百分比。"
     ),
     "Use at most this many training records; in PT rows of --block_size; -1 = all.": (
-        "最多使用多少条训练数据，PT 中为多少行 --block_size;-1 = 全部。"
+        "最多使用多少条训练数据，PT 中为多少行 --block_size；-1 = 全部。"
     ),
-    "The same for validation records; in PT blocks, which are not packed.": "验证数据，同上；PT 中为多少个块，不打包。",
-    "Processes that encode the data; default: one per core, at most four.": "编码数据的进程数；默认每核一个，最多四个。",
+    "The same for validation records; in PT blocks, which are not packed.": "验证数据，同上；PT 中为块数，不打包。",
+    "Processes that encode the data; default: one per core, at most four.": "编码数据的进程数；默认每核一个，最多 4 个。",
     "Ignore the encoded data in --cache_dir and encode again.": "重新编码 --cache_dir 中已有的数据。",
     "error: stop at the first malformed record; skip: count it and write it to rejected.jsonl.": (
         "error：遇到第一条坏数据就停止；skip：计数并写入 rejected.jsonl。"
@@ -261,7 +261,7 @@ CHINESE: dict[str, str] = {
         "在终端上也只输出普通的行：没有原地刷新的一行，也没有进度条。"
     ),
     "Trackers, joined by commas: tensorboard, wandb …; or none.": (
-        "跟踪工具，用逗号连接：tensorboard、wandb……;none 表示不用。"
+        "跟踪工具，用逗号连接：tensorboard、wandb……；none 表示不用。"
     ),
     "Folder for TensorBoard files; default: logs/ in the output directory.": "TensorBoard 的文件；默认：输出目录中的 "
     "logs/。",
