@@ -106,7 +106,7 @@ CHINESE: dict[str, str] = {
         "最多使用多少条训练数据，PT 中为多少行 --block_size；-1 = 全部。"
     ),
     "The same for validation records; in PT blocks, which are not packed.": "验证数据，同上；PT 中为块数，不打包。",
-    "Processes that encode the data; default: one per core, at most four.": "编码数据的进程数；默认每核一个，最多 4 个。",
+    "Processes that encode the data; default: one per core, at most four.": "编码进程数；默认每核一个，最多四个。",
     "Ignore the encoded data in --cache_dir and encode again.": "重新编码 --cache_dir 中已有的数据。",
     "error: stop at the first malformed record; skip: count it and write it to rejected.jsonl.": (
         "error：遇到第一条坏数据就停止；skip：计数并写入 rejected.jsonl。"
