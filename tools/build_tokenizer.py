@@ -4,9 +4,9 @@ r"""Builds a domain vocabulary from text files: a tokenizer that `tools.extend_v
     python -m tools.build_tokenizer --text_dir data/pretrain/train --output_dir outputs/unigram --vocab_size 2000 \
         --kind unigram
 
-Text is taken as it is (no normalization), spaces are ▁, punctuation and digits stand alone, and a letter that is not
-in the vocabulary is written in bytes, so every text comes back as it was. The same files give the same vocabulary.
-The directory holds tokenizer.json, with sentencepiece tokenizer.model too, and loads with AutoTokenizer by itself.
+Text is not normalized; spaces are ▁, punctuation and digits are separate pieces, and a character outside the
+vocabulary is written in bytes, so every text can be decoded exactly. The same files give the same vocabulary. The
+directory has tokenizer.json, with sentencepiece also tokenizer.model, and loads with AutoTokenizer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LONGEST_LINE = 4000  # letters; what is longer is cut, since sentencepiece skips
 
 
 def choose_library(kind: str, asked: str | None) -> str:
-    """`tokenizers` for BPE and `sentencepiece` for unigram, unless asked otherwise.
+    """`tokenizers` for BPE and `sentencepiece` for unigram, unless --library is given.
 
     Raises:
         VocabularyError: for a unigram with `tokenizers`, whose result differs from run to run.
@@ -51,7 +51,7 @@ def choose_library(kind: str, asked: str | None) -> str:
 
 
 def lines_of(texts: Sequence[str]) -> Iterator[str]:
-    """The lines that are learned from, none of them empty or longer than LONGEST_LINE."""
+    """The training lines, without empty ones and none longer than LONGEST_LINE."""
     for text in texts:
         for line in text.replace("\0", "").splitlines():
             for start in range(0, len(line), LONGEST_LINE):
@@ -60,7 +60,7 @@ def lines_of(texts: Sequence[str]) -> Iterator[str]:
 
 
 def letters_kept(lines: Sequence[str], coverage: float) -> list[str]:
-    """The letters that cover this share of a text: the most frequent first, those as frequent in their own order."""
+    """The characters that cover this share of a text: the most frequent first, ties in order of the characters."""
     counts = Counter(letter for line in lines for letter in line if not letter.isspace())
     left, kept = coverage * sum(counts.values()), []
     for letter, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
@@ -72,7 +72,7 @@ def letters_kept(lines: Sequence[str], coverage: float) -> list[str]:
 
 
 def cutting() -> pre_tokenizers.PreTokenizer:
-    """Words with the space before them; punctuation and digits alone, as most models' tokenizers cut them."""
+    """Words with the space before them; punctuation and digits separately, as in most models' tokenizers."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="never"),
@@ -83,10 +83,10 @@ def cutting() -> pre_tokenizers.PreTokenizer:
 
 
 def with_tokenizers(lines: Sequence[str], args: argparse.Namespace) -> tuple[Tokenizer, None]:
-    """BPE over letters.
+    """BPE over characters.
 
     Raises:
-        VocabularyError: where the letters alone fill --vocab_size: its trainer would go beyond it and merge nothing.
+        VocabularyError: if the characters alone fill --vocab_size: its trainer would exceed it and merge nothing.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = cutting()
@@ -124,10 +124,10 @@ def _merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def with_sentencepiece(lines: Sequence[str], args: argparse.Namespace) -> tuple[Tokenizer, bytes]:
-    """BPE or unigram; also as tokenizer.model.
+    """BPE or unigram; also written as tokenizer.model.
 
     Raises:
-        VocabularyError: where sentencepiece cannot learn from this text.
+        VocabularyError: if sentencepiece cannot train on this text.
     """
     import sentencepiece
 
@@ -167,7 +167,7 @@ def with_sentencepiece(lines: Sequence[str], args: argparse.Namespace) -> tuple[
 
 
 def merges_by_score(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """What SentencePiece's BPE merges: every pair whose join is a piece, the join with the highest score first."""
+    """The merges of SentencePiece's BPE: every pair whose concatenation is a piece, the highest score first."""
     vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
     ranked = sorted((piece for piece in pieces if len(piece[0]) > 1), key=lambda piece: -piece[1])
     special = {*SPECIAL, *BYTE_PIECES}
@@ -181,7 +181,7 @@ def merges_by_score(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, str]
 
 
 def finished(model: models.Model, cut: pre_tokenizers.PreTokenizer) -> Tokenizer:
-    """A tokenizer around a learned model: ▁ for spaces, none put in front, bytes put together again."""
+    """A tokenizer around a trained model: ▁ for spaces, no prefix, bytes joined when decoding."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = cut
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -190,7 +190,7 @@ def finished(model: models.Model, cut: pre_tokenizers.PreTokenizer) -> Tokenizer
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
-    """Builds the vocabulary and writes --output_dir; returns what was built, in numbers.
+    """Builds the vocabulary and writes --output_dir; returns its numbers.
 
     Raises:
         ArgumentError: naming the flag, before anything is written.

@@ -1,9 +1,9 @@
-"""Says whether this environment has what the requirement files name, and what it lacks.
+"""Checks whether this environment has what the requirement files name, and prints what is missing.
 
     python -m tools.check_environment requirements.txt
 
-Exit code 0: everything is there; 1: something is missing, which pip can install; 2: torch is there but too old, and it
-is not replaced.
+Exit status 0: everything is installed; 1: something is missing that pip can install; 2: torch is installed but too
+old, and it is not replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ except ImportError:  # in a new environment; pip brings its own copy
 
 
 def requirements(path: Path) -> list[Requirement]:
-    """The requirements of a file and of the files it names with `-r`; comments are left out."""
+    """The requirements of a file and of the files it includes with `-r`, without comments."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         line = re.sub(r"(^|\s)#.*", "", line).strip()
@@ -33,7 +33,7 @@ def requirements(path: Path) -> list[Requirement]:
 
 
 def unmet(wanted: list[Requirement]) -> list[tuple[Requirement, str | None]]:
-    """The requirements that are not met, each with the version that is there instead."""
+    """The unmet requirements, each with the installed version."""
     lacking = []
     for requirement in wanted:
         try:

@@ -1,4 +1,4 @@
-"""What `tools.show_data` says of a stage's data: text, and a picture."""
+"""The report of `tools.show_data` on a stage's data: text, and a picture."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STRETCH = 600  # characters that are shown of a stretch of a sample's text
 
 @dataclass
 class Shown:
-    """What is shown: a stage's flags, and what its `read_data` made of them."""
+    """The data to report: a stage's flags, and the result of its `read_data`."""
 
     stage: str  # pt, sft, rm, dpo or ppo
     script: str
@@ -65,7 +65,7 @@ class Shown:
 
 
 def account_lines(shown: Shown, split: str) -> list[str]:
-    """What became of a split's records."""
+    """The account of a split's records."""
     account = shown.splits.accounts[split]
     left_out = sum(account.left_out.values())
     lines = [
@@ -98,7 +98,7 @@ def histogram(lengths: np.ndarray, what: str) -> list[str]:
 
 
 def step_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
-    """What a step of training will hold; both ways where only a probe of the weights can tell packed from padded."""
+    """The contents of a training step; both cases if only a probe of the weights can tell whether rows are packed."""
     size = StepSize.of(shown.args, processes)
     if measures.kind == "prompts":
         return prompt_lines(shown, measures, processes)
@@ -129,7 +129,7 @@ def step_line(step: StepContents, streamed: bool) -> str:
 
 
 def prompt_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
-    """The same of PPO, whose batches are rollouts."""
+    """The same for PPO, whose batches are rollouts."""
     args, batch = shown.args, shown.flag("batch_size")
     mini = shown.flag("mini_batch_size") or min(args.per_device_train_batch_size, batch)
     updates = max(1, shown.flag("ppo_epochs") * batch // mini // args.gradient_accumulation_steps)
@@ -146,7 +146,7 @@ def prompt_lines(shown: Shown, measures: Measures, processes: int) -> list[str]:
 
 
 def chosen_samples(items: Sequence[Any], count: int) -> list[Any]:
-    """`count` items at like distances, the first and the last among them."""
+    """`count` evenly spaced items, including the first and the last."""
     count = min(count, len(items))
     if count < 2:
         return [items[0]] if count else []
@@ -154,7 +154,7 @@ def chosen_samples(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def sample_lines(shown: Shown, items: Sequence[Any], count: int, color: bool) -> list[str]:
-    """Samples of training, what is learned in green, or between «» without color."""
+    """Training samples with labels in green, or between «» without color."""
     lines, samples = [], chosen_samples(items, count)
     for number, item in enumerate(samples, 1):
         sides = {"": item}
@@ -198,7 +198,7 @@ def report(shown: Shown, processes: int, samples: int, color: bool) -> str:
 
 
 def draw(shown: Shown, path: Path) -> None:
-    """Two panels: how long the records are, and how much of each is learned."""
+    """Two panels: the lengths of the records, and their shares of labels."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,10 +2,10 @@
 
     python -m tools.document_flags
 
-A table of docs/arguments.md stands between `<!-- flags NAME -->` and `<!-- end -->`; NAME is a dataclass of flags, or
-one of `LISTS`. A script's page has all its flags between `<!-- flags of SCRIPT -->` and `<!-- end -->`. What stands
-outside is written by hand. The Chinese words are in `tools/flag_texts.py`, found by the English ones: a help text that
-changed ends this program until its translation does too.
+A table in docs/arguments.md is between `<!-- flags NAME -->` and `<!-- end -->`; NAME is a dataclass of flags, or one
+of `LISTS`. A script's page has its own flags between `<!-- flags of SCRIPT -->` and `<!-- end -->`. Everything else is
+written by hand. Chinese texts are in `tools/flag_texts.py`, keyed by the English ones: if a help text changes, this
+program fails until its translation does, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of a program that takes no flags but --help."""
+    """The parser of a program whose only flag is --help."""
     return argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -82,7 +82,7 @@ STAGE_BLOCK = re.compile(r"(<!-- flags of (\w+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 class FlagsError(ValueError):
-    """Documents and code that do not fit together; the message says what to add."""
+    """Documents and code do not match; the message says what to add."""
 
 
 def flag_names() -> dict[str, dict[str, Flag]]:
@@ -92,7 +92,7 @@ def flag_names() -> dict[str, dict[str, Flag]]:
 
 
 def groups() -> dict[str, tuple[type, list[str]]]:
-    """Each dataclass by its name, with the titles of the stages that have its flags."""
+    """Each dataclass by name, with the titles of the stages that have its flags."""
     found: dict[str, tuple[type, list[str]]] = {}
     for script, title in ((stage.script, stage.label) for stage in STAGES.values()):
         for kind in dataclasses_of(script):
@@ -107,7 +107,7 @@ def flags_of(script: str) -> list[type]:
 
 
 def own_fields(kind: type) -> list[dataclasses.Field]:
-    """The fields that a dataclass declares itself, without those of the class that it extends."""
+    """The fields that a dataclass declares itself, without inherited ones."""
     declared = inspect.get_annotations(RunArguments if issubclass(kind, RunArguments) else kind)
     return [field for field in dataclasses.fields(kind) if field.init and field.name in declared]
 
@@ -121,7 +121,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def default_of(field: dataclasses.Field, language: str, kind: type) -> str:
-    """The default of a field of `kind` as it is written on a command line."""
+    """The default of a field of `kind` as it would be given on a command line."""
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     if required or (
         field.name == "output_dir" and issubclass(kind, RunArguments)
@@ -136,7 +136,7 @@ def in_language(text: str, language: str) -> str:
     """An English text, or its translation.
 
     Raises:
-        FlagsError: the text has no translation (any more).
+        FlagsError: the text has no translation.
     """
     if language == "en":
         return text
@@ -156,7 +156,7 @@ def flag_table(kind: type, language: str) -> str:
 
 
 def common_table(language: str) -> str:
-    """The flags of transformers that are used most, with our words and the defaults that they have here."""
+    """The most used flags of transformers, with our descriptions and defaults."""
     fields = {field.name: field for field in dataclasses.fields(StageArguments)}
     own = {field.name for field in own_fields(StageArguments)}
     rows = []
@@ -191,7 +191,7 @@ def list_table(name: str, language: str) -> str:
 
 
 def block(name: str, language: str, known: dict[str, tuple[type, list[str]]]) -> str:
-    """What stands between the two marks of one table."""
+    """The text between the two marks of one table."""
     if name in LISTS:
         return list_table(name, language)
     if name not in known:
@@ -203,10 +203,10 @@ def block(name: str, language: str, known: dict[str, tuple[type, list[str]]]) ->
 
 
 def written(text: str, language: str) -> str:
-    """A document with its tables made anew.
+    """A document with its tables regenerated.
 
     Raises:
-        FlagsError: a table is missing from the document, or stands there twice.
+        FlagsError: a table is missing from the document, or occurs twice.
     """
     known = groups()
     marked = [match[2] for match in BLOCK.finditer(text)]
@@ -226,7 +226,7 @@ def page_of(script: str, language: str) -> Path:
 
 
 def stage_tables(script: str, language: str) -> str:
-    """The flags that only this stage has, with a link to the shared ones; of a script that uses a model, every flag.
+    """The flags that only this stage has, with a link to the shared ones; for a script that uses a model, every flag.
 
     Raises:
         FlagsError: a flag lacks its text.
@@ -241,12 +241,12 @@ def stage_tables(script: str, language: str) -> str:
 
 
 def titled(parts: Sequence[tuple[str, str]]) -> str:
-    """Tables, each under its title."""
+    """Tables, each with its title."""
     return "\n" + "\n".join(f"**{title}**\n\n{rows}" for title, rows in parts) + "\n"
 
 
 def stage_page(text: str, script: str, language: str) -> str:
-    """A script's page with its tables made anew.
+    """A script's page with its tables regenerated.
 
     Raises:
         FlagsError: the page does not have exactly one place for them.
@@ -275,7 +275,7 @@ def memory_page(text: str) -> str:
 
 
 def documents() -> list[tuple[Path, Callable[[str], str]]]:
-    """Every document with tables, and what makes them anew in its text."""
+    """Every document with tables, and the function that regenerates them."""
     found: list[tuple[Path, Callable[[str], str]]] = []
     for language, path in DOCUMENTS.items():
         found.append((path, partial(written, language=language)))

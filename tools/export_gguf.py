@@ -1,12 +1,12 @@
-"""Writes a merged model as a GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio …).
+"""Exports a merged model as a GGUF file, for llama.cpp and programs based on it (Ollama, LM Studio …).
 
     python -m tools.export_gguf --model_name_or_path outputs/sft-merged --output_file outputs/sft.gguf
     python -m tools.export_gguf --model_name_or_path outputs/sft-merged --output_file outputs/sft.gguf --outtype q8_0
     python -m tools.export_gguf --fetch_converter      # only brings llama.cpp's script
 
-The conversion is llama.cpp's own: the script in the sources of the package `llama-cpp-python`, which pip downloads
-once (75 MB, checked by sha256) into --converter_dir. The file that it writes is then made to end answers where the
-model ends them, at the end marker of generation_config.json, and compared: chat template, end marker, vocabulary.
+llama.cpp's own script converts the model: it comes from the sources of the package `llama-cpp-python`, which pip
+downloads once (75 MB, checked by sha256) into --converter_dir. The end token of the file is then set to the end marker
+of generation_config.json, and chat template, end marker and vocabulary are compared with the model's.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 
 
 class ExportError(RuntimeError):
-    """A file that could not be made; the message says what to do."""
+    """A failed export; the message says what to do."""
 
 
 def check_model(folder: Path) -> dict:
     """The model's config.json.
 
     Raises:
-        ExportError: for an adapter, a reward model, a quantized model, or a folder that is no model.
+        ExportError: for an adapter, a reward model, a quantized model, or a folder without a model.
     """
     flag = f"--model_name_or_path {folder}"
     if (folder / "adapter_config.json").is_file():
@@ -95,10 +95,10 @@ from stagewise.models.tokenizer import open_tokenizer
 
 
 def fetch_converter(folder: Path) -> Path:
-    """llama.cpp's conversion script, which is fetched if it is not there.
+    """llama.cpp's conversion script, downloaded if it is missing.
 
     Raises:
-        ExportError: if pip cannot bring the sources, or they are not the ones that were tested.
+        ExportError: if pip cannot download the sources, or they are not the tested ones.
     """
     if (folder / SCRIPT).is_file():
         return folder / SCRIPT
@@ -113,7 +113,7 @@ def fetch_converter(folder: Path) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """The package's sources, as pip brings them into `folder`."""
+    """Downloads the package's sources with pip into `folder`."""
     name = PACKAGE.partition("==")[0]
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--no-binary", name, "--dest", folder]
     if subprocess.run([str(word) for word in command], stdout=sys.stderr).returncode != 0:
@@ -125,7 +125,7 @@ def download(folder: Path) -> Path:
 
 
 def unpack(source: Path, folder: Path) -> None:
-    """Takes the conversion script and what it imports out of the sources."""
+    """Extracts the conversion script and its imports from the sources."""
     with tarfile.open(source) as archive:
         for member in archive:
             _, found, name = member.name.partition("/vendor/llama.cpp/")
@@ -140,10 +140,10 @@ def unpack(source: Path, folder: Path) -> None:
 
 
 def convert(script: Path, model: Path, output: Path, outtype: str) -> None:
-    """Runs llama.cpp's script, which sees no hub.
+    """Runs llama.cpp's script without access to the hub.
 
     Raises:
-        ExportError: with the script's last words.
+        ExportError: with the last line of the script's output.
     """
     command = [sys.executable, str(script), str(model), "--outfile", str(output), "--outtype", outtype]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
@@ -154,7 +154,7 @@ def convert(script: Path, model: Path, output: Path, outtype: str) -> None:
 
 
 def end_of(model: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id at which the model's answers end: the first of generation_config.json, else the tokenizer's.
+    """The id that ends the model's answers: the first one in generation_config.json, else the tokenizer's.
 
     Raises:
         ExportError: if there is none.
@@ -170,7 +170,7 @@ def end_of(model: Path, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def settle_end(output: Path, end: int) -> None:
-    """Writes the id at which answers end into the file, in its place."""
+    """Writes the end id into the file, in place."""
     reader = GGUFReader(output, "r+")
     field = reader.get_field("tokenizer.ggml.eos_token_id")
     if field is None:
@@ -179,7 +179,7 @@ def settle_end(output: Path, end: int) -> None:
 
 
 def compare(output: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> None:
-    """Raises ExportError where the file and the tokenizer differ: chat template, end marker, vocabulary."""
+    """Raises ExportError if file and tokenizer differ in chat template, end marker or vocabulary."""
     reader = GGUFReader(output)
 
     def value(key: str):
@@ -207,7 +207,7 @@ def compare(output: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> None:
 
 
 def export(model: Path, output: Path, outtype: str, converter_dir: Path, overwrite: bool) -> None:
-    """Writes `model` to `output`, which appears only once it is whole and has been compared."""
+    """Writes `model` to `output`, which appears once it is complete and has been compared."""
     check_model(model)
     if output.exists() and not overwrite:
         raise ExportError(f"--output_file {output}: is there already; add --overwrite, or give another name")

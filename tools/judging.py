@@ -1,7 +1,7 @@
-"""What the report of a pipeline run judges by: differences paired over validation records, and what has to hold.
+"""The criteria of a pipeline report: paired differences over validation records, and the conditions they must meet.
 
-Pure functions. `Rows` are the numbers of one evaluation: each record's place ("english.jsonl:17") -> its columns. A
-rise or fall counts only beyond two standard errors of the paired difference.
+Pure functions. `Rows` are the numbers of one evaluation: each record's location ("english.jsonl:17") -> its columns. A
+change counts only if it exceeds two standard errors of the paired difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PPO_KL, PPO_LENGTH, PPO_PERPLEXITY = 10.0, 0.30, 0.20
 class Line:
     """One metric before and after a stage.
 
-    `holds` is None where nothing is asked of it; `rule` says what is.
+    `holds` is None if there is no condition; `rule` describes the condition.
     """
 
     stage: str
@@ -48,7 +48,7 @@ def columns(before: Rows, after: Rows, *names: str) -> list[tuple[np.ndarray, np
     """For each column its values before and after, (N,) each, records in one order.
 
     Raises:
-        ValueError: the two evaluations are not of the same records.
+        ValueError: the two evaluations have different records.
     """
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
@@ -63,7 +63,7 @@ def mean_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, float
 
 
 def weighted_difference(before: np.ndarray, after: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Difference of sums a unit of weight, sum(after - before) / sum(weights), and its standard error.
+    """Difference of sums per unit of weight, sum(after - before) / sum(weights), and its standard error.
 
     That is the mean D of d_i = (after_i - before_i) / w_i, weighted by w_i; its error is that of a ratio of sums:
     sqrt(n / (n - 1) * sum((w_i * (d_i - D))^2)) / sum(w_i).
@@ -104,7 +104,7 @@ def language_model(stage: str, before: Rows, after: Rows) -> Line:
 
 
 def reward_model(before: Rows, after: Rows, length_alone: float, bag_of_words: float) -> list[Line]:
-    """RM: the accuracy reaches its mark on enough pairs, and the pairs cannot be told by their length."""
+    """RM: the accuracy reaches its threshold on enough pairs, and length alone does not explain it."""
     chosen, rejected = columns(before, after, "chosen", "rejected")
     was, now = (_wins(c - r) for c, r in zip(chosen, rejected, strict=True))
     reached = float(now.mean())
@@ -132,7 +132,7 @@ def reward_model(before: Rows, after: Rows, length_alone: float, bag_of_words: f
 
 
 def ppo(before: Rows, after: Rows) -> list[Line]:
-    """PPO: the reward rises, while the answers stay near the SFT model's in KL, length and perplexity."""
+    """PPO: the reward rises, while the responses stay close to the SFT model's in KL, length and perplexity."""
     names = ("score", "kl", "length", "nll", "ended", "repetition")
     score, kl, length, nll, ended, repetition = columns(before, after, *names)
     difference, error = mean_difference(*score)

@@ -1,11 +1,11 @@
-"""torchrun for jobs that a scheduler may stop: where a signal ended the run, the exit code is 143.
+"""torchrun for jobs that a scheduler may stop: if a signal ended the run, the exit status is 143.
 
     python -m tools.launcher --nproc_per_node 2 supervised_finetuning.py --model_name_or_path …
 
-It takes torchrun's flags and is torchrun, but for three things. SIGUSR1 and SIGUSR2 are passed on to the processes as
-SIGTERM and SIGHUP are, and a SIGHUP that nohup has it ignore stays ignored. The processes get 10 minutes to finish
-their step and save before they are killed, where torchrun gives 30 seconds. And what ends with 1 there ends with 143
-here, by which a scheduler knows that the same command continues (Ctrl-C: 130).
+It takes torchrun's flags and differs from it in three ways. SIGUSR1 and SIGUSR2 are forwarded to the processes like
+SIGTERM and SIGHUP, and a SIGHUP ignored because of nohup stays ignored. The processes get 10 minutes to finish their
+step and save before they are killed; torchrun gives 30 seconds. And where torchrun exits with 1 after a signal, it
+exits with 143, which tells a scheduler that the same command continues (Ctrl-C: 130).
 """
 
 from __future__ import annotations

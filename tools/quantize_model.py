@@ -1,13 +1,14 @@
-r"""Saves a model in 4 or 8 bit, with its size and its perplexity on a text before and after.
+r"""Saves a model in 4 or 8 bit, and prints its size and its perplexity on a text before and after.
 
     python -m tools.quantize_model --model_name_or_path outputs/sft-merged --output_dir outputs/sft-4bit \
         --quantization bnb --quantization_bit 4 --text_file text.txt
     python -m tools.quantize_model --model_name_or_path outputs/sft-merged --output_dir outputs/sft-int8 \
         --quantization cpm --quantization_bit 8 --text_file text.txt
 
-`bnb`: bitsandbytes (nf4 with double quantization, or int8), which `from_pretrained` loads as it is. `cpm`: whole steps
-of one scale per row, in plain torch (loaded by `stagewise/models/quantization/row_wise.py`). The output head stays as
-it was. The saved model is loaded again before its perplexity is measured; the directory appears whole, or not at all.
+`bnb`: bitsandbytes (nf4 with double quantization, or int8), which `from_pretrained` loads directly. `cpm`: integer
+steps with one scale per row, in plain torch (loaded by `stagewise/models/quantization/row_wise.py`). The output head
+is not quantized. The saved model is loaded again to measure its perplexity; the directory appears completely, or not
+at all.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ WRITTEN = (
 
 
 class QuantizeError(ArgumentError):
-    """A model that cannot be quantized as asked; the message names the flag and what to do."""
+    """A model that cannot be quantized as requested; the message names the flag and what to do."""
 
 
 # ── before any weight is read ───────────────────────────────────────────────────────────────────────────────────────
@@ -117,7 +118,7 @@ def read_windows(args: QuantizeArguments, tokenizer: Any) -> list[torch.Tensor]:
     """The text as windows of (1, at most --max_length) ids; empty without --text_file.
 
     Raises:
-        QuantizeError: for a file that is not there, is not UTF-8 text, or is shorter than two tokens.
+        QuantizeError: for a missing file, text that is not UTF-8, or less than two tokens.
     """
     if args.text_file is None:
         return []
@@ -138,10 +139,10 @@ def read_windows(args: QuantizeArguments, tokenizer: Any) -> list[torch.Tensor]:
 
 
 def check_model(args: QuantizeArguments, config: PretrainedConfig) -> None:
-    """Refuses what has no such form, by a skeleton without weights.
+    """Refuses models that do not support the format, using a skeleton without weights.
 
     Raises:
-        QuantizeError: for a model that is quantized already, a reward model, or one without layers to quantize.
+        QuantizeError: for a model that is already quantized, a reward model, or one without layers to quantize.
     """
     name = args.model_name_or_path
     if getattr(config, "quantization_config", None):
@@ -163,7 +164,7 @@ def check_model(args: QuantizeArguments, config: PretrainedConfig) -> None:
 
 
 def bnb_layers(model: PreTrainedModel) -> list[str]:
-    """The layers that transformers replaces when it loads through bitsandbytes."""
+    """The layers that transformers replaces when loading with bitsandbytes."""
     kept = get_keys_to_not_convert(model)
     kinds = {n for n, m in model.named_modules() if type(m) is torch.nn.Linear or isinstance(m, Conv1D)}
     return sorted(name for name in kinds if should_convert_module(name, kept))
@@ -179,7 +180,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def text_loss(model: PreTrainedModel, windows: list[torch.Tensor]) -> tuple[float, int]:
-    """Mean negative log-likelihood in nats of every token but each window's first, and their number."""
+    """Mean negative log-likelihood in nats of all tokens except each window's first, and their number."""
     device = model.get_input_embeddings().weight.device
     total, tokens = 0.0, 0
     for window in windows:
@@ -214,7 +215,7 @@ def load_base(args: QuantizeArguments) -> PreTrainedModel:
 
 
 def load_for_bnb(args: QuantizeArguments) -> PreTrainedModel:
-    """The base, quantized by bitsandbytes while it loads."""
+    """Loads the base, quantized by bitsandbytes while it loads."""
     source = find_source(args.model_name_or_path, args.model_arguments())
     dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
     if args.quantization_bit == 8:
@@ -236,7 +237,7 @@ def load_for_bnb(args: QuantizeArguments) -> PreTrainedModel:
 
 
 def load_saved(folder: Path, args: QuantizeArguments) -> PreTrainedModel:
-    """What was written, as its reader will load it."""
+    """Loads the saved model in the same way as its users."""
     options = {"dtype": "auto", "device_map": {"": str(device())}, "trust_remote_code": args.trust_remote_code}
     if args.quantization == "cpm":
         return load_row_quantized(folder, **options)
@@ -252,10 +253,10 @@ def free() -> None:
 
 
 def quantize(args: QuantizeArguments) -> dict[str, Any]:
-    """Does what the flags say and returns the account that is written to quantization.json.
+    """Runs the quantization and returns the account that is written to quantization.json.
 
     Raises:
-        ArgumentError: (or a kind of it) naming the flag, before any weight is read, where it cannot be honored.
+        ArgumentError: (or a subclass) with the flag that cannot be honored, before any weights are read.
     """
     check_flags(args)
     config = load_config(args.model_arguments())
@@ -293,7 +294,7 @@ def quantize(args: QuantizeArguments) -> dict[str, Any]:
 
 
 def write_account(folder: Path, args: QuantizeArguments, account: dict[str, Any]) -> None:
-    """quantization.json, and run.json with the lineage where the base has one."""
+    """Writes quantization.json, and run.json with the lineage if the base has one."""
     (folder / "quantization.json").write_bytes(json_bytes(account, indent=2))
     base = Path(args.model_name_or_path)
     if not base.is_dir():  # of a hub's model only what loads is here

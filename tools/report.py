@@ -1,11 +1,11 @@
-"""The report of a pipeline run: what each stage did to records it was not trained on, and what the models say.
+"""The report of a pipeline run: the effect of each stage on validation records, and sample answers of the models.
 
     python -m tools.report --outputs outputs
 
 Reads `outputs/<stage>/run.json`, the first and last file of `outputs/<stage>/eval_records/` and the loss history of
-each of the five stages; writes `outputs/report.md` and `outputs/curves.png` and prints the report. What has to hold is
-judged on the English records, with the Chinese ones beside. Exit code 0: every line holds; 1: one does not; 2: the
-report could not be made.
+each of the five stages; writes `outputs/report.md` and `outputs/curves.png` and prints the report. The conditions
+apply to the English records; the Chinese ones are shown as well. Exit status 0: every condition holds; 1: one does
+not; 2: the report could not be made.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ReportError(ValueError):
 
 @dataclass
 class Stage:
-    """What a finished stage left: its manifest, its first and last evaluation, its history."""
+    """The results of a finished stage: its manifest, its first and last evaluation, its history."""
 
     name: str
     run: dict[str, Any]
@@ -55,7 +55,7 @@ class Stage:
 
 
 def read_rows(path: Path) -> Rows:
-    """A file of eval_records as place -> numbers; the blocks of one document are added up."""
+    """A file of eval_records as location -> numbers; the blocks of one document are summed."""
     rows: dict[str, dict[str, float]] = {}
     for row in read_json_lines(path):
         total = rows.setdefault(row.pop("where"), dict.fromkeys(row, 0.0))
@@ -86,7 +86,7 @@ def read_stage(outputs: Path, name: str) -> Stage:
 
 
 def read_seconds(outputs: Path) -> dict[str, float]:
-    """`seconds.tsv`, which run_pipeline.sh writes: a name and its seconds a line; empty where there is none."""
+    """`seconds.tsv` of run_pipeline.sh, one name and its seconds per line; empty if there is none."""
     path = outputs / "seconds.tsv"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {name: float(value) for name, value in (line.split("\t") for line in lines)}
@@ -140,9 +140,9 @@ def held_out_prompts(folder: str) -> list[Conversation]:
 
 
 def answers(model_dir: str, prompts: Sequence[Conversation], chat_template: str, max_new_tokens: int) -> list[str]:
-    """Greedy answers of a saved model, by its own tokenizer and generation config.
+    """Greedy answers of a saved model, with its own tokenizer and generation config.
 
-    `chat_template` is used where the model's tokenizer has none, as a base model's may.
+    `chat_template` is used if the model's tokenizer has none, as for a base model.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -205,7 +205,7 @@ def number(value: float | None, signed: bool = False) -> str:
 
 
 def table(lines: Sequence[Line], minutes: dict[str, float]) -> str:
-    """Lines as a Markdown table; a stage's minutes stand on its first line."""
+    """Lines as a Markdown table; a stage's minutes are in its first line."""
     out = [
         "| stage | metric | before | after | difference | standard error | minutes | asked | verdict |",
         "|---|---|---:|---:|---:|---:|---:|---|---|",
@@ -261,7 +261,7 @@ def report(
 
 
 def draw(stages: dict[str, Stage], path: Path) -> None:
-    """One panel a stage: the training loss (PPO: the reward) by step, with the validation loss."""
+    """One panel per stage: the training loss (PPO: the reward) by step, with the validation loss."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,14 +1,13 @@
-r"""What a stage will learn from, shown before it runs: records, lengths, learned tokens, what a step holds, samples.
+r"""Shows a stage's data before it runs: records, lengths, labels, the contents of a step, samples.
 
     python -m tools.show_data supervised_finetuning.py --model_name_or_path models/SmolLM2-135M-Instruct \
         --train_file_dir data/finetune/train --samples 3 --figure data.png
 
     python -m tools.show_data sft run.yaml --processes 8      # pt, sft, rm, dpo, ppo are short names of the stages
 
-Behind the stage stand its own flags, as they are given to it. The data are read, checked and encoded by the stage's
-own `read_data`; weights are not loaded, no GPU is touched, and nothing is written to --output_dir. The report goes to
-stdout, what is chosen on the way to stderr. Exit code 0: the stage can read its data; 1: it cannot; 2: a flag cannot
-be honored.
+The stage is followed by its own flags. The data are read, checked and encoded by the stage's own `read_data`; weights
+are not loaded, no GPU is used, and nothing is written to --output_dir. The report goes to stdout, log lines to stderr.
+Exit status 0: the stage can read its data; 1: it cannot; 2: a flag cannot be honored.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tools.stage_scripts import dataclasses_of, early_flags
 
 
 def own_parser() -> argparse.ArgumentParser:
-    """Of this tool's own flags; what it does not know are the stage's."""
+    """The parser of this tool's own flags; unknown ones belong to the stage."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.show_data",
         description=__doc__,
@@ -61,7 +60,7 @@ def positive(word: str) -> int:
 
 
 def picture(word: str) -> Path:
-    """A path that a picture can be written to."""
+    """The path of a picture that can be written."""
     path = path_of(word)
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .pdf or .svg, found {word!r}")
@@ -125,7 +124,7 @@ def without_devices(given: Given) -> Given:
 
 
 def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
-    """The stage's dataclasses by their types, checked as the stage checks them; `folder` is its --output_dir.
+    """The stage's dataclasses by type, checked like in the stage; `folder` is its --output_dir.
 
     Raises:
         ArgumentError: a flag that the stage would refuse before it reads any data.
@@ -154,10 +153,10 @@ def stage_flags(script: str, words: list[str], folder: str) -> dict[type, Any]:
 
 
 def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
-    """Reads, checks and encodes a stage's data as the stage does, by its own `read_data`.
+    """Reads, checks and encodes a stage's data with its own `read_data`.
 
     Raises:
-        ArgumentError, RecordError: what the stage would say.
+        ArgumentError, RecordError: the stage's own errors.
     """
     read_data = importlib.import_module(STAGES[stage].script).read_data
     wanted = typing.get_type_hints(read_data)
@@ -171,7 +170,7 @@ def read(stage: str, flags: dict[type, Any], folder: str) -> Shown:
 
 
 def first_of_stream(splits: Splits, limit: int) -> list[RecordError]:
-    """Puts the first records of a stream in its place; returns what was wrong with others on the way."""
+    """Replaces a stream by its first records; returns the errors of records that were left out."""
     examples, account, refused = splits.train.first(limit)
     if not examples:
         why = account.reasons() + remedy(account.left_out)

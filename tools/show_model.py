@@ -1,10 +1,10 @@
-r"""A model's structure, its parameters by kind, what a stage would train, and the memory that it would need.
+r"""A model's structure, its parameters by kind, what a stage would train, and the memory it would need.
 
     python -m tools.show_model supervised_finetuning.py --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 \
         --gradient_checkpointing --model_max_length 4096
 
-The first word is a stage's script, the others are its flags. config.json is read and no weights: the model is built
-without them. The memory is that of one process on one GPU; docs/memory.md has the formulas.
+The first argument is a stage's script, the others are its flags. Only config.json is read: the model is built without
+weights. The memory is that of one process on one GPU; docs/memory.md has the formulas.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tools.stage_scripts import dataclasses_of, early_flags
 
 
 def script_name(word: str) -> str:
-    """ "pretraining" of "pretraining.py". Raises ArgumentError for a word that is no stage's script."""
+    """ "pretraining" of "pretraining.py". Raises ArgumentError if it is not a stage's script."""
     name = word.removesuffix(".py")
     if name not in BY_SCRIPT:
         raise ArgumentError(f"expected a stage's script first, one of {', '.join(BY_SCRIPT)}; found {word!r}")
@@ -26,7 +26,7 @@ def script_name(word: str) -> str:
 
 
 def look(words: list[str]) -> None:
-    """Ends the program if its flags cannot be followed."""
+    """Ends the program if its flags are wrong."""
     if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\nstages: {', '.join(BY_SCRIPT)}")
         raise SystemExit(0)
@@ -78,7 +78,7 @@ NOT_ESTIMATED = {
 
 @dataclass
 class Described:
-    """A stage's model as its flags make it, without weights."""
+    """A stage's model according to its flags, without weights."""
 
     stage: str
     model: PreTrainedModel | PeftModel
@@ -92,7 +92,7 @@ class Described:
 
 
 def flags_for_a_gpu(given: Given) -> Given:
-    """The flags as a GPU would take them, also where there is none.
+    """The flags as on a GPU, even if there is none.
 
     Raises:
         ArgumentError: for flags whose effect is not estimated.
@@ -113,10 +113,10 @@ def flags_for_a_gpu(given: Given) -> Given:
 
 
 def read_flags(script: str, words: list[str]) -> tuple[str, Any, list[Any]]:
-    """A stage's flags, parsed and checked as the stage does: (stage, its TrainingArguments, its other dataclasses).
+    """A stage's flags, parsed and checked like in the stage: (stage, TrainingArguments, other dataclasses).
 
     Raises:
-        ArgumentError: naming the flag.
+        ArgumentError: with the flag.
     """
     name, given = script_name(script), []
 
@@ -143,7 +143,7 @@ def flag(parts: list[Any], name: str, default: Any = None) -> Any:
 
 
 def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estimate.TrainingStep:
-    """What a training step of the stage holds; every position is taken to be learned, and every row to be full."""
+    """The contents of a training step, assuming that every position has a label and every row is full."""
     model = next(part for part in parts if isinstance(part, ModelArguments))
     batch = args.per_device_train_batch_size
     if capacity := STAGES[stage].capacity_flag:
@@ -179,10 +179,10 @@ def step_of(stage: str, args: Any, parts: list[Any], kept_logits: bool) -> estim
 
 
 def describe(script: str, words: list[str]) -> Described:
-    """Builds the stage's model without weights, its adapter on it.
+    """Builds the stage's model without weights, with its adapter.
 
     Raises:
-        ArgumentError: (or a kind of it) naming the flag.
+        ArgumentError: (or a subclass) with the flag.
     """
     stage, args, parts = read_flags(script, words)
     model_args = next(part for part in parts if isinstance(part, ModelArguments))
@@ -227,9 +227,9 @@ def dtype_of(args: ModelArguments, config: PretrainedConfig) -> torch.dtype:
 
 
 def structure(found: list[layers.Parameter], prefix: str) -> list[str]:
-    """One line for each kind of weight, layers of one shape together: `model.layers.*.mlp.up_proj.weight 64 × 32 ×2`.
+    """One line for each kind of weight, with equal layers combined: `model.layers.*.mlp.up_proj.weight 64 × 32 ×2`.
 
-    `prefix` is what PEFT puts before the names.
+    `prefix` is the one that PEFT adds to the names.
     """
     shapes: dict[tuple[str, tuple[int, ...], str, bool], int] = Counter()
     for p in found:
@@ -262,7 +262,7 @@ def memory_table(found: estimate.Memory) -> list[str]:
 
 
 def report(described: Described) -> str:
-    """Everything that the program prints."""
+    """The full output of the program."""
     found = layers.parameters_of(described.model, described.in_bits, described.step.bits)
     base = described.model.get_base_model() if isinstance(described.model, PeftModel) else described.model
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()

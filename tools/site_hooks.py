@@ -1,7 +1,7 @@
-"""What mkdocs needs to build the site from the documents as they lie in the repository.
+"""mkdocs hooks that build the site from the documents in the repository.
 
-Pages outside of docs/ (the READMEs, the benchmarks, the samples) become pages of the site, and links that point to
-them from docs/ are made to fit; so are links from them into docs/. The links themselves stay true on any code host.
+Pages outside of docs/ (the READMEs, the benchmarks, the samples) become pages of the site, and links to and from them
+are adapted. The links in the files themselves stay valid on any code host.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LINK = re.compile(r"(\]\()([^)#:\s]+)(#[^)\s]*)?(\))")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds what lies outside of docs/; the notebooks as files to download."""
+    """Adds the pages outside of docs/, and the notebooks as downloads."""
     from mkdocs.structure.files import File
 
     for source, page in OUTSIDE.items():
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def site_link(source: str, link: str) -> str:
-    """Where a link in the file `source` of the repository leads on the site; both are relative paths."""
+    """The site's address of a link in the repository file `source`; both are relative paths."""
     found = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
     if found in OUTSIDE:
         return OUTSIDE[found]

@@ -1,4 +1,4 @@
-"""The stage scripts and their flags, read without importing what a stage trains with."""
+"""The stage scripts and their flags, read without importing training libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @cache
 def early_flags(script: str) -> list[type]:
-    """FLAGS of a stage script, from the lines above its `if __name__ == "__main__"`; what stands below needs torch."""
+    """FLAGS of a stage script, from the lines above its `if __name__ == "__main__"`; the lines below need torch."""
     source = ROOT / f"{script}.py"
     tree = ast.parse(source.read_text(encoding="utf-8"))
     end = next(place for place, node in enumerate(tree.body) if isinstance(node, ast.If))
