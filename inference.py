@@ -24,27 +24,31 @@ class InferenceArguments:
 
     heading = "What is done with it"
 
-    interactive: bool = field(default=False, metadata={"help": "Talk with the model in the terminal."})
+    interactive: bool = field(default=False, metadata={"help": "Chat with the model in the terminal."})
     system_prompt: str | None = field(
-        default=None, metadata={"help": "System prompt where none is given; default: the template's own."}
+        default=None, metadata={"help": "System prompt for records without one; default: the template's own."}
     )
     data_file: str | None = field(
         default=None,
-        metadata={"help": "Prompts to answer: .jsonl, .json, .csv, .parquet in any form of docs/data.md, or .txt."},
+        metadata={"help": "Prompts to answer: .jsonl, .json, .csv, .parquet in any format of docs/data.md, or .txt."},
     )
-    output_file: str | None = field(default=None, metadata={"help": "Where their answers are written, as jsonl."})
-    answer_field: str = field(default="response", metadata={"help": "Field of a record that its answer becomes."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts that a process answers at a time."})
+    output_file: str | None = field(default=None, metadata={"help": "Output file for the answers, as jsonl."})
+    answer_field: str = field(default="response", metadata={"help": "Name of the answer's field in a record."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts per batch and process."})
     on_bad_record: str = field(
         default="error",
-        metadata={"help": "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason)."},
+        metadata={
+            "help": "A prompt that is too long or has no question: error, or skip (the reason in place of an answer)."
+        },
     )
-    overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file, do not continue."})
+    overwrite_output_file: bool = field(
+        default=False, metadata={"help": "Replace --output_file instead of continuing it."}
+    )
     checkpoint_dir: str | None = field(
-        default=None, metadata={"help": "Without --lora_model: its adapter is put on the base, if it has one."}
+        default=None, metadata={"help": "Without --lora_model: the adapter in this folder is used, if there is one."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Without --lora_model: looked at for an adapter after --checkpoint_dir."}
+        default=None, metadata={"help": "Without --lora_model: searched for an adapter after --checkpoint_dir."}
     )
 
 

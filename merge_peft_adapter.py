@@ -19,12 +19,14 @@ from stagewise.training.first_look import first_look
 @dataclass
 class MergeArguments:
     lora_model: str = field(metadata={"help": "The adapter's directory."})
-    output_dir: str = field(metadata={"help": "Where the merged model is written."})
+    output_dir: str = field(metadata={"help": "Output folder for the merged model."})
     base_model: str | None = field(default=None, metadata={"help": "Default: the base named in adapter_config.json."})
     tokenizer_path: str | None = field(default=None, metadata={"help": "Default: the adapter's, else the base's."})
-    resize_emb: bool = field(default=False, metadata={"help": "Add rows to the embedding until the tokenizer fits."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is at --output_dir."})
-    model_type: str = field(default="auto", metadata={"help": "Architecture you expect; checked against the config."})
+    resize_emb: bool = field(
+        default=False, metadata={"help": "Add rows to the embedding if the tokenizer needs them."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an existing --output_dir."})
+    model_type: str = field(default="auto", metadata={"help": "Expected architecture; checked against the config."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where a hub base is cached."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub base."})
     hf_hub_token: str | None = field(default=None, metadata={"help": "Token for a private hub base."})

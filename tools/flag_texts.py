@@ -39,7 +39,7 @@ TRAINING: dict[str, str] = {
 # Help text of a dataclass field, or a reason in stagewise/config/command_line.py -> the same in Chinese.
 CHINESE: dict[str, str] = {
     "Folder for the run's results.": "本次运行写入的目录。",
-    "Tokens of an answer that a reward model scores; what a model answers: --max_new_tokens.": (
+    "Maximum tokens of an answer for a reward model; for generated answers see --max_new_tokens.": (
         "奖励模型所评分的回答的词元数；模型自己回答的长度用 --max_new_tokens。"
     ),
     # ModelArguments
@@ -274,14 +274,14 @@ CHINESE: dict[str, str] = {
     "See torch's DDP.": "见 torch 的 DDP。",
     "Must stay False: batches contain only what is needed.": "保持 False：批次里只有需要的内容，没有别的。",
     # ChatModelArguments
-    "Model directory, or a hub name; default: the one that --lora_model names.": (
+    "Model directory or hub name; default: the base named by --lora_model.": (
         "模型目录，或 hub 上的名称；默认：--lora_model 所记录的基座。"
     ),
-    "Adapter to put on it: LoRA, AdaLoRA, prompt, P- or prefix tuning; a folder or hub name.": (
+    "Adapter for the model: LoRA, AdaLoRA, prompt, P- or prefix tuning; a folder or hub name.": (
         "放在其上的适配器：LoRA、AdaLoRA、prompt tuning、P-tuning 或 prefix tuning；目录或 hub 上的名称。"
     ),
     "Default: the adapter's, else the model's.": "默认：适配器目录里的，没有则用模型的。",
-    "False: a thinking model answers without thoughts. Default: its own way.": (
+    "False: a thinking model answers without thoughts. Default: the model's own setting.": (
         "False：会思考的模型不经思考直接回答。默认按模型自己的方式。"
     ),
     "RoPE scaling factor; default: 2.": "模型自身上下文的多少倍；默认 2。",
@@ -289,22 +289,22 @@ CHINESE: dict[str, str] = {
     "Branch, tag or commit of a hub model; not the adapter's.": "hub 模型的分支、标签或提交；不用于适配器。",
     "Where downloads are cached.": "下载内容的缓存目录。",
     # SamplingArguments
-    "Draw tokens at random; False: always the most probable.": "随机采样 token;False：总是取最可能的。",
-    "Draw from the tokens of most usual surprise that reach this share (typical sampling).": (
+    "Sample tokens; False: greedy decoding.": "随机采样 token;False：总是取最可能的。",
+    "Typical sampling: the tokens closest to the expected information, up to this total probability.": (
         "只从惊奇程度最接近平均的、概率之和达到该值的 token 中采样（typical sampling）。"
     ),
-    "Draw from the most probable tokens that hold this share of the entropy.": (
+    "Sample from the most probable tokens with this share of the entropy.": (
         "只从最可能的、占到熵的这一比例的 token 中采样。"
     ),
-    "Leave out tokens less probable than this, such as 0.0005.": "去掉概率低于该值（例如 0.0005）的 token。",
-    "The same, but fewer where many tokens are probable; such as 0.001.": (
+    "Exclude tokens below this probability, for example 0.0005.": "去掉概率低于该值（例如 0.0005）的 token。",
+    "The same with a threshold that falls with the entropy, for example 0.001.": (
         "同上，但在许多 token 都可能时去掉得更少；例如 0.001。"
     ),
-    "Words that are not said: their tokens, with and without a space before, in a row.": (
+    "Words that must not be generated: their token sequences, with and without a leading space.": (
         "不说的词：它们的 token（前面带空格与不带空格的两种）不会连续出现。"
     ),
-    "Texts that end an answer, of which they are no part.": "使回答结束的文本；它们不属于回答。",
-    "No end marker is said before so many tokens.": "说满这么多个 token 之前不会说结束符。",
+    "Strings that end an answer and are not part of it.": "使回答结束的文本；它们不属于回答。",
+    "Minimum number of tokens before an end marker.": "说满这么多个 token 之前不会说结束符。",
     "--num_beams: an answer's log-probability is divided by its length to this power; above 0 favors "
     "long ones, below 0 short ones.": (
         "--num_beams：回答的对数概率除以其长度的该次幂；大于 0 偏向长回答，小于 0 偏向短回答。"
@@ -313,86 +313,92 @@ CHINESE: dict[str, str] = {
     "(False), or where none can come (never).": (
         "--num_beams：有同样多个完整回答时结束（True），不大可能有更好的时结束（False），不可能有更好的时才结束（never）。"
     ),
-    "Below 1: the more probable tokens come still more often; above 1: less; 0 = no sampling.": (
+    "Sampling temperature: below 1 sharper, above 1 flatter; 0 = no sampling.": (
         "小于 1：较可能的 token 出现得更多；大于 1：更少；0 = 不采样。"
     ),
-    "Draw from the fewest tokens that reach this share.": "只从概率之和达到该值的最少几个 token 中采样。",
-    "Draw from the k most probable tokens; 0 = all.": "只从最可能的 k 个 token 中采样；0 = 全部。",
-    "Leave out tokens less probable than this share of the most probable one.": (
+    "Nucleus sampling: the smallest set of tokens with this total probability.": (
+        "核采样：只从概率之和达到该值的最少几个 token 中采样。"
+    ),
+    "Sample from the k most probable tokens; 0 = all.": "只从最可能的 k 个 token 中采样；0 = 全部。",
+    "Exclude tokens whose probability is below this fraction of the highest one.": (
         "去掉概率低于最可能 token 的这一比例的 token。"
     ),
-    "Above 1: what was said before becomes less probable.": "大于 1：说过的内容变得不那么可能。",
-    "No n tokens in a row are said twice; 0 = no limit.": "连续的 n 个 token 不说第二遍；0 = 不限制。",
-    "Most tokens of an answer; default: its own, else 512, at most half the context.": (
+    "Above 1: tokens that already occurred become less probable.": "大于 1：说过的内容变得不那么可能。",
+    "No sequence of n tokens occurs twice; 0 = no limit.": "连续的 n 个 token 不说第二遍；0 = 不限制。",
+    "Maximum tokens of an answer; default: the model's own, else 512, at most half the context.": (
         "一个回答最多多少个 token；默认用模型自己的，否则 512，至多为上下文的一半。"
     ),
-    "Beam search among so many candidates; not with sampling.": "在这么多个候选中做束搜索；不与采样同用。",
+    "Beam search with this many beams; not with sampling.": "在这么多个候选中做束搜索；不与采样同用。",
     "The same seed gives the same answer to the same prompt.": "同样的种子对同样的提示给出同样的回答。",
     # InferenceArguments
-    "Talk with the model in the terminal.": "在终端里与模型对话。",
-    "System prompt where none is given; default: the template's own.": (
+    "Chat with the model in the terminal.": "在终端里与模型对话。",
+    "System prompt for records without one; default: the template's own.": (
         "没有给出系统提示时所用的系统提示；默认：模板自己的。"
     ),
-    "Prompts to answer: .jsonl, .json, .csv, .parquet in any form of docs/data.md, or .txt.": (
+    "Prompts to answer: .jsonl, .json, .csv, .parquet in any format of docs/data.md, or .txt.": (
         "要回答的提示：.jsonl、.json、.csv、.parquet，格式为 docs/data.md 中的任何一种；或 .txt。"
     ),
-    "Where their answers are written, as jsonl.": "回答写入的文件，jsonl 格式。",
-    "Field of a record that its answer becomes.": "回答写入数据的哪个字段。",
-    "Prompts that a process answers at a time.": "一个进程一次回答多少个提示。",
-    "A prompt that is too long or asks nothing: error, or skip (no answer, but the reason).": (
+    "Output file for the answers, as jsonl.": "回答写入的文件，jsonl 格式。",
+    "Name of the answer's field in a record.": "回答写入数据的哪个字段。",
+    "Prompts per batch and process.": "一个进程一次回答多少个提示。",
+    "A prompt that is too long or has no question: error, or skip (the reason in place of an answer).": (
         "提示过长或没有提问时：error 报错，skip 跳过（没有回答，但有原因）。"
     ),
-    "Replace --output_file, do not continue.": "替换 --output_file，而不是接着写。",
-    "Without --lora_model: its adapter is put on the base, if it has one.": (
+    "Replace --output_file instead of continuing it.": "替换 --output_file，而不是接着写。",
+    "Without --lora_model: the adapter in this folder is used, if there is one.": (
         "没有 --lora_model 时：其中若有适配器，就放在基座上。"
     ),
-    "Without --lora_model: looked at for an adapter after --checkpoint_dir.": (
+    "Without --lora_model: searched for an adapter after --checkpoint_dir.": (
         "没有 --lora_model 时：在 --checkpoint_dir 之后从这里寻找适配器。"
     ),
     # EvaluationArguments
-    "Where metrics, answers and the page are written.": "指标、回答和页面写入的目录。",
+    "Output folder for metrics, answers and the page.": "指标、回答和页面写入的目录。",
     "The same as --base_model.": "与 --base_model 相同。",
-    "File, or folder searched with its subfolders: conversations, or pairs for a reward model.": (
+    "File, or folder (searched recursively), of conversations, or of pairs for a reward model.": (
         "文件，或连同子目录一起查找的目录：对话；奖励模型则是偏好对。"
     ),
-    "Use at most so many records, and questions of a benchmark's subject; -1 = all.": (
+    "Use at most this many records, and questions per benchmark subject; -1 = all.": (
         "最多用这么多条数据，以及基准测试每个科目这么多题；-1 表示全部。"
     ),
-    "Rows of a forward pass.": "一次前向计算的行数。",
+    "Rows per forward pass.": "一次前向计算的行数。",
     "Scores the answers, as in PPO: a reward model, merged or its adapter, or any classifier.": (
         "像 PPO 中那样给回答打分：奖励模型（合并后的或其适配器），或任何分类模型。"
     ),
-    "Which of its labels is the score.": "它的哪个标签是分数。",
+    "The label whose logit is the score.": "它的哪个标签是分数。",
     "mmlu, cmmlu, ceval, or any task of lm-eval; several joined by commas.": (
         "mmlu、cmmlu、ceval 或 lm-eval 的任何任务；多个用逗号连接。"
     ),
-    "Folder of the sets' published CSV files; default: the hub.": "数据集所发布的 CSV 文件所在的目录；默认：hub。",
-    "Examples before each question; default: 5 of the three, else the task's own.": (
+    "Folder with the benchmarks' published CSV files; default: the hub.": (
+        "数据集所发布的 CSV 文件所在的目录；默认：hub。"
+    ),
+    "Few-shot examples; default: 5 for MMLU, CMMLU and C-Eval, else the task's own.": (
         "每个问题之前的示例数；默认：三者为 5，其他按任务自己的规定。"
     ),
-    "Benchmarks: questions and examples in the model's chat form.": "基准测试：问题和示例用模型的对话形式。",
-    "Output directories of evaluations, to be set side by side.": "各次评估的输出目录，并排比较。",
+    "Benchmarks: format questions and examples with the model's chat template.": (
+        "基准测试：问题和示例使用模型的对话模板。"
+    ),
+    "Output directories of evaluations to compare.": "各次评估的输出目录，并排比较。",
     "Replace an evaluation in --output_dir.": "替换 --output_dir 中已有的评估。",
     # WebArguments
-    "Address to listen on; 0.0.0.0: every address of this machine.": "监听的地址；0.0.0.0：本机的所有地址。",
+    "Address to listen on; 0.0.0.0: all addresses of this machine.": "监听的地址；0.0.0.0：本机的所有地址。",
     "Port to listen on.": "监听的端口。",
-    "Host names that requests may carry beside this machine's own, such as a proxy's.": (
+    "Host names allowed in requests beside this machine's own, such as a proxy's.": (
         "除本机名称外，请求还可以使用的主机名，例如前置代理的域名。"
     ),
-    "Ask for a login: NAME:PASSWORD, or a file with one on each line.": "要求登录：NAME:PASSWORD，或每行一个的文件。",
+    "Require a login: NAME:PASSWORD, or a file with one per line.": "要求登录：NAME:PASSWORD，或每行一个的文件。",
     "Also open a public address through gradio's servers; needs --auth.": (
         "同时通过 gradio 的服务器打开一个公开地址；需要 --auth。"
     ),
-    "What every conversation's system prompt is at first.": "每个对话最初的系统提示。",
-    "What stands at the top of the page.": "页面顶部的文字。",
+    "Initial system prompt of every conversation.": "每个对话最初的系统提示。",
+    "Title of the page.": "页面顶部的文字。",
     # MergeArguments
     "The adapter's directory.": "适配器的目录。",
-    "Where the merged model is written.": "合并后的模型写入的目录。",
+    "Output folder for the merged model.": "合并后的模型写入的目录。",
     "Default: the base named in adapter_config.json.": "默认：adapter_config.json 中记录的基座。",
     "Default: the adapter's, else the base's.": "默认：适配器目录里的，没有则用基座的。",
-    "Add rows to the embedding until the tokenizer fits.": "给嵌入增加行，直到容纳分词器。",
-    "Replace what is at --output_dir.": "替换 --output_dir 中已有的内容。",
-    "Architecture you expect; checked against the config.": "你认为的模型架构；会与配置核对。",
+    "Add rows to the embedding if the tokenizer needs them.": "给嵌入增加行，直到容纳分词器。",
+    "Replace an existing --output_dir.": "替换 --output_dir 中已有的内容。",
+    "Expected architecture; checked against the config.": "你认为的模型架构；会与配置核对。",
     "Where a hub base is cached.": "hub 基座的缓存目录。",
     "Branch, tag or commit of a hub base.": "hub 基座的分支、标签或提交。",
     "Token for a private hub base.": "访问私有 hub 基座的令牌。",

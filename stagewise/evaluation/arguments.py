@@ -18,16 +18,16 @@ class EvaluationArguments:
 
     heading = "What is measured"
 
-    output_dir: str = field(metadata={"help": "Where metrics, answers and the page are written."})
+    output_dir: str = field(metadata={"help": "Output folder for metrics, answers and the page."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The same as --base_model."})
     test_file: str | None = field(
         default=None,
-        metadata={"help": "File, or folder searched with its subfolders: conversations, or pairs for a reward model."},
+        metadata={"help": "File, or folder (searched recursively), of conversations, or of pairs for a reward model."},
     )
     max_samples: int = field(
-        default=-1, metadata={"help": "Use at most so many records, and questions of a benchmark's subject; -1 = all."}
+        default=-1, metadata={"help": "Use at most this many records, and questions per benchmark subject; -1 = all."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per forward pass."})
     on_bad_record: str = field(
         default="error",
         metadata={"help": "error: stop at the first malformed record; skip: count it and write it to rejected.jsonl."},
@@ -36,22 +36,22 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Scores the answers, as in PPO: a reward model, merged or its adapter, or any classifier."},
     )
-    reward_label: int | None = field(default=None, metadata={"help": "Which of its labels is the score."})
+    reward_label: int | None = field(default=None, metadata={"help": "The label whose logit is the score."})
     benchmarks: str | None = field(
         default=None, metadata={"help": "mmlu, cmmlu, ceval, or any task of lm-eval; several joined by commas."}
     )
     benchmark_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the sets' published CSV files; default: the hub."}
+        default=None, metadata={"help": "Folder with the benchmarks' published CSV files; default: the hub."}
     )
     num_fewshot: int | None = field(
         default=None,
-        metadata={"help": "Examples before each question; default: 5 of the three, else the task's own."},
+        metadata={"help": "Few-shot examples; default: 5 for MMLU, CMMLU and C-Eval, else the task's own."},
     )
     apply_chat_template: bool = field(
-        default=False, metadata={"help": "Benchmarks: questions and examples in the model's chat form."}
+        default=False, metadata={"help": "Benchmarks: format questions and examples with the model's chat template."}
     )
     compare: list[str] = field(
-        default_factory=list, metadata={"help": "Output directories of evaluations, to be set side by side."}
+        default_factory=list, metadata={"help": "Output directories of evaluations to compare."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an evaluation in --output_dir."})
 
@@ -67,7 +67,9 @@ class PairLimits(PairArguments):
     )
     max_target_length: int = field(
         default=512,
-        metadata={"help": "Tokens of an answer that a reward model scores; what a model answers: --max_new_tokens."},
+        metadata={
+            "help": "Maximum tokens of an answer for a reward model; for generated answers see --max_new_tokens."
+        },
     )
 
 

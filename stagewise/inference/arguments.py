@@ -21,11 +21,11 @@ class ChatModelArguments:
     heading = "The model"
 
     base_model: str | None = field(
-        default=None, metadata={"help": "Model directory, or a hub name; default: the one that --lora_model names."}
+        default=None, metadata={"help": "Model directory or hub name; default: the base named by --lora_model."}
     )
     lora_model: str | None = field(
         default=None,
-        metadata={"help": "Adapter to put on it: LoRA, AdaLoRA, prompt, P- or prefix tuning; a folder or hub name."},
+        metadata={"help": "Adapter for the model: LoRA, AdaLoRA, prompt, P- or prefix tuning; a folder or hub name."},
     )
     tokenizer_path: str | None = field(default=None, metadata={"help": "Default: the adapter's, else the model's."})
     template_name: str | None = field(
@@ -35,7 +35,8 @@ class ChatModelArguments:
         default=False, metadata={"help": "Use --template_name even if the model was trained with another template."}
     )
     enable_thinking: bool | None = field(
-        default=None, metadata={"help": "False: a thinking model answers without thoughts. Default: its own way."}
+        default=None,
+        metadata={"help": "False: a thinking model answers without thoughts. Default: the model's own setting."},
     )
     torch_dtype: str = field(
         default="auto",
@@ -86,53 +87,60 @@ class SamplingArguments:
 
     heading = "Its answers"
 
-    do_sample: bool | None = field(
-        default=None, metadata={"help": "Draw tokens at random; False: always the most probable."}
-    )
+    do_sample: bool | None = field(default=None, metadata={"help": "Sample tokens; False: greedy decoding."})
     temperature: float | None = field(
         default=None,
-        metadata={"help": "Below 1: the more probable tokens come still more often; above 1: less; 0 = no sampling."},
+        metadata={"help": "Sampling temperature: below 1 sharper, above 1 flatter; 0 = no sampling."},
     )
-    top_p: float | None = field(default=None, metadata={"help": "Draw from the fewest tokens that reach this share."})
-    top_k: int | None = field(default=None, metadata={"help": "Draw from the k most probable tokens; 0 = all."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Nucleus sampling: the smallest set of tokens with this total probability."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Sample from the k most probable tokens; 0 = all."})
     min_p: float | None = field(
-        default=None, metadata={"help": "Leave out tokens less probable than this share of the most probable one."}
+        default=None, metadata={"help": "Exclude tokens whose probability is below this fraction of the highest one."}
     )
     typical_p: float | None = field(
         default=None,
-        metadata={"help": "Draw from the tokens of most usual surprise that reach this share (typical sampling)."},
+        metadata={
+            "help": "Typical sampling: the tokens closest to the expected information, up to this total probability."
+        },
     )
     top_h: float | None = field(
-        default=None, metadata={"help": "Draw from the most probable tokens that hold this share of the entropy."}
+        default=None, metadata={"help": "Sample from the most probable tokens with this share of the entropy."}
     )
     epsilon_cutoff: float | None = field(
-        default=None, metadata={"help": "Leave out tokens less probable than this, such as 0.0005."}
+        default=None, metadata={"help": "Exclude tokens below this probability, for example 0.0005."}
     )
     eta_cutoff: float | None = field(
-        default=None, metadata={"help": "The same, but fewer where many tokens are probable; such as 0.001."}
+        default=None, metadata={"help": "The same with a threshold that falls with the entropy, for example 0.001."}
     )
     repetition_penalty: float | None = field(
-        default=None, metadata={"help": "Above 1: what was said before becomes less probable."}
+        default=None, metadata={"help": "Above 1: tokens that already occurred become less probable."}
     )
     no_repeat_ngram_size: int | None = field(
-        default=None, metadata={"help": "No n tokens in a row are said twice; 0 = no limit."}
+        default=None, metadata={"help": "No sequence of n tokens occurs twice; 0 = no limit."}
     )
     bad_words: list[str] | None = field(
         default=None,
-        metadata={"help": "Words that are not said: their tokens, with and without a space before, in a row."},
+        metadata={
+            "help": "Words that must not be generated: their token sequences, with and without a leading space."
+        },
     )
     stop_strings: list[str] | None = field(
-        default=None, metadata={"help": "Texts that end an answer, of which they are no part."}
+        default=None, metadata={"help": "Strings that end an answer and are not part of it."}
     )
-    min_new_tokens: int | None = field(default=None, metadata={"help": "No end marker is said before so many tokens."})
+    min_new_tokens: int | None = field(
+        default=None, metadata={"help": "Minimum number of tokens before an end marker."}
+    )
     max_new_tokens: int | None = field(
         default=None,
         metadata={
-            "help": f"Most tokens of an answer; default: its own, else {MAX_NEW_TOKENS}, at most half the context."
+            "help": f"Maximum tokens of an answer; default: the model's own, else {MAX_NEW_TOKENS}, at most half the "
+            "context."
         },
     )
     num_beams: int | None = field(
-        default=None, metadata={"help": "Beam search among so many candidates; not with sampling."}
+        default=None, metadata={"help": "Beam search with this many beams; not with sampling."}
     )
     length_penalty: float | None = field(
         default=None,

@@ -39,21 +39,21 @@ class WebArguments:
     heading = "The page"
 
     server_name: str = field(
-        default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0: every address of this machine."}
+        default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0: all addresses of this machine."}
     )
     server_port: int = field(default=7860, metadata={"help": "Port to listen on."})
     auth: str | None = field(
-        default=None, metadata={"help": "Ask for a login: NAME:PASSWORD, or a file with one on each line."}
+        default=None, metadata={"help": "Require a login: NAME:PASSWORD, or a file with one per line."}
     )
     allowed_hosts: list[str] | None = field(
         default=None,
-        metadata={"help": "Host names that requests may carry beside this machine's own, such as a proxy's."},
+        metadata={"help": "Host names allowed in requests beside this machine's own, such as a proxy's."},
     )
     share: bool = field(
         default=False, metadata={"help": "Also open a public address through gradio's servers; needs --auth."}
     )
-    system_prompt: str = field(default="", metadata={"help": "What every conversation's system prompt is at first."})
-    title: str = field(default="Stagewise", metadata={"help": "What stands at the top of the page."})
+    system_prompt: str = field(default="", metadata={"help": "Initial system prompt of every conversation."})
+    title: str = field(default="Stagewise", metadata={"help": "Title of the page."})
 
 
 FLAGS = [ChatModelArguments, SamplingArguments, WebArguments]
