@@ -263,6 +263,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.in_file.is_dir():
         parser.error(f"--in_file: {args.in_file} is a folder; give one file of it")
+    if not os.path.lexists(args.in_file):
+        parser.error(f"--in_file: there is no file {str(args.in_file)!r}")
     if args.file_type is None and suffixes_of(args.in_file)[0] in READERS:
         args.file_type = suffixes_of(args.in_file)[0].removeprefix(".")
     if args.file_type is None:
@@ -278,8 +280,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     source, target = args.in_file, args.out_file
-    if not os.path.lexists(source):
-        parser.error(f"--in_file: there is no file {str(source)!r}")
     if trouble := trouble_with(source):
         sys.exit(f"convert_dataset.py: --in_file: {source}: {trouble}")
     if target.is_dir():

@@ -86,6 +86,7 @@ def first_look(
         check_shared(*parts)
         for part in parts:
             if folder := getattr(part, "peft_path", None):
+                _check_folder("peft_path", folder)
                 find_adapter_config(folder)
         status = code
         for part in parts:
@@ -127,7 +128,7 @@ def _check_models(part: Any) -> None:
 
 
 def _check_files(part: Any) -> None:
-    """Raises ArgumentError for a missing file."""
+    """Raises ArgumentError for a missing file or folder."""
     for flag in FILES:
         path = getattr(part, flag, None)
         if path and not Path(path).is_file():
@@ -136,6 +137,16 @@ def _check_files(part: Any) -> None:
             )
     if path := getattr(part, "test_file", None):
         find_files(path, RECORD_FILES, "--test_file")
+    for folder in getattr(part, "compare", None) or ():
+        _check_folder("compare", folder)
+    if folder := getattr(part, "benchmark_dir", None):
+        _check_folder("benchmark_dir", folder)
+
+
+def _check_folder(flag: str, folder: str) -> None:
+    if not Path(folder).is_dir():
+        trouble = "is a file; give a directory" if Path(folder).exists() else "no such directory"
+        raise ArgumentError(f"--{flag} {folder}: {trouble}")
 
 
 def _check_data(data: DataArguments, given: Mapping[str, list[str]], texts: Sequence[str]) -> None:

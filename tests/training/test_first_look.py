@@ -95,6 +95,18 @@ def test_data_that_is_not_there(stage, answer, tmp_path):
         assert (code, out, err) == (1, "", f"error: --{name}: there is no folder or file '/nowhere'\n")
 
 
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("evaluation.py", "compare"),
+        ("evaluation.py", "benchmark_dir"),
+    ],
+)
+def test_a_folder_that_is_not_there(script, flag, answer):
+    code, _, said = answer(script, "--output_dir", "out", f"--{flag}", "no/such/folder")
+    assert (code, said) == (2, f"error: --{flag} no/such/folder: no such directory\n")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_that_is_not_there(stage, answer):
     more = ["--reward_model_name_or_path", "some/model"] if "ppo" in stage else []
@@ -113,7 +125,7 @@ def test_a_checkpoint_that_is_not_there(stage, answer):
         (["--save_strategy", "never"], "--save_strategy: expected one of no, steps, epoch, best, found 'never'"),
         (["--seed", "1", "2"], "--seed: expected one value, found 2: 1 2"),
         (["--seed"], "--seed: a value is missing"),
-        (["--peft_path", "/nowhere"], "/nowhere: expected an adapter, found no adapter_config.json"),
+        (["--peft_path", "/nowhere"], "--peft_path /nowhere: no such directory"),
         (
             ["--lr_scheduler_kwargs", "{1"],
             """--lr_scheduler_kwargs: expected a dictionary such as '{"name": 1}', found '{1'""",
