@@ -176,7 +176,7 @@ def test_the_help_of_evaluation(answer):
     _, text, _ = answer("evaluation.py", "--help")
     assert "--test_file data/finetune/validation \\\n        --output_dir outputs/eval-sft\n" in text
     lengths = text[text.index("--max_target_length") :]
-    assert "what a model answers: --max_new_tokens" in " ".join(lengths.split())
+    assert "for generated answers see --max_new_tokens" in " ".join(lengths.split())
 
 
 def test_a_reader_of_help_that_has_seen_enough(tmp_path):
