@@ -396,7 +396,7 @@ def test_the_page_names_what_answers(visit):
 
 @pytest.mark.parametrize(
     ("locale", "question"),
-    [("en-US", "How do I keep basil on the windowsill alive?"), ("zh-CN", "窗台上的罗勒怎样才养得活?")],
+    [("en-US", "How do I keep basil on the windowsill alive?"), ("zh-CN", "窗台上的罗勒怎样才养得活？")],
 )
 def test_an_empty_conversation_offers_questions(visit, speaker, locale, question):
     page = visit(locale=locale)
