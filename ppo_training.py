@@ -167,9 +167,8 @@ class PPOTrainer(BalancesExperts, RolloutTrainer):
         self.ppo, self.scorer, self.policy, self.router = ppo, scorer, policy, router
         self.max_target_length, self.conversations = max_target_length, conversations
         self.eval_answers = ppo.eval_answers
-        self.moved = torch.zeros(
-            (), device=self.args.device
-        )  # KL to the rollout's policy in nats per response, of each update
+        # KL to the rollout's policy in nats per response, of each update
+        self.moved = torch.zeros((), device=self.args.device)
 
     def rollout(self) -> list[Batch]:
         self.model.eval()

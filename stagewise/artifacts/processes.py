@@ -130,17 +130,22 @@ def leave_processes(status: int) -> None:
     has_gloo = "gloo" in dist.get_backend()
     dist.destroy_process_group()
     if has_gloo:
-        leave_with_status.append(status)
+        skip_shutdown(status)
 
 
-leave_with_status: list[int] = []  # exit status of a process that should skip the shutdown; empty otherwise
+def skip_shutdown(status: int) -> None:
+    """Lets this process exit with `status` in Python's last exit handler."""
+    _exit_status.append(status)
+
+
+_exit_status: list[int] = []
 
 
 def _leave() -> None:
-    if leave_with_status and not hasattr(sys, "last_type"):  # set by an uncaught error
+    if _exit_status and not hasattr(sys, "last_type"):  # set by an uncaught error
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(leave_with_status[0])
+        os._exit(_exit_status[0])
 
 
 atexit.register(_leave)  # handlers registered later, such as a tracker's, run before it

@@ -27,9 +27,8 @@ TRAINED_IN = "stagewise_template"  # in tokenizer_config.json: the name of the t
 SCORED_AT = "stagewise_scored_at"  # in tokenizer_config.json of a reward model: the end marker of its rows
 PAD_NAME = re.compile(r"\W*(finetune_right_)?pad(ding)?(_id)?\W*", re.IGNORECASE)
 SPARE_NAME = re.compile(r"reserved|unused|extra_id|dummy", re.IGNORECASE)
-MEDIA_NAME = re.compile(
-    r"image|vision|video|audio|speech", re.IGNORECASE
-)  # multimodal models look for these in their input
+# multimodal models look for these in their input
+MEDIA_NAME = re.compile(r"image|vision|video|audio|speech", re.IGNORECASE)
 WAY_OUT = "get the model's directory again, whole"
 NEW_PAD = "<|pad|>"
 OPENING, CLOSING = "{% set chat_row +%}", "{%+ endset %}"

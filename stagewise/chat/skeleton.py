@@ -14,9 +14,8 @@ MARK = re.compile("\ue000(\\d+)\ue001")
 SHORT = 6  # messages, at least: a first exchange, one in the middle, and a last one
 
 Cut = list[tuple[str, bool]]  # (text, whether it is an answer); concatenated they are the whole
-Skeleton = list[
-    tuple[str | int, int, bool]
-]  # (text or index of a message, number of its piece, whether it is an answer)
+# (text or index of a message, number of its piece, whether it is an answer)
+Skeleton = list[tuple[str | int, int, bool]]
 
 
 def marked_messages(count: int, system: bool) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from stagewise.adapters.attach import add_delta, lora_delta
 from stagewise.errors import GenerationError
 from stagewise.models.attention.choose import attention_for_generation
+from stagewise.models.forward import base_of
 
 # Rows are dropped when at most this share of the batch is unfinished: dropping copies the whole cache once.
 STILL_SPEAKING = 0.8
@@ -170,7 +171,7 @@ def sample_answers(
     Raises:
         GenerationError: for an architecture without a key-value cache.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     accepted = inspect.signature(base.forward).parameters
     device = base.get_input_embeddings().weight.device
     numbers = numbers.to(device)

@@ -14,9 +14,14 @@ from torch import nn
 from stagewise.losses import label_positions
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The model under an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def takes_kept_logits(model: nn.Module) -> bool:
     """Whether the architecture can compute logits at chosen positions only (`logits_to_keep`)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 

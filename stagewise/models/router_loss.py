@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stagewise.config.arguments import ModelArguments
 from stagewise.errors import ArgumentError
+from stagewise.models.forward import base_of
 
 
 def check_router(args: ModelArguments, config: PretrainedConfig) -> None:
@@ -54,7 +55,7 @@ class RouterLoss:
 
     def __init__(self, model: nn.Module, weight: float):
         self.weight = weight
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.architecture = type(base).__name__
         self.found: torch.Tensor | None = None  # of the latest forward pass
         self.seen = torch.zeros(2)  # sum and count since the last log
@@ -90,7 +91,7 @@ def router_loss(model: PreTrainedModel | nn.Module, args: ModelArguments) -> Rou
     """
     if not args.router_aux_loss:
         return None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if not gives_router_loss(type(base)):
         raise ArgumentError(f"--router_aux_loss: {type(base).__name__} has no routers' loss; leave it out")
     own = getattr(base, "router_aux_loss_coef", getattr(base.config, "router_aux_loss_coef", None))

@@ -15,9 +15,8 @@ from stagewise.errors import ModelError
 from stagewise.models.config import own_code
 from stagewise.models.hub import find_source, hub_options, refuse_adapter, refuse_family
 
-NOT_OPENED = (
-    "special_tokens_map_file",
-)  # many published tokenizers contain the path of the machine they were made on
+# many published tokenizers contain the path of the machine they were made on
+NOT_OPENED = ("special_tokens_map_file",)
 MAY_BE_MISSING = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,

@@ -16,7 +16,7 @@ from torch import nn
 
 from stagewise.data.examples import IGNORE_INDEX
 from stagewise.losses import label_positions, token_nll
-from stagewise.models.forward import takes_kept_logits
+from stagewise.models.forward import base_of, takes_kept_logits
 from stagewise.models.reward_head import Float32Linear
 
 Batch = dict[str, torch.Tensor]
@@ -51,7 +51,7 @@ class Policy:
 
     def __init__(self, model: nn.Module, reference: nn.Module | None, temperature: float):
         self.model, self.reference, self.temperature = model, reference, temperature
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.keep_logits = takes_kept_logits(model)
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self.hidden: torch.Tensor | None = None  # the last input of the output head

@@ -24,9 +24,8 @@ def _load_on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedS
     return storage if re.fullmatch(r"cpu:\d+", location) else None
 
 
-register_package(
-    11, lambda storage: None, _load_on_cpu
-)  # consulted after torch's own handler for "cpu", whose priority is 10
+# consulted after torch's own handler for "cpu", whose priority is 10
+register_package(11, lambda storage: None, _load_on_cpu)
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -25,7 +25,7 @@ from stagewise.data.mixture import find_sources
 from stagewise.data.records import find_files
 from stagewise.errors import ArgumentError
 from stagewise.formats.readers import RECORD_FILES
-from stagewise.models.hub import check_adapter, find_adapter_config, local_source, refuse_adapter, refuse_family
+from stagewise.models.hub import check_adapter, local_source, refuse_adapter, refuse_family
 from stagewise.reports.terminal_text import print_error
 
 ALONE = 10  # seconds after which a process that failed, and was not stopped by its launcher, is the only one that did
@@ -87,7 +87,7 @@ def first_look(
         for part in parts:
             if folder := getattr(part, "peft_path", None):
                 _check_folder("peft_path", folder)
-                find_adapter_config(folder)
+                check_adapter(folder, "peft_path")
         status = code
         for part in parts:
             named_checkpoint(getattr(part, "resume_from_checkpoint", None))

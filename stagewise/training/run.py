@@ -29,12 +29,13 @@ from stagewise.artifacts.manifest import (
     without_tokens,
     write_manifest,
 )
-from stagewise.artifacts.processes import from_first_process, is_main, leave_processes, leave_with_status
+from stagewise.artifacts.processes import from_first_process, is_main, leave_processes, skip_shutdown
 from stagewise.chat.encoding import AnyTemplate
 from stagewise.config.arguments import AdapterArguments
 from stagewise.data.examples import Example, PreferenceExample
 from stagewise.errors import ArgumentError, NonFiniteError
 from stagewise.models.attention.rope import kept_rope
+from stagewise.models.forward import base_of
 from stagewise.models.generation_config import finish_generation_config
 from stagewise.reports.console import Progress
 from stagewise.reports.curves import write_pictures
@@ -113,9 +114,7 @@ class Run:
         if error is None or (preempted and self.preemption.stopped):
             leave_processes(PREEMPTED if error else 0)
         elif preempted and dist.is_initialized():
-            leave_with_status.append(
-                PREEMPTED
-            )  # the others may not have received the signal yet: this process waits for none
+            skip_shutdown(PREEMPTED)  # the others may not have received the signal yet: wait for none
         if error is None or isinstance(error, SystemExit):
             return False
         advice = explain_error(error, self.output_dir)
@@ -228,9 +227,8 @@ class Run:
         self.identity.check_trainer(trainer)
         if resume and not self._has_steps_left(trainer, resume):
             return
-        before = (
-            trained_steps(resume) if resume else 0
-        )  # --save_total_limit may remove that checkpoint during training
+        # --save_total_limit may remove that checkpoint during training
+        before = trained_steps(resume) if resume else 0
         self._watch(trainer, stop)
         if resume and is_main():
             leave_later(args.output_dir, resume)
@@ -324,7 +322,7 @@ class Run:
         """Saves the adapter or the model, the tokenizer with its chat template, and the generation config."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(model, "generation_config") or hasattr(model, "get_base_model"):
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base = base_of(model)
             if base.can_generate():
                 finish_generation_config(base, trainer.processing_class, stop)
                 if is_main():

@@ -143,9 +143,8 @@ class RecordStream(IterableDataset):
         """Batches of `batch` rows for this process; continues from the checkpoint `self.resume` if it is set."""
         workers = args.dataloader_num_workers
         self.world, self.rank, self.batch = args.world_size, args.process_index, batch
-        self.cycle = math.lcm(
-            args.gradient_accumulation_steps, max(1, workers)
-        )  # micro-batches until the lanes repeat
+        # micro-batches until the lanes repeat
+        self.cycle = math.lcm(args.gradient_accumulation_steps, max(1, workers))
         seed = args.seed if args.data_seed is None else args.data_seed
         self.recipe = replace(self.recipe, seed=seed, lanes=self.world * batch * self.cycle)
         self.states, self.rows_taken = {}, 0

@@ -11,10 +11,8 @@ from stagewise.data.splits import Encoding, Splits
 from stagewise.data.statistics import measure, summarize
 from stagewise.data.streaming.dataset import stream_of
 
-FIRST, FIRST_TOKENS = (
-    1000,
-    1 << 20,
-)  # records of a stream that are summarized before training, and the limit of their tokens
+# records of a stream that are summarized before training, and the limit of their tokens
+FIRST, FIRST_TOKENS = 1000, 1 << 20
 
 
 def read_streamed_splits(
